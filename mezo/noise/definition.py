@@ -1,0 +1,140 @@
+"""The noise contract: z(seed, name, step, probe; element), in plain torch. This file is the truth.
+
+    key(seed, name)   = the first 64 bits of SHA-256("mezo/noise/1", 0, seed, name)
+    counter           = (block, step, stream and probe), 128 bits
+    words             = Philox4x32-10(key, counter): four 32-bit words a block
+    z                 = Box-Muller of two words (gaussian), or a sign a bit (rademacher)
+
+A counter-based generator has no state: any element of z is computed from its index alone, so the
+order of parameters, a shard, a stride, a thread count or a device changes nothing. Every operation
+on floats below is one that IEEE 754 rounds identically everywhere (add, multiply, square root, one
+at a time: no fused multiply-add), so kernels in other languages can be, and are, equal to the bit.
+docs/noise.md specifies the same in words. Frozen: a change needs a new contract version.
+"""
+
+import hashlib
+from functools import lru_cache
+
+import torch
+
+from ..errors import InputError
+
+CONTRACT = 1
+DISTRIBUTIONS = ("gaussian", "rademacher")
+LANES = 256  # blocks are taken 256 at a time, so that neighbours in memory are neighbours in a lane
+GROUP = {"gaussian": 4 * LANES, "rademacher": 128 * LANES}  # elements that 256 blocks make
+MAX_STEP, MAX_PROBE = 2**32, 2**24
+STREAM_DIRECTION = 0  # z itself; other streams are reserved (1: bits of stochastic rounding)
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+# ln(1 + f) = f + f^2 Q(f) on [sqrt(1/2) - 1, sqrt(2) - 1], relative error 3e-8 before rounding
+_LN2 = 0.6931471824645996
+_Q = (
+    -0.49999991059303284,
+    0.3333396315574646,
+    -0.2500181794166565,
+    0.19961564242839813,
+    -0.16568467020988464,
+    0.1492171585559845,
+    -0.14325451850891113,
+    0.08746795356273651,
+)
+# sin(pi/2 t) = t S(t^2), cos(pi/2 t) = C(t^2) on [-1/2, 1/2], relative error 3e-8
+_S = (1.5707963705062866, -0.6459634900093079, 0.07968003302812576, -0.00460165785625577)
+_C = (0.9999999403953552, -1.233696699142456, 0.25359493494033813, -0.02039858140051365)
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) add to it."""
+    parts = name.removeprefix("module.").split(".")
+    return ".".join(p for p in parts if p not in ("_orig_mod", "_fsdp_wrapped_module"))
+
+
+@lru_cache(maxsize=2**16)
+def tensor_key(seed: int, name: str) -> tuple[int, int]:
+    """Philox's key for one tensor of one run: `seed` in [0, 2^64), `name` its canonical name."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed must be in [0, 2^64), got {seed}")
+    digest = hashlib.sha256(b"mezo/noise/1\0" + seed.to_bytes(8, "little") + name.encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+
+
+def philox(counter, key: tuple[int, int]):
+    """Philox4x32-10 (Salmon et al., 2011): four words, each int64 in [0, 2^32), from four."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        low0, high0 = _multiply(c0, _MULTIPLIERS[0])
+        low1, high1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(a, b: int):
+    product = a * b  # of two 32-bit numbers, kept in an int64 that wraps: its bits are right
+    return product & _MASK, (product >> 32) & _MASK
+
+
+def draw(
+    key: tuple[int, int],
+    start: int,
+    stop: int,
+    *,
+    step: int,
+    probe: int = 0,
+    distribution: str = "gaussian",
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Elements [start, stop) of z, float32, in the tensor's row-major order.
+
+    Cost: the range is widened to whole groups (1,024 elements for gaussian, 32,768 for rademacher)
+    and about 100 bytes of temporaries an element are held: draw long tensors in pieces.
+    """
+    group = GROUP[distribution]
+    first, last = start // group, -(-stop // group)
+    blocks = torch.arange(first * LANES, last * LANES, device=device)
+    step_word = torch.full_like(blocks, step)
+    probe_word = torch.full_like(blocks, STREAM_DIRECTION << 24 | probe)
+    words = philox((blocks & _MASK, blocks >> 32, step_word, probe_word), key)
+    rows = [word.view(-1, LANES) for word in words]  # a row: 256 lanes of one group
+    if distribution == "gaussian":
+        halves = [*_box_muller(rows[0], rows[1]), *_box_muller(rows[2], rows[3])]
+        z = torch.stack(halves, dim=1)  # (groups, 4, LANES)
+    else:
+        needed = min(32, -(-(stop - first * group) // (4 * LANES)))  # bits a word, low ones first
+        four = torch.stack(rows, dim=1)
+        bits = torch.stack([(four >> k) & 1 for k in range(needed)], dim=1)
+        z = (1 - 2 * bits).float()  # (groups, bits, 4, LANES)
+    return z.reshape(-1)[start - first * group : stop - first * group]
+
+
+def _box_muller(radius_word, angle_word):
+    """Two independent standard normals from two words: r cos(a), r sin(a), r = sqrt(-2 ln u)."""
+    u = (2 * (radius_word >> 9) + 1).float() * 2.0**-24  # odd / 2^24: exact, in (0, 1)
+    bits = u.view(torch.int32)
+    exponent = (bits - 0x3F3504F3) >> 23  # u = 2^exponent m, m in [sqrt(1/2), sqrt(2))
+    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
+    log = exponent.float() * _LN2 + (f + (f * f) * _horner(_Q, f))
+    # at most 5.77. In double, then rounded: torch's float32 square root on a CPU is not IEEE's (it
+    # is off by one in 0.6 % of cases), and the rounded double is, even if itself off by one.
+    r = torch.sqrt((-2.0 * log).double()).float()
+    quadrant = angle_word >> 30
+    t = (2 * ((angle_word >> 7) & 0x7FFFFF) + 1 - 2**23).float() * 2.0**-24  # in (-1/2, 1/2)
+    square = t * t
+    sine, cosine = t * _horner(_S, square), _horner(_C, square)
+    odd = (quadrant & 1).bool()  # the angle is pi/2 (quadrant + t)
+    across, up = torch.where(odd, sine, cosine), torch.where(odd, cosine, sine)
+    across = torch.where(((quadrant + 1) & 2).bool(), -across, across)
+    up = torch.where((quadrant & 2).bool(), -up, up)
+    return r * across, r * up
+
+
+def _horner(coefficients, x):
+    value = torch.full_like(x, coefficients[-1])
+    for c in reversed(coefficients[:-1]):
+        value = value * x + c  # a multiplication, rounded, then an addition, rounded
+    return value

@@ -1,0 +1,398 @@
+"""Algorithm 1 and the optimizer around it."""
+
+import copy
+import math
+
+import pytest
+import reference
+import torch
+
+from mezo import MeZO, noise, spsa
+from mezo.errors import InputError
+from mezo.mezo import Walk
+
+ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+class Regression(torch.nn.Module):
+    """A small network and its data: `model()` is the loss."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+        self.x, self.y = x.to(dtype), x.sin().sum(1, keepdim=True).to(dtype)
+        for name, shape in {"first": (16, 6), "bias": (16,), "last": (1, 16)}.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5
+            setattr(self, name, torch.nn.Parameter(value.to(dtype)))
+
+    def forward(self):
+        hidden = torch.tanh(self.x @ self.first.T + self.bias)
+        return ((hidden @ self.last.T - self.y) ** 2).mean()
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def walked_home(before, eps, steps=1):
+    """The bound on what `steps` walks leave behind: 3 roundings each, of at most |p| + 6 eps."""
+    return steps * 3 * ROUNDING[before.dtype] * (before.abs() + 6 * eps)
+
+
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_the_estimate_is_exact_on_a_quadratic(distribution):
+    """Central differences have no error on a quadratic: g = z . grad L up to rounding."""
+    a, b, loss = reference.quadratic(40)
+    x = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
+    value = loss(x.detach())
+    optimizer = MeZO([("x", x)], eps=1e-3, seed=3, distribution=distribution)
+    estimate = optimizer.estimate(lambda: loss(x.detach()))
+    z = noise.draw(noise.tensor_key(3, "x"), 0, 40, step=0, distribution=distribution).double()
+    exact = float(z @ (a @ torch.ones(40, dtype=torch.float64) + b))
+    # 2 losses of 40^2 products each, every one rounded, divided by 2 eps
+    assert abs(estimate.projected_grad - exact) < 2 * 1600 * 2.0**-53 * (abs(value) + 40) / 2e-3
+    assert abs(estimate.loss - value) < 0.51e-6 * float(z @ a @ z)  # eps^2 / 2 z'Az
+
+
+def test_the_estimate_is_unbiased():
+    """Mean of g z over 1,500 steps within 5 sigma of the gradient, in each coordinate.
+
+    Var(g z_i) = |grad|^2 + grad_i^2 for a Gaussian z.
+    """
+    a, b, loss = reference.quadratic(8)
+    x = torch.nn.Parameter(torch.ones(8))
+    gradient = a @ torch.ones(8, dtype=torch.float64) + b
+    optimizer = MeZO([("x", x)], lr=0.0, seed=4)
+    total, n = torch.zeros(8, dtype=torch.float64), 1500
+    for step in range(n):
+        g = optimizer.estimate(lambda: loss(x.detach().double())).projected_grad
+        total += g * noise.draw(noise.tensor_key(4, "x"), 0, 8, step=step).double()
+        optimizer.step()
+    sigma = torch.sqrt((gradient.norm() ** 2 + gradient**2) / n)
+    assert ((total / n - gradient).abs() < 5 * sigma).all()
+
+
+@pytest.mark.parametrize(("num_samples", "weight_decay"), [(1, 0.0), (1, 0.1), (4, 0.1)])
+def test_20_steps_equal_the_naive_reference(num_samples, weight_decay):
+    """The twin stores z and moves nothing in place: the same to rounding in float64."""
+    model, twin_model = Regression(), Regression()
+    settings = {"lr": 1e-2, "eps": 1e-3, "weight_decay": weight_decay, "num_samples": num_samples}
+    twin = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def draw(name, step, probe):
+        p, key = twin[name], noise.tensor_key(5, name)
+        return noise.draw(key, 0, p.numel(), step=step, probe=probe).double().view(p.shape)
+
+    def loss_of(tensors):
+        return float(torch.func.functional_call(twin_model, tensors))
+
+    expected = reference.mezo(twin, loss_of, draw, steps=20, **settings)
+    optimizer = MeZO(model.named_parameters(), seed=5, **settings)
+    losses = [optimizer.step(model) for _ in range(20)]
+    # a loss is off by a few roundings; 1 / (2 eps) makes it 500 times as much in g, lr |z| 0.05 of
+    # that in theta, and 20 steps add up: about 20 * 25 * 10 roundings
+    assert losses == pytest.approx(expected, rel=5000 * 2.0**-53)
+    for name, p in model.named_parameters():
+        assert (p - twin[name]).abs().max() < 5000 * 2.0**-53 * (1 + p.abs().max())
+
+
+def test_n_samples_are_the_mean_of_n_estimates():
+    """Limit: step(closure) with n = 3 is three estimates and one update of their mean."""
+    models = [Regression(), Regression()]
+    optimizers = [MeZO(m.named_parameters(), lr=1e-2, seed=1, num_samples=3) for m in models]
+    optimizers[0].step(models[0])
+    for probe in range(3):
+        optimizers[1].estimate(models[1], probe)
+    optimizers[1].step()
+    assert torch.equal(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_restoring_with_the_update_has_the_bits_of_restoring_before_it(dtype):
+    """step(closure) saves a pass over the weights, not a rounding."""
+    models = [Regression(dtype), Regression(dtype)]
+    options = {"lr": 1e-2, "seed": 1, "weight_decay": 0.1, "in_place": True}
+    optimizers = [MeZO(m.named_parameters(), **options) for m in models]
+    for _ in range(5):
+        optimizers[0].step(models[0])
+        optimizers[1].estimate(models[1])
+        optimizers[1].step()
+    assert torch.equal(weights(models[0]), weights(models[1]))
+
+
+def test_accumulated_estimates_share_z_and_are_averaged():
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=0.0, seed=1)
+    seen = []
+    optimizer.observers.append(seen.append)
+    grads = [optimizer.estimate(lambda k=k: k * model()).projected_grad for k in (1.0, 3.0)]
+    optimizer.step()
+    assert grads[1] == pytest.approx(3 * grads[0], rel=1e-9)  # one direction
+    assert seen[0].projected_grads == (pytest.approx(sum(grads) / 2),)
+    assert seen[0].cycles == (2,)
+
+
+def test_the_order_and_grouping_of_parameters_change_nothing():
+    models = [Regression() for _ in range(3)]
+    rows = [list(m.named_parameters()) for m in models]
+    wrapped = [(f"module._orig_mod.{name}", p) for name, p in rows[1]]
+    params = [rows[0], list(reversed(wrapped)), [{"params": rows[2][2:]}, {"params": rows[2][:2]}]]
+    for model, given in zip(models, params, strict=True):
+        optimizer = MeZO(given, lr=1e-2, seed=2)
+        for _ in range(3):
+            optimizer.step(model)
+    assert torch.equal(weights(models[0]), weights(models[1]))
+    assert torch.equal(weights(models[0]), weights(models[2]))
+
+
+def test_plain_parameters_are_keyed_by_position():
+    model = Regression()
+    optimizer = MeZO([{"params": [model.first]}, {"params": [model.bias, model.last]}])
+    assert [name for name, _, _ in optimizer.trained()] == ["0", "1", "2"]
+
+
+def test_frozen_parameters_and_other_tensors_stay():
+    model = Regression()
+    model.bias.requires_grad_(False)
+    before = model.bias.clone()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2)
+    optimizer.step(model)
+    assert torch.equal(model.bias, before)
+    assert [name for name, _, _ in optimizer.trained()] == ["first", "last"]
+
+
+def test_groups_have_their_own_lr_and_weight_decay():
+    model, same = Regression(), Regression()
+    groups = [
+        {"params": [("first", model.first)], "lr": 0.0},
+        {"params": [("bias", model.bias), ("last", model.last)], "weight_decay": 1.0},
+    ]
+    MeZO(groups, lr=1e-2, seed=2).step(model)
+    MeZO(same.named_parameters(), lr=1e-2, seed=2).step(same)
+    start = Regression()
+    assert ((model.first - start.first).abs() <= walked_home(start.first, 1e-3)).all()
+    decayed = same.last - 1e-2 * start.last
+    assert (model.last - decayed).abs().max() < 1e-14  # two roundings of numbers below 2
+
+
+def test_a_scheduler_sets_the_learning_rate():
+    model, twin = Regression(), Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    other = MeZO(twin.named_parameters(), lr=1e-2, seed=1)
+    for lr in (1e-2, 5e-3, 2.5e-3):
+        other.param_groups[0]["lr"] = lr
+        other.step(twin)
+        optimizer.step(model)
+        scheduler.step()
+    assert torch.equal(weights(model), weights(twin))
+
+
+def test_a_resumed_run_is_the_uninterrupted_run():
+    """state_dict carries seed and step: no direction is drawn twice."""
+    model, twin = Regression(), Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=9)
+    for _ in range(4):
+        optimizer.step(model)
+    twin.load_state_dict(copy.deepcopy(model.state_dict()))
+    other = MeZO(twin.named_parameters(), lr=1.0, seed=0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for _ in range(4):
+        optimizer.step(model)
+        other.step(twin)
+    assert torch.equal(weights(model), weights(twin))
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_the_default_seed_is_what_torch_was_seeded_with():
+    """`torch.manual_seed(3)` in a user's script chooses z; drawing z leaves no mark."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        model = Regression()
+        optimizer = MeZO(model.named_parameters())
+        optimizer.step(model)
+        assert optimizer.param_groups[0]["seed"] == 3
+        assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_in_the_closure_restores_the_weights(fails_at, error):
+    model = Regression(torch.float32)
+    before, calls = weights(model), []
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1)
+
+    def closure():
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise error("out of memory")
+        return model()
+
+    with pytest.raises(error):
+        optimizer.step(closure)
+    assert ((weights(model) - before).abs() <= walked_home(before, 1e-3)).all()
+    assert optimizer.param_groups[0]["step"] == 1  # its z is not drawn again
+
+
+def test_an_interrupt_between_two_tensors_restores_both():
+    """The walk knows how far each tensor has come."""
+    model = Regression(torch.float32)
+    before = weights(model)
+    keyed = [(noise.tensor_key(0, name), p) for name, p in model.named_parameters()]
+
+    class Interrupted(Walk):
+        def to(self, stage, then=None):
+            if stage == self.MINUS:
+                all_tensors, self.tensors = self.tensors, self.tensors[:1]
+                super().to(stage)
+                self.tensors = all_tensors
+                raise KeyboardInterrupt
+            super().to(stage, then)
+
+    walk = Interrupted(keyed, 1e-3, step=0, probe=0, distribution="gaussian")
+    with pytest.raises(KeyboardInterrupt):
+        spsa(model, walk)
+    assert walk.at == [2, 1, 1]
+    walk.to(Walk.HOME)
+    assert ((weights(model) - before).abs() <= walked_home(before, 1e-3)).all()
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_refuses_the_update(loss, caplog):
+    model = Regression(torch.float32)
+    before, seen = weights(model), []
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, num_samples=2)
+    optimizer.observers.append(seen.append)
+    optimizer.step(lambda: loss)
+    assert ((weights(model) - before).abs() <= walked_home(before, 1e-3, steps=2)).all()
+    assert not math.isfinite(seen[0].loss)
+    assert "step 0: loss" in caplog.text
+    assert "update refused" in caplog.text
+    optimizer.step(model)
+    assert math.isfinite(seen[1].loss)
+
+
+def test_a_model_that_cannot_run_backward_trains():
+    class NoBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise AssertionError("MeZO asked for a gradient")
+
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1)
+    losses = [optimizer.step(lambda: NoBackward.apply(model())) for _ in range(200)]
+    assert sum(losses[-20:]) < 0.8 * sum(losses[:20])
+
+
+def test_both_forward_passes_run_without_autograd():
+    model, modes = Regression(), []
+    MeZO(model.named_parameters()).step(lambda: modes.append(torch.is_grad_enabled()) or model())
+    assert modes == [False, False]
+
+
+def test_the_autocast_cache_is_cleared_between_the_passes():
+    """Inside one autocast context the second pass would reuse casts of the first one's weights."""
+    model, x = torch.nn.Linear(64, 64), torch.ones(4, 64)
+    optimizer = MeZO(model.named_parameters(), lr=0.0, eps=1e-1, seed=1)
+
+    def loss():
+        return (model(x).float() ** 2).mean()
+
+    def loss_in_its_own_context():
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss()
+
+    expected = optimizer.estimate(loss_in_its_own_context).projected_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        found = optimizer.estimate(loss).projected_grad
+    assert found == pytest.approx(expected, rel=1e-3)  # the walk's own roundings, seen through bf16
+
+
+class Counter(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation creates."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not any(
+            isinstance(a, torch.Tensor) and a.data_ptr() == out.data_ptr() for a in args
+        ):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_nothing_of_a_parameters_size_is_allocated(kernel, monkeypatch):
+    """No z, no gradient, no copy: pieces of at most 2^16 elements, or the kernel's 4 KB."""
+    if not kernel:
+        monkeypatch.setattr(noise, "_kernel", lambda: None)
+    p = torch.nn.Parameter(torch.zeros(1000, 1000))
+    optimizer = MeZO([("p", p)], lr=1.0, num_samples=2, weight_decay=0.1)
+    with Counter() as counter:
+        optimizer.step(lambda: p.sum() * 1.0)
+    assert counter.largest <= (4 if kernel else 4 * 2**16)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eps": 0.0}, "eps must be positive, got 0.0"),
+        ({"eps": -1e-3}, "eps must be positive, got -0.001"),
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"seed": 2**64}, "seed must be in"),
+        ({"distribution": "normal"}, "distribution must be gaussian or rademacher, got 'normal'"),
+    ],
+)
+def test_bad_options_are_refused_by_value(options, message):
+    with pytest.raises(InputError, match=message):
+        MeZO(Regression().named_parameters(), **options)
+
+
+def test_tensors_that_cannot_be_trained_are_refused_by_name():
+    def refused(tensor, message, **options):
+        with pytest.raises(InputError, match=message):
+            MeZO([("w", torch.nn.Parameter(tensor))], **options)
+
+    refused(torch.zeros(3, device="meta"), "parameter w is on the meta device")
+    for dtype in (torch.float16, torch.bfloat16):
+        refused(torch.zeros(3, dtype=dtype), f"parameter w is {str(dtype)[6:]}: perturbing it")
+        MeZO([("w", torch.nn.Parameter(torch.zeros(3, dtype=dtype)))], in_place=True)
+    refused(torch.zeros(3, dtype=torch.complex64), "parameter w is complex64")
+    refused(torch.eye(3).to_sparse(), "parameter w is sparse")
+    MeZO([("w", torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))])
+
+
+def test_two_parameters_on_one_memory_are_refused():
+    """Each walk would move it twice (tied weights are one parameter, and fine)."""
+    w = torch.zeros(3)
+    with pytest.raises(InputError, match="parameters a and b share memory"):
+        MeZO([("a", torch.nn.Parameter(w)), ("b", torch.nn.Parameter(w))])
+
+
+def test_settings_of_the_direction_are_one_for_all_groups():
+    model = Regression()
+    groups = [{"params": [("a", model.first)]}, {"params": [("b", model.last)], "eps": 1e-2}]
+    with pytest.raises(
+        InputError, match=r"eps is one for all parameter groups, got 0.001 and 0.01"
+    ):
+        MeZO(groups)
+
+
+def test_a_step_without_an_estimate_and_probes_out_of_order_are_refused():
+    model = Regression()
+    optimizer = MeZO(model.named_parameters())
+    with pytest.raises(RuntimeError, match="step\\(\\) needs a closure"):
+        optimizer.step()
+    optimizer.estimate(model, probe=1)
+    with pytest.raises(ValueError, match="in order"):
+        optimizer.estimate(model, probe=0)
