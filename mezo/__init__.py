@@ -3,17 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .mezo import Estimate, MeZO, spsa
-
 if TYPE_CHECKING:
     from . import trajectory
+    from .mezo import Estimate, MeZO, spsa
     from .trainer import MeZOConfig, MeZOMixin, MeZOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["Estimate", "MeZO", "MeZOConfig", "MeZOMixin", "MeZOTrainer", "spsa", "trajectory"]
 
-_LAZY = {  # what needs transformers, or is seldom needed, is imported when first asked for
-    "trajectory": "mezo.trajectory",
+_HOME = {  # imported when first asked for: torch takes a second, transformers' Trainer ten
+    "Estimate": "mezo.mezo",
+    "MeZO": "mezo.mezo",
+    "spsa": "mezo.mezo",
     "MeZOConfig": "mezo.trainer",
     "MeZOMixin": "mezo.trainer",
     "MeZOTrainer": "mezo.trainer",
@@ -21,7 +22,8 @@ _LAZY = {  # what needs transformers, or is seldom needed, is imported when firs
 
 
 def __getattr__(name: str):
-    if name not in _LAZY:
+    if name == "trajectory":
+        return import_module("mezo.trajectory")
+    if name not in _HOME:
         raise AttributeError(f"module 'mezo' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    return module if _LAZY[name] == f"mezo.{name}" else getattr(module, name)
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,62 @@
+"""The options of the command line that transformers' TrainingArguments does not have.
+
+Two dataclasses for HfArgumentParser, named as in transformers' and TRL's scripts. No heavy import,
+so that `--help` is quick.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _options(text: str) -> Any:
+    return field(default_factory=list, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its weights are trained."""
+
+    model_name_or_path: str = field(
+        default="minilm",
+        metadata={
+            "help": "Hub name, folder, or an embedded model: minilm (encoder), causal-lm.",
+            "aliases": ["--model"],
+        },
+    )
+    model_revision: str = _option("main", "Branch, tag or commit on the hub.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _option(
+        "float32", "Type of the weights. Trained weights must be float32."
+    )
+    trust_remote_code: bool = _option(False, "Run code that comes with the model. Off: refused.")
+    use_peft: bool = _option(False, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _option(8, "LoRA's rank (Table 15: 8).")
+    lora_alpha: int = _option(16, "LoRA's scale is lora_alpha / lora_r (Table 15: 16).")
+    lora_target_modules: list[str] = _options("Modules that get LoRA; default: all linear ones.")
+
+
+@dataclass
+class DataArguments:
+    """Which examples, and the words that put them to the model."""
+
+    task: str = _option("opinions", "sst2, opinions, or custom with the files below.")
+    data_dir: str | None = _option(None, "Local folder with train, dev and test files.")
+    train_file: str | None = _option(None, "JSONL, CSV, TSV or parquet.")
+    dev_file: str | None = _option(None, "Default: split off the training examples.")
+    test_file: str | None = _option(None, "Default: the dev examples.")
+    prompt: str | None = _option(None, "Template of a custom task: '{text} It was'.")
+    candidates: list[str] = _options("One a label: ' terrible' ' great'. Spaces count.")
+    labels: list[str] = _options("Values of the label column, in the candidates' order.")
+    label_column: str = _option("label", "Column that holds the label.")
+    k: int | None = _option(None, "Few-shot: k training and k dev examples a label.")
+    num_train: int | None = _option(None, "At most so many training examples (paper: 1000).")
+    num_dev: int | None = _option(None, "At most so many dev examples (paper: 500).")
+    num_test: int | None = _option(None, "At most so many test examples (paper: 1000).")
+    split_seed: int = _option(42, "Of the choice of examples.")
+    max_length: int | None = _option(None, "Limit in tokens; default: the model's own.")
+    truncate: bool = _option(False, "Cut longer examples instead of refusing them.")
+    demonstrations: int = _option(0, "eval: examples shown before each question.")
+    calibrate: bool = _option(False, "Subtract the scores of an empty example (Zhao et al., 2021).")
