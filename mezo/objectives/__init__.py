@@ -1,0 +1,118 @@
+"""Scores of candidates, from which come both the loss that is trained and the metric.
+
+    causal    score = mean log-probability a token of the candidate after the prompt
+    masked    score = logit of the candidate's one token at the mask
+    encoder   score = 20 cos(embedding of the text, embedding of the candidate's description)
+
+scores has shape (examples, candidates), float32 whatever the weights are; the loss is the
+cross-entropy over candidates, the prediction is the highest score.
+
+    form = form_for(model, tokenizer, task)
+    batch = form.collate([form.encode(example) for example in examples])
+    loss = form.loss(model, batch)             # a closure for MeZO: lambda: form.loss(model, batch)
+
+Logits, the largest tensor of a forward pass, are made only where they are read.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import InputError
+from ..tasks.task import Task
+from .causal import Causal
+from .encoder import Encoder
+from .form import Batch, Feature, Form, evaluating, to_device, unwrap
+from .masked import Masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Batch", "Causal", "Encoder", "Feature", "Form", "Masked"]
+__all__ += ["evaluating", "form_for", "to_device"]
+
+NEEDS = {  # kind of model -> what a task must have for it
+    "causal": ("prompt", "candidates"),
+    "masked": ("mask_prompt", "verbalizers"),
+    "encoder": ("text", "descriptions"),
+}
+
+
+def form_for(
+    model: "PreTrainedModel | torch.nn.Module",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    max_length: int | None = None,
+    *,
+    kind: str | None = None,
+    truncate: bool = False,
+    objective: str = "candidates",
+) -> Form:
+    """The form that fits the model: causal, masked or encoder. peft's wrapper is looked through.
+
+    Args:
+        max_length: limit in tokens; None is the model's and the tokenizer's own.
+        kind: "causal", "masked" or "encoder", instead of judging by the model's class.
+        truncate: cut longer examples instead of refusing them: on the left, where the template's
+            end stays whole, for causal and masked models, on the right for encoders.
+        objective: what `loss` is, for causal models: "candidates", the cross-entropy over them, or
+            "tokens", the language model's loss on the tokens of the right one alone.
+
+    Raises InputError if task, tokenizer and model do not go together.
+    """
+    inner = unwrap(model)
+    kind = kind or kind_of(inner)
+    if kind not in NEEDS:
+        raise InputError(f"kind must be {', '.join(NEEDS)}, got {kind!r}")
+    for need in NEEDS[kind]:
+        if not getattr(task, need):
+            raise InputError(f"task {task.name} has no {need}, which a model of kind {kind} needs")
+    if objective not in ("candidates", "tokens"):
+        raise InputError(f"objective must be candidates or tokens, got {objective!r}")
+    if objective == "tokens" and kind != "causal":
+        raise InputError(f"objective tokens is for causal models, this one is {kind}")
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} gives no offsets: use a fast tokenizer")
+    shared: dict[str, Any] = {
+        "task": task,
+        "tokenizer": tokenizer,
+        "accepts": frozenset(inspect.signature(inner.forward).parameters),
+        "max_length": _limit(inner, tokenizer, max_length),
+        "truncate": truncate,
+    }
+    if kind == "causal":
+        return Causal(**shared, objective=objective)
+    return Encoder.of(**shared) if kind == "encoder" else Masked.of(**shared)
+
+
+def kind_of(model: "PreTrainedModel") -> str:
+    """causal, masked or encoder, by what the model's class can do."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder: causal, masked and encoder models are run")
+    if model.can_generate():
+        return "causal"
+    if model.get_output_embeddings() is not None:
+        return "masked"
+    if model.base_model is model:
+        return "encoder"
+    raise InputError(f"{name} has a head of its own: load a causal, masked or headless model")
+
+
+def _limit(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", asked: int | None
+) -> int:
+    """Tokens that model and tokenizer can take; what was asked for, if it is no more."""
+    limits = [tokenizer.model_max_length]
+    if getattr(model.config, "max_position_embeddings", None):  # ALiBi and recurrence have none
+        limits.append(model.config.max_position_embeddings)
+    for name, module in model.named_modules():  # RoBERTa's positions start behind padding_idx
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - reserved)
+    if asked is None:
+        return min(limits)
+    if not 2 <= asked <= min(limits):
+        raise InputError(f"max_length must be from 2 to {min(limits)}, got {asked}")
+    return asked

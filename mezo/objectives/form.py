@@ -1,0 +1,125 @@
+"""What the three forms have in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from ..errors import InputError
+from ..tasks.task import Example, Task
+from .tokens import Tokens, stack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Feature = dict[str, Any]
+Batch = dict[str, torch.Tensor]
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; each module's mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def to_device(batch: Batch, model: torch.nn.Module) -> Batch:
+    """The batch where the model is; where it is offloaded, its hooks move the batch."""
+    device = next(model.parameters()).device
+    return batch if device.type == "meta" else {key: t.to(device) for key, t in batch.items()}
+
+
+def unwrap(model: torch.nn.Module) -> "PreTrainedModel":
+    """The transformers model inside peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
+
+
+@dataclass(frozen=True, eq=False)
+class Form(ABC):
+    """How a task is put to one kind of model. Holds no model: wrap yours as you like.
+
+    `encode` makes an example's features once, `collate` a padded batch on the CPU, with labels
+    first; both are what a Trainer takes as dataset and data_collator.
+    """
+
+    task: Task
+    tokenizer: "PreTrainedTokenizerBase"
+    accepts: frozenset[str]  # argument names of the model's forward
+    max_length: int
+    truncate: bool = False  # cut what is too long instead of refusing it
+    offsets: torch.Tensor | None = None  # (candidates,), subtracted from the scores
+
+    @abstractmethod
+    def texts(self, example: Example) -> list[str]:
+        """What the model reads, before tokenisation."""
+
+    @abstractmethod
+    def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
+        """Features of one example. Longer than max_length: InputError, unless truncate."""
+
+    @abstractmethod
+    def collate(self, features: Sequence[Feature]) -> Batch:
+        """A batch as long as its longest row."""
+
+    @abstractmethod
+    def in_context(self, model: torch.nn.Module, demonstrations: Sequence[Example]) -> "Form":
+        """This form with demonstrations in front of every example."""
+
+    @abstractmethod
+    def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor: ...
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """(examples, candidates), float32."""
+        scores = self._scores(model, batch)
+        return scores if self.offsets is None else scores - self.offsets.to(scores.device)
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross-entropy over candidates, mean over the batch: a float32 scalar."""
+        return F.cross_entropy(self.scores(model, batch), batch["labels"])
+
+    def calibrate(self, model: torch.nn.Module) -> "Form":
+        """This form with the scores of an empty example subtracted, as they are now.
+
+        Zhao et al. (2021): removes the model's liking for a candidate whatever the text.
+        """
+        plain = replace(self, offsets=None)
+        neutral = plain.encode(Example(dict.fromkeys(self.task.columns, ""), 0, "empty example"))
+        with evaluating(model):
+            scores = plain.scores(model, to_device(plain.collate([neutral]), model))
+        return replace(self, offsets=scores[0])
+
+    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> Batch:
+        """input_ids and attention_mask of shape (rows, longest)."""
+        filler = self.tokenizer.pad_token_id or 0  # masked, so that any token does
+        return {
+            "input_ids": stack(rows, filler, side),
+            "attention_mask": stack([[1] * len(row) for row in rows], 0, side),
+        }
+
+    def _fit(self, tokens: Tokens, example: Example) -> Tokens:
+        """Refuses what is too long; or cuts it on the left, behind the leading special tokens."""
+        excess = len(tokens.ids) - self.max_length
+        if excess <= 0:
+            return tokens
+        self._refuse(len(tokens.ids), example)
+        where = example.origin or "example"
+        if tokens.leading + excess >= tokens.first:
+            raise InputError(f"{where}: a limit of {self.max_length} tokens leaves no text")
+        return tokens.cut(excess)
+
+    def _refuse(self, length: int, example: Example) -> None:
+        if length > self.max_length and not self.truncate:
+            raise InputError(
+                f"{example.origin or 'example'} has {length} tokens, the limit is "
+                f"{self.max_length}; shorten it or pass truncate"
+            )
