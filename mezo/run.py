@@ -92,32 +92,40 @@ def task_of(args: DataArguments) -> Task:
 
 
 def load_splits(task: Task, args: DataArguments) -> Splits:
-    """train, dev and test examples as the options ask for them."""
+    """train, dev and test examples as the options ask for them.
 
-    def read(split: str) -> list[Example]:
-        file = getattr(args, f"{split}_file")
-        return tasks.load_examples(task, split, data_dir=args.data_dir, files=file)
-
-    seed = args.split_seed
-    train, test = read("train"), None
-    if args.test_file or not args.train_file or args.data_dir:
-        test = read("test")
+    Without dev examples of its own a run splits them off the training set, as the paper does; the
+    public dev set is then the test set.
+    """
+    train = _read(task, args, "train")
     if args.k is not None:
-        train, dev = tasks.few_shot(train, args.k, seed)
+        train, dev = tasks.few_shot(train, args.k, args.split_seed)
     elif args.dev_file or (task.folder and not args.train_file and not args.data_dir):
-        dev = read("dev")
-    else:  # as the paper: dev is split off the training examples, the test set is the dev file's
-        mixed = tasks.sample(train, len(train), seed)
-        size = min(args.num_dev or 500, len(mixed) // 5 or 1)
+        dev = _read(task, args, "dev")
+    else:
+        mixed = tasks.sample(train, len(train), args.split_seed)
+        size = min(args.num_dev or 500, len(mixed) // 5)
+        if size == 0:
+            raise InputError(f"{len(mixed)} training examples are too few to train and to validate")
         train, dev = mixed[:-size], mixed[-size:]
-        if not train:
-            raise InputError(f"{len(mixed)} training example is too few to train and to validate")
-    splits = {"train": train, "dev": dev, "test": test if test is not None else dev}
-    for split in splits:
-        limit = getattr(args, f"num_{split}")
-        if limit is not None and limit < len(splits[split]):
-            splits[split] = tasks.sample(splits[split], limit, seed)
-    return splits
+    has_test = args.test_file or args.data_dir or not args.train_file
+    test = _read(task, args, "test") if has_test else dev
+    return {
+        "train": _at_most(train, args.num_train, args.split_seed),
+        "dev": _at_most(dev, args.num_dev, args.split_seed),
+        "test": _at_most(test, args.num_test, args.split_seed),
+    }
+
+
+def _read(task: Task, args: DataArguments, split: str) -> list[Example]:
+    file = getattr(args, f"{split}_file")
+    return tasks.load_examples(task, split, data_dir=args.data_dir, files=file)
+
+
+def _at_most(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+    if limit is None or limit >= len(examples):
+        return examples
+    return tasks.sample(examples, limit, seed)
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments) -> dict:
@@ -198,17 +206,18 @@ def evaluate(
 ) -> dict:
     """Accuracy on the test examples: zero-shot, in context, or after replaying a run log."""
     task = task_of(data_args)
-    splits = load_splits(task, data_args)
+    examples = _at_most(_read(task, data_args, "test"), data_args.num_test, data_args.split_seed)
+    shown: list[Example] = []
+    if data_args.demonstrations:
+        train = _read(task, data_args, "train")
+        shown = tasks.sample(train, data_args.demonstrations, data_args.split_seed)
     model, tokenizer = models.load(model_args)
     if log is not None:
         trajectory.replay(log, model)
     form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
     if data_args.calibrate:
         form = form.calibrate(model)
-    shown: list[Example] = []
-    if data_args.demonstrations:
-        shown = tasks.sample(splits["train"], data_args.demonstrations, data_args.split_seed)
-    found = evaluate_form(model, form, splits["test"], batch_size, demonstrations=shown)
+    found = evaluate_form(model, form, examples, batch_size, demonstrations=shown)
     result = {"task": task.name, "model": model_args.model_name_or_path, "accuracy": found.accuracy}
     result |= {"loss": found.loss, "n": found.n, "demonstrations": len(shown)}
     return result | {"demonstrations_dropped": found.dropped, "log": log}

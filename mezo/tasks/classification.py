@@ -36,6 +36,6 @@ OPINIONS = Task(
     mask_prompt="{text} It was {mask}.",
     verbalizers=("terrible", "great"),
     text="{text}",
-    descriptions=("a negative review: it was terrible", "a positive review: it was great"),
+    descriptions=("negative", "positive"),
     folder="demo/opinions",
 )

@@ -1,0 +1,214 @@
+"""MeZO under transformers' Trainer, and under every trainer built on it (TRL's SFT, DPO, reward).
+
+    from mezo import MeZOConfig, MeZOTrainer
+    MeZOTrainer(model, MeZOConfig("out", max_steps=20_000), train_dataset=train).train()
+
+    class MeZOSFTTrainer(MeZOMixin, SFTTrainer): ...
+
+The loop, schedules, evaluation, callbacks, checkpoints and loggers are the Trainer's own. Where it
+would run one backward pass a micro-batch, an update here is one walk theta + eps z, theta - eps z,
+theta with all micro-batches evaluated at either end.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import PushToHubMixin
+
+from . import trajectory
+from .distributed import broadcast_, mean_over_processes
+from .errors import InputError
+from .mezo import Estimate, MeZO
+
+_Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
+
+
+@dataclass
+class MeZOConfig(TrainingArguments):
+    """TrainingArguments with MeZO's options and defaults; `learning_rate` and `seed` are MeZO's.
+
+    For a TRL trainer: `@dataclass class MeZOSFTConfig(MeZOConfig, SFTConfig): ...`. Any other
+    TrainingArguments works too, with the defaults of `MeZO` for what it lacks. Without effect, as
+    there is no gradient: optim, adam_*, max_grad_norm, activation_checkpointing, neftune_*, ddp_*.
+    """
+
+    learning_rate: float = field(
+        default=1e-6,  # Tables 15 and 16: 1e-7 to 1e-6 for all weights
+        metadata={"help": "1e-7 to 1e-6 for all weights, 1e-5 to 1e-4 for LoRA."},
+    )
+    lr_scheduler_type: str = field(  # type: ignore[assignment]  # TRL narrows it the same way
+        default="constant", metadata={"help": "The paper's runs keep the learning rate constant."}
+    )
+    mezo_eps: float = field(
+        default=1e-3,
+        metadata={"help": "Size of the perturbation; 1e-2 for LoRA, 1e-1 for prefixes."},
+    )
+    num_samples: int = field(
+        default=1, metadata={"help": "Directions a step, averaged; 2 forward passes each."}
+    )
+    distribution: str = field(
+        default="gaussian", metadata={"help": "Of the directions: gaussian or rademacher."}
+    )
+
+
+class MeZOMixin(_Host):
+    """Puts MeZO into a Trainer class: `class MeZODPOTrainer(MeZOMixin, DPOTrainer): ...`.
+
+    Trains whatever has requires_grad=True. Both passes run in eval mode: dropout would drown their
+    difference. Only the `training` flag of a transformers or peft model itself stays True, by which
+    TRL tells training from evaluation. `compute_loss` is called twice a micro-batch and direction,
+    without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
+    absolute value, and `output_dir/run.mezo` is the run's log (see trajectory.py).
+
+    Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, FSDP, context
+    parallelism, DataParallel, another optimizer. Not for trainers that generate in
+    `_prepare_inputs` (GRPO, RLOO).
+    """
+
+    optimizer: Any  # MeZO; while training, in Accelerate's wrapper
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _check(self)
+        self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
+        self._estimates: list[Estimate] = []  # of the latest update, one a direction
+        self._run_log = _RunLog()
+        self.add_callback(self._run_log)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # whatever ended it: the log is complete up to the last step
+            self._window = []
+            self._run_log.close()
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
+        if self.optimizer is None:
+            model, args = self.model if model is None else model, self.args
+            decayed = set(self.get_decay_parameter_names(model))
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [pair for pair in named if pair[0] in decayed]},
+                {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
+            ]
+            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            if isinstance(args, MeZOConfig):
+                options |= {"eps": args.mezo_eps, "num_samples": args.num_samples}
+                options |= {"distribution": args.distribution}
+            self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
+        return self.optimizer
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """Autocast and compile, without DDP: its gradient buckets are as large as the weights."""
+        model = super()._wrap_model(model, training=False, dataloader=dataloader)
+        return self.accelerator.prepare_model(model, evaluation_mode=True) if training else model
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Keep the micro-batch; with the last one of the update, estimate along every direction.
+
+        Returns the update's loss, the mean of both passes, once: 0 for the other micro-batches.
+        """
+        scaled = self.loss_is_scaled_for_ga  # the rule of Trainer.training_step
+        if scaled is None:
+            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = takes_count or self.compute_loss_func is not None
+        divisor = 1 if scaled else self.current_gradient_accumulation_steps
+        self._window.append((inputs, num_items_in_batch, divisor))
+        if not self.accelerator.sync_gradients:  # more micro-batches to come
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        model.eval()
+        self.model.training = isinstance(self.model, PushToHubMixin)  # transformers' and peft's
+        optimizer = self.optimizer.optimizer
+        self._estimates = [  # weights restored: callbacks may save before optimizer.step()
+            optimizer.estimate(lambda: self._window_loss(model, window), probe)
+            for probe in range(optimizer.param_groups[0]["num_samples"])
+        ]
+        loss = sum(estimate.loss for estimate in self._estimates) / len(self._estimates)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _window_loss(self, model, window) -> float:
+        """The loss over all micro-batches of an update and all processes."""
+        loss = 0.0
+        for inputs, num_items, divisor in window:
+            fresh = self._prepare_inputs(inputs)  # a new dict each time: compute_loss changes it
+            with self.compute_loss_context_manager():
+                micro = self.compute_loss(model, fresh, num_items_in_batch=num_items)
+            loss += float(micro) / divisor
+        return mean_over_processes(loss, self.args.device)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        """Length of the update in units of lr |z|: |projected_grad|, if there is one direction.
+
+        `grad_norm` comes from clipping no gradients at all, and is 0.
+        """
+        return math.hypot(*(e.projected_grad for e in self._estimates)) / len(self._estimates)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._estimates:
+            grads = [estimate.projected_grad for estimate in self._estimates]
+            logs["projected_grad"] = sum(grads) / len(grads)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Two forward passes a direction: 4 per weight and token, where Trainer counts 6."""
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+        directions = self.optimizer.param_groups[0]["num_samples"]
+        return super().floating_point_ops(tensors) * 2 // 3 * directions
+
+
+class MeZOTrainer(MeZOMixin, Trainer):
+    """transformers' Trainer with MeZO: same arguments, same loop, forward passes alone."""
+
+
+class _RunLog(TrainerCallback):
+    """Opens `output_dir/run.mezo` when everything is loaded and the optimizer's step is known."""
+
+    def __init__(self) -> None:
+        self._writer: trajectory.Writer | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        broadcast_(model)
+        self.close()  # auto_find_batch_size begins again
+        path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer
+        resume = mezo.param_groups[0]["step"] > 0
+        if resume and not path.exists():
+            message = "%s does not exist: the resumed run keeps no log"
+            logging.getLogger("mezo").warning(message, path)
+        elif state.is_world_process_zero:
+            config = args.to_sanitized_dict()
+            self._writer = trajectory.record(mezo, path, model=model, config=config, resume=resume)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _check(trainer: Trainer) -> None:
+    """InputError for settings that MeZO cannot honour; a warning for those without effect."""
+    args, mezo = trainer.args, (type(None), MeZO)
+    refused = {
+        "fp16=True": (args.fp16, "it scales gradients, and there are none: use bf16=True"),
+        "deepspeed": (trainer.is_deepspeed_enabled, "use torchrun alone"),
+        "fsdp": (args.fsdp or trainer.is_fsdp_enabled, "use torchrun alone, or one GPU"),
+        "parallelism_config": (args.parallelism_config, "use torchrun alone"),
+        "DataParallel": (args.n_gpu > 1, f"use torchrun --nproc_per_node={args.n_gpu}, or one GPU"),
+        "optimizer_cls_and_kwargs": (trainer.optimizer_cls_and_kwargs, "the optimizer is MeZO"),
+        "optimizers": (not isinstance(trainer.optimizer, mezo), "the optimizer must be a MeZO"),
+    }
+    for option, (given, instead) in refused.items():
+        if given:
+            raise InputError(f"{option} does not go with MeZO: {instead}")
+    logger = logging.getLogger("mezo")
+    if args.activation_checkpointing:  # TRL's default
+        logger.warning("activation_checkpointing has no effect: no activations are kept anyway")
+    if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
+        message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
+        logger.warning(message, args.learning_rate)
