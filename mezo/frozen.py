@@ -78,13 +78,12 @@ class FrozenLower:
         """The states of one text at the first trained layer, shape (tokens, hidden)."""
         key = tuple(row.tolist())
         if key not in self._states:
-            self._entering, seen = None, []
+            self._entering = None
+            seen: list[torch.Tensor] = []
             layer = self.layers[self.first]
             hook = layer.register_forward_pre_hook(lambda m, args: _stop(seen, args[0]))
             try:
-                self.model.forward(
-                    input_ids=row[None], attention_mask=torch.ones_like(row)[None]
-                )
+                self.model.forward(input_ids=row[None], attention_mask=torch.ones_like(row)[None])
             except _Stop:
                 self._states[key] = seen[0][0].clone()
             finally:
