@@ -141,6 +141,13 @@ def _show_help(prog: str, kinds: tuple, tail: str = "") -> None:
     print(tail.lstrip("\n"), end="")
 
 
+def _quiet() -> None:
+    """This process is ours: no progress bars for loading a model."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -162,6 +169,7 @@ def _train(argv: list[str]) -> None:
         return _show_help("mezo train", (ModelArguments, DataArguments), TRAIN_HELP)
     from . import run
 
+    _quiet()
     kinds = (ModelArguments, DataArguments, run.TrainArguments)
     parser = _hf_parser("mezo train", kinds, json=JSON)
     if "--help_all" in argv:
@@ -195,6 +203,7 @@ def _eval(argv: list[str]) -> None:
         return _show_help("mezo eval", (ModelArguments, DataArguments), tail)
     from . import run
 
+    _quiet()
     kinds = (ModelArguments, DataArguments)
     options = {"replay": {}, "batch_size": {"type": int, "default": 32}, "json": JSON}
     model, data, own = _parse(argv, _hf_parser("mezo eval", kinds, **options), kinds)
@@ -212,6 +221,7 @@ def _replay(argv: list[str]) -> None:
         return _show_help("mezo replay", (ModelArguments,), tail)
     from . import run
 
+    _quiet()
     options = {"log": {"required": True}, "output_dir": {"required": True}}
     parser = _hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int}, json=JSON)
     model, own = _parse(argv, parser, (ModelArguments,))
@@ -250,5 +260,7 @@ def _demo(argv: list[str]) -> None:
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from .demo import demo
+
+    _quiet()
 
     demo.main(own.output_dir, seed=own.seed, as_json=own.json)

@@ -11,7 +11,6 @@ def learning_curves(
     path: Path,
     curves: Mapping[str, Sequence[Point]],
     memory: Mapping[str, int],
-    zero_shot: float,
 ) -> None:
     """Dev accuracy against forward passes, and memory above inference, side by side in one PNG."""
     try:
@@ -27,7 +26,6 @@ def learning_curves(
     for name, points in curves.items():
         passes, accuracies = [p.forward_passes for p in points], [100 * p.accuracy for p in points]
         left.plot(passes, accuracies, marker="o", markersize=3, color=colours[name], label=name)
-    left.axhline(100 * zero_shot, color="grey", linestyle=":", label="zero-shot (test)")
     left.set(xlabel="forward passes of one batch (a backward pass counts as two)")
     left.set(ylabel="dev accuracy, %")
     left.legend(loc="lower right")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import trajectory
 from .errors import InputError
@@ -69,8 +70,6 @@ def select(model: torch.nn.Module, trainable: str) -> int:
 
 def batches(features: Sequence[Feature], size: int, seed: int) -> Iterator[list[Feature]]:
     """Shuffled epochs without end, in batches of like length: less padding to compute."""
-    from transformers.trainer_pt_utils import get_length_grouped_indices
-
     generator = torch.Generator().manual_seed(seed)
     lengths = [feature["length"] for feature in features]
     while True:
@@ -152,7 +151,7 @@ def _adam(model, form: Form, recipe: Recipe):
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -1,0 +1,1 @@
+"""How the models embedded in the package were trained: prepare -> causal or masked."""
