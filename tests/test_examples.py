@@ -1,0 +1,52 @@
+"""What the README and examples/ say is run, offline: hub names become the embedded model."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mezo import cli
+from mezo.arguments import DataArguments, ModelArguments
+from mezo.models import causal_lm
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    (code,) = [text for language, text in BLOCKS if language == "python"]
+    assert '"facebook/opt-125m"' in code
+    exec(code.replace('"facebook/opt-125m"', repr(str(causal_lm()))), {})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 10
+
+
+def test_the_commands_of_the_readme_have_the_options_they_use():
+    from mezo.run import TrainArguments
+
+    kinds = {"train": (ModelArguments, DataArguments, TrainArguments)}
+    kinds |= {"eval": (ModelArguments, DataArguments), "replay": (ModelArguments,)}
+    own = {"replay": {"log": {}, "output_dir": {}}, "train": {}, "eval": {}}
+    lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("mezo ")]
+    assert {command[1] for command in commands} >= {"train", "eval", "replay", "log"}
+    for _, name, *argv in commands:
+        if name in kinds:
+            parser = cli._hf_parser(f"mezo {name}", kinds[name], **own[name])
+            cli._parse(argv, parser, kinds[name])
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
+@pytest.mark.parametrize("name", ["plain_loop", "hf_trainer", "nondifferentiable"])
+def test_the_example_learns(name, capsys):
+    """Each prints a figure at the start and at the end; it must have gone the right way."""
+    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    if name == "hf_trainer":
+        assert "eval_accuracy" in lines[-1]
+        return
+    first, last = (float(line.split()[-1]) for line in (lines[0], lines[-1]))
+    assert last < first if name == "plain_loop" else last > first
