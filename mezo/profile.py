@@ -1,5 +1,6 @@
 """Peak memory of a stretch of code, measured: the device's allocator, or the process on a CPU."""
 
+import contextlib
 import ctypes
 import gc
 import platform
@@ -14,9 +15,10 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`: the most memory taken above the start.
 
-    On CUDA to the byte. On a CPU from the process's resident pages: good to a few MB, since memory
+    On CUDA to the byte. On a CPU from the process's resident pages: good to 10 or 20 MB, since memory
     that was freed before may be used again unseen; what can be given back is given back first.
-    Where the high-water mark cannot be reset (macOS), a stretch below an earlier peak reads 0.
+    Where the high-water mark cannot be reset (macOS, some sandboxes), a stretch below an earlier
+    peak reads 0.
     """
 
     bytes = 0
@@ -29,8 +31,10 @@ class PeakMemory:
             self._start = torch.cuda.memory_allocated()
         else:
             if platform.system() == "Linux":
-                ctypes.CDLL(None).malloc_trim(0)
-                _RESET.write_text("5")  # the high-water mark is what is resident now
+                with contextlib.suppress(AttributeError):  # musl has none
+                    ctypes.CDLL(None).malloc_trim(0)
+                with contextlib.suppress(OSError):  # a sandbox may forbid it
+                    _RESET.write_text("5")  # the high-water mark is what is resident now
             self._start = _high_water()
         return self
 

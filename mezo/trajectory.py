@@ -157,11 +157,15 @@ def record(
     header: dict[str, Any] = {"format": FORMAT, "noise": noise.CONTRACT, "seed": group["seed"]}
     header |= {"distribution": group["distribution"], "perturbation": "in place", "rule": "sgd"}
     header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
-    trained = {id(p) for _, p, _ in rows}
-    frozen = [] if model is None else [p for p in model.parameters() if id(p) not in trained]
-    digests = "".join(fingerprint(p) for p in frozen)
-    header["frozen"] = hashlib.sha256(digests.encode()).hexdigest()[:16] if frozen else None
+    header["frozen"] = None if model is None else _frozen(model, {name for name, _, _ in rows})
     return Writer(optimizer, path, header | {"tensors": tensors})
+
+
+def _frozen(model: torch.nn.Module, trained: set[str]) -> str | None:
+    """One fingerprint for all that is not trained: an adapter's base. None: nothing is frozen."""
+    named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
+    digests = "".join(fingerprint(p) for name, p in named.items() if name not in trained)
+    return hashlib.sha256(digests.encode()).hexdigest()[:16] if digests else None
 
 
 def _entry(name: str, p: torch.Tensor) -> dict[str, Any]:
@@ -293,7 +297,8 @@ def replay(
 
     Bitwise: the same additions in the same order, without data or forward passes, one tensor at a
     time. `until` stops after that many steps. `progress(done, total)` is told of each tensor.
-    Raises InputError if a tensor is missing or (with `verify`) is not what the run started from.
+    Raises InputError if a tensor is missing or (with `verify`) is not what the run started from,
+    trained or frozen.
     """
     log = read(path)
     steps = log.steps[:until]
@@ -301,6 +306,11 @@ def replay(
     entries = log.header["tensors"]
     for entry in entries:
         _match(path, entry, named.get(entry["name"]), verify)
+    expected = log.header["frozen"]
+    if verify and expected and expected != _frozen(model, {entry["name"] for entry in entries}):
+        raise InputError(
+            f"{path}: the weights that the run kept frozen are not those of this model"
+        )
     for done, entry in enumerate(entries, 1):
         _replay_tensor(named[entry["name"]], entry, log.header, steps)
         if progress is not None:

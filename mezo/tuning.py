@@ -7,18 +7,23 @@ checkpoints; here a run starts from the weights given and ends in the same proce
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from . import trajectory
+from . import noise, trajectory
 from .errors import InputError
 from .evaluate import evaluate
 from .mezo import MeZO
-from .objectives import Feature, Form, evaluating, to_device
+from .objectives import Batch, Feature, Form, evaluating, to_device
+from .profile import PeakMemory
 from .tasks import Example
+
+Step = Callable[[Batch, float], float]  # (batch, learning rate) -> loss
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,12 @@ def select(model: torch.nn.Module, trainable: str) -> int:
         pattern = re.compile(trainable)
     except re.error as error:
         raise InputError(f"trainable {trainable!r} is no regular expression: {error}") from None
-    number = 0
-    for name, p in model.named_parameters():
-        p.requires_grad_(pattern.search(name) is not None)
-        number += p.numel() * p.requires_grad
-    if not number:
+    chosen = {name for name, _ in model.named_parameters() if pattern.search(name)}
+    if not chosen:
         raise InputError(f"trainable {trainable!r} matches no parameter of the model")
-    return number
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in chosen)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def batches(features: Sequence[Feature], size: int, seed: int) -> Iterator[list[Feature]]:
@@ -96,14 +100,13 @@ def tune(
     `log` is where a run of MeZO leaves its run log. Evaluates on `held_out` before, `evaluations`
     times on the way, and at the end; the choice of examples for evaluation is the caller's.
     """
+    _check(recipe, train, evaluations)
     select(model, recipe.trainable)
     stream = batches([form.encode(example) for example in train], recipe.batch_size, seed)
-    step_of = _adam(model, form, recipe) if recipe.method == "adam" else None
     tuned, writer = Tuned([_point(model, form, held_out, 0, recipe, 0.0)]), None
-    if step_of is None:
-        step_of, optimizer = _mezo(model, form, recipe, seed)
-        if log is not None:
-            writer = trajectory.record(optimizer, log, model=model)
+    step_of, optimizer = stepper(model, form, recipe, seed)
+    if log is not None and isinstance(optimizer, MeZO):
+        writer = trajectory.record(optimizer, log, model=model, config=asdict(recipe))
     every = max(1, recipe.steps // evaluations)
     try:
         for step in range(1, recipe.steps + 1):
@@ -121,39 +124,88 @@ def tune(
     return tuned
 
 
-def _mezo(model, form: Form, recipe: Recipe, seed: int):
-    optimizer = MeZO(
-        model.named_parameters(),
-        recipe.lr,
-        eps=recipe.eps,
-        num_samples=recipe.num_samples,
-        distribution=recipe.distribution,
-        seed=seed,
-    )
+def _check(recipe: Recipe, train: Sequence[Example], evaluations: int) -> None:
+    if recipe.method not in ("mezo", "adam"):
+        raise InputError(f"method must be mezo or adam, got {recipe.method!r}")
+    counts = {"steps": recipe.steps, "batch_size": recipe.batch_size, "evaluations": evaluations}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if not train:
+        raise InputError("there are no training examples")
 
-    def step(batch, lr: float) -> float:
+
+def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.optim.Optimizer]:
+    """A function that makes one step on a batch at a learning rate, and the optimizer behind it."""
+    optimizer: torch.optim.Optimizer
+    if recipe.method == "mezo":
+        optimizer = MeZO(
+            model.named_parameters(),
+            recipe.lr,
+            eps=recipe.eps,
+            num_samples=recipe.num_samples,
+            distribution=recipe.distribution,
+            seed=seed,
+        )
+        compute = partial(_forward_only, model, form, optimizer)
+    else:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
+        compute = partial(_backward, model, form, optimizer, count(seed << 32))
+
+    def step(batch: Batch, lr: float) -> float:
         optimizer.param_groups[0]["lr"] = lr
-        with evaluating(model):
-            return optimizer.step(lambda: form.loss(model, batch))
+        return compute(batch)
 
     return step, optimizer
 
 
-def _adam(model, form: Form, recipe: Recipe):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
+def _forward_only(model, form: Form, optimizer: MeZO, batch: Batch) -> float:
+    with evaluating(model):
+        return optimizer.step(lambda: form.loss(model, batch))
 
-    def step(batch, lr: float) -> float:
-        optimizer.param_groups[0]["lr"] = lr
-        model.train()
+
+def _backward(
+    model, form: Form, optimizer: torch.optim.Optimizer, seeds: Iterator[int], batch: Batch
+) -> float:
+    device = batch["labels"].device
+    model.train()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(next(seeds) % 2**64)  # of dropout: the run is its seed's
         loss = form.loss(model, batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.eval()
-        return float(loss.detach())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+    return float(loss.detach())
 
-    return step
+
+def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe) -> int:
+    """Peak memory of training above that of inference, in bytes, on the longest batch.
+
+    Three steps against three forward passes, after a warm-up: what a process loads once (kernels,
+    thread pools) does not count. Changes the weights.
+    """
+    select(model, recipe.trainable)
+    features = sorted((form.encode(e) for e in examples), key=lambda feature: feature["length"])
+    batch = to_device(form.collate(features[-recipe.batch_size :]), model)
+    noise.apply_(torch.zeros(2**18), (0, 0), [(1.0, 1.0)], step=0, distribution=recipe.distribution)
+    for p in model.parameters():
+        p.detach().sum()  # files are mapped: a weight counts once it was read
+
+    def infer() -> None:
+        with evaluating(model):
+            for _ in range(3):
+                form.loss(model, batch)
+
+    infer()
+    with PeakMemory() as inference:
+        infer()
+    with PeakMemory() as training:
+        step, _ = stepper(model, form, recipe, seed=0)
+        for _ in range(3):
+            step(batch, recipe.lr)
+    return training.bytes - inference.bytes
 
 
 def _point(model, form, examples, step: int, recipe: Recipe, seconds: float) -> Point:

@@ -11,19 +11,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import models, noise, tasks
+from .. import models, tasks
 from ..arguments import ModelArguments
 from ..evaluate import evaluate
 from ..objectives import Form, form_for
-from ..profile import PeakMemory
 from ..run import environment
 from ..tasks import Example
-from ..tuning import Point, Recipe, Tuned, tune
+from ..tuning import Point, Recipe, extra_memory, tune
 
 # found by trials on the dev set: MeZO rates are far from those of Adam, and depend on what is tuned
 BIASES = r"bias|LayerNorm"
@@ -76,32 +74,29 @@ def run(
 ) -> Row:
     """Tune a fresh model by a recipe and test it."""
     model, form, splits = load()
-    inference = _inference_memory(model, form, splits["train"], recipe.batch_size)
-    with PeakMemory() as peak:
-        tuned: Tuned = tune(
-            model,
-            form,
-            splits["train"],
-            recipe,
-            seed=seed,
-            held_out=splits["dev"],
-            log=log,
-            on_step=on_step,
-        )
-    accuracy = evaluate(model, form, splits["test"]).accuracy
-    extra, last = max(0, peak.bytes - inference), tuned.points[-1]
-    row = Row(name, accuracy, extra, tuned.seconds, last.forward_passes, tuned.points, tuned.losses)
+    extra = extra_memory(model, form, splits["train"], recipe)
+    model, form, splits = load()  # the measurement moved the weights
+    tuned = tune(
+        model,
+        form,
+        splits["train"],
+        recipe,
+        seed=seed,
+        held_out=splits["dev"],
+        log=log,
+        on_step=on_step,
+    )
+    accuracy, last = evaluate(model, form, splits["test"]).accuracy, tuned.points[-1]
+    row = Row(
+        name,
+        accuracy,
+        max(0, extra),
+        tuned.seconds,
+        last.forward_passes,
+        tuned.points,
+        tuned.losses,
+    )
     return replace(row, log=None if log is None else str(log))
-
-
-def _inference_memory(model, form: Form, examples: list[Example], batch_size: int) -> int:
-    """Of forward passes over the same examples in batches of the same size."""
-    for kernel in noise.DISTRIBUTIONS:  # loaded once for good, so before anything is measured
-        noise.apply_(torch.zeros(2**18), (0, 0), [(1.0, 1.0)], step=0, distribution=kernel)
-    evaluate(model, form, examples, batch_size)
-    with PeakMemory() as peak:
-        evaluate(model, form, examples, batch_size)
-    return peak.bytes
 
 
 def main(output_dir: str, seed: int = 0, as_json: bool = False) -> None:
