@@ -16,7 +16,7 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/mezo demo --output_dir $(OUT)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 slow: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m slow

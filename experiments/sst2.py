@@ -28,8 +28,8 @@ RECIPES = {
         "adam": Recipe("adam", 150, 5e-5, batch_size=16),
     },
     "causal-lm": {
-        "mezo-biases": Recipe("mezo", 1500, 3e-3, eps=1e-2, trainable=BIASES),
-        "mezo": Recipe("mezo", 1500, 2e-5),
+        "mezo-biases": Recipe("mezo", 600, 3e-3, eps=1e-2, trainable=BIASES),
+        "mezo": Recipe("mezo", 600, 2e-4),
         "adam": Recipe("adam", 200, 3e-4, batch_size=16),
     },
 }

@@ -36,6 +36,8 @@ class ModelArguments:
     lora_r: int = _option(8, "LoRA's rank (Table 15: 8).")
     lora_alpha: int = _option(16, "LoRA's scale is lora_alpha / lora_r (Table 15: 16).")
     lora_target_modules: list[str] = _options("Modules that get LoRA; default: all linear ones.")
+    trainable: str | None = _option(None, "train: only weights whose name this expression finds.")
+    freeze_layers: int = _option(0, "train: freeze so many lower layers, run them once a text.")
 
 
 @dataclass

@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import math
+import os
+import shlex
 import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -41,6 +46,7 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --eval_steps N  --save_steps N      default 500
   --resume_from_checkpoint true       go on after an interruption
   --report_to tensorboard
+  --json                              the result as one line of JSON
 """
 
 
@@ -48,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
+        print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"mezo {__version__}")
@@ -58,16 +64,19 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in commands:
             raise InputError(f"unknown command {argv[0]!r}{_nearest(argv[0], commands)}")
         commands[argv[0]](argv[1:])
+        sys.stdout.flush()
     except InputError as error:
-        print(f"mezo: {error}", file=sys.stderr)
+        print(f"mezo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, head say, has enough; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("\nmezo: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _nearest(word: str, known) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
 
@@ -79,41 +88,60 @@ class _Parser(argparse.ArgumentParser):
 
 def _with_config(argv: list[str]) -> list[str]:
     """argv with the contents of --config FILE put before it, as options, so that flags win."""
-    if "--config" not in argv:
-        return argv
-    at = argv.index("--config")
-    if at + 1 == len(argv):
-        raise InputError("--config needs a file")
+    parser = _Parser(prog="mezo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(argv)
+    return argv if found.config is None else _options_in(found.config) + rest
+
+
+def _options_in(path: str) -> list[str]:
     import yaml
 
-    path, rest = argv[at + 1], argv[:at] + argv[at + 2 :]
     try:
-        options = yaml.safe_load(Path(path).read_text())
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(options, dict):
         raise InputError(f"{path}: expected lines 'option: value'")
-    front = []
+    argv = []
     for name, value in options.items():
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            front += [f"--{name}", *map(str, values)]
-    return front + rest
+        if isinstance(value, list) and value:
+            argv += [f"--{name}", *map(str, value)]
+        elif value is True:
+            argv += [f"--{name}"]
+        elif value is not None and value != []:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            argv += [f"--{name}={text}"]
+    return argv
 
 
 def _parse(argv: list[str], parser, kinds: tuple) -> tuple:
     """Instances of the dataclasses `kinds`, and the parser's own options."""
-    argv = _with_config(argv)
-    try:
-        *found, left = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    namespace, left = parser.parse_known_args(argv)
     if left:
-        known = [f"--{f.name}" for kind in kinds for f in fields(kind)]
-        raise InputError(f"unknown option {left[0]}{_nearest(left[0], known)}")
-    return tuple(found)
+        _refuse(left[0].split("=")[0], parser, kinds)
+    try:
+        found = parser.parse_dict(vars(namespace), allow_extra_keys=True)
+    except (ValueError, ImportError) as error:  # of transformers' own checks
+        raise InputError(str(error)) from None
+    return (*found, namespace)
+
+
+def _refuse(word: str, parser, kinds: tuple) -> None:
+    if not word.startswith("-"):
+        raise InputError(f"unexpected argument {word!r}: options begin with --")
+    names = [name for kind in kinds for f in fields(kind) for name in _names(f)]
+    own = [name for action in parser.own for name in action.option_strings]
+    known = [name.lstrip("-") for name in (*names, *own)]
+    near = get_close_matches(word.lstrip("-"), known, n=1)
+    hint = f"did you mean --{near[0]}?" if near else f"{parser.prog} --help lists them"
+    raise InputError(f"unknown option {word}; {hint}")
+
+
+def _names(f) -> list[str]:
+    return [*f.metadata.get("aliases", []), f"--{f.name}"]
 
 
 def _hf_parser(prog: str, kinds: tuple, **own):
@@ -122,9 +150,8 @@ def _hf_parser(prog: str, kinds: tuple, **own):
     class Parser(_Parser, HfArgumentParser):
         pass
 
-    parser = Parser(kinds, prog=prog, allow_abbrev=False)
-    for name, settings in own.items():
-        parser.add_argument(f"--{name}", **settings)
+    parser: Any = Parser(kinds, prog=prog, allow_abbrev=False)
+    parser.own = [parser.add_argument(f"--{name}", **settings) for name, settings in own.items()]
     return parser
 
 
@@ -135,8 +162,7 @@ def _show_help(prog: str, kinds: tuple, tail: str = "") -> None:
         print(f"{kind.__doc__}")
         for f in fields(kind):
             default = f"  [{f.default}]" if isinstance(f.default, str | int) else ""
-            names = ", ".join([*f.metadata.get("aliases", []), f"--{f.name}"])
-            print(f"  {names:<34}  {f.metadata['help']}{default}")
+            print(f"  {', '.join(_names(f)):<34}  {f.metadata['help']}{default}")
         print()
     print(tail.lstrip("\n"), end="")
 
@@ -155,10 +181,10 @@ def _say(text: str) -> None:
 def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, default=str))
-    else:
-        for name, value in result.items():
-            if value is not None and not isinstance(value, dict):
-                print(f"{name}\t{value:.4g}" if isinstance(value, float) else f"{name}\t{value}")
+        return
+    for name, value in result.items():
+        if value is not None and not isinstance(value, dict):
+            print(f"{name}\t{value:.4g}" if isinstance(value, float) else f"{name}\t{value}")
 
 
 JSON: dict[str, Any] = {"action": "store_true", "help": "Print the result as one line of JSON."}
@@ -174,28 +200,42 @@ def _train(argv: list[str]) -> None:
     parser = _hf_parser("mezo train", kinds, json=JSON)
     if "--help_all" in argv:
         return parser.print_help()
-    if not {"--output_dir", "--config"} & set(argv):
-        task = argv[argv.index("--task") + 1] if "--task" in argv[:-1] else "opinions"
-        argv = ["--output_dir", f"runs/{task}", *argv]
-    model, data, args, own = _parse(argv, parser, kinds)
+    options = _with_config(argv)
+    model, data, args, own = _parse([*_default_output_dir(options), *options], parser, kinds)
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     try:
-        result = run.train(model, data, args)
+        with redirect_stdout(sys.stderr):  # the Trainer prints its logs
+            result = run.train(model, data, args)
     except KeyboardInterrupt:
-        again = " ".join(["mezo train", *argv, "--resume_from_checkpoint", "true"])
-        _say(f"\ninterrupted; to go on from the last checkpoint:\n  {again}")
+        again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
+        _say(f"\nto go on from the last checkpoint, if there is one yet:\n  {again}")
         raise
     shown = {"zero_shot_accuracy": result["zero_shot"]["accuracy"]}
     shown |= {"accuracy": result["test"]["accuracy"], "steps": result["steps"]}
     shown |= {"seconds": result["seconds"], "output_dir": args.output_dir}
     _print(result if own.json else shown, own.json)
+    then = ["mezo", "eval", "--model", args.output_dir, "--task", "..."]
     if args.method == "mezo":
-        base, log = model.model_name_or_path, f"{args.output_dir}/run.mezo"
-        _say(f"next: mezo replay --model {base} --log {log} --output_dir replayed")
+        then = ["mezo", "replay", "--model", model.model_name_or_path]
+        then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+        if result["kept_step"] != result["steps"]:  # what is saved is the best on the dev examples
+            then += ["--until", str(result["kept_step"])]
+    _say(f"next: {shlex.join(then)}")
+
+
+def _default_output_dir(argv: list[str]) -> list[str]:
+    """The option --output_dir=runs/<task>; a later one in argv wins."""
+    parser = _Parser(prog="mezo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default=DataArguments.task)
+    parser.add_argument("--prompt", dest="own")
+    found, _ = parser.parse_known_args(argv)
+    return [f"--output_dir=runs/{found.task if found.own is None else 'custom'}"]
 
 
 def _eval(argv: list[str]) -> None:
     tail = (
         "  --replay LOG                        first rebuild the weights of a run\n"
+        "  --until N                           only its first N steps\n"
         "  --batch_size N                      default 32\n"
         "  --json                              one line of JSON\n"
     )
@@ -205,9 +245,14 @@ def _eval(argv: list[str]) -> None:
 
     _quiet()
     kinds = (ModelArguments, DataArguments)
-    options = {"replay": {}, "batch_size": {"type": int, "default": 32}, "json": JSON}
-    model, data, own = _parse(argv, _hf_parser("mezo eval", kinds, **options), kinds)
-    result = run.evaluate(model, data, log=own.replay, batch_size=own.batch_size)
+    options = {"replay": {}, "until": {"type": int}, "json": JSON}
+    options |= {"batch_size": {"type": int, "default": 32}}
+    parser = _hf_parser("mezo eval", kinds, **options)
+    model, data, own = _parse(_with_config(argv), parser, kinds)
+    with redirect_stdout(sys.stderr):
+        result = run.evaluate(
+            model, data, log=own.replay, until=own.until, batch_size=own.batch_size
+        )
     _print(result, own.json)
 
 
@@ -216,6 +261,7 @@ def _replay(argv: list[str]) -> None:
         "  --log FILE                          the run log\n"
         "  --output_dir DIR                    where the tuned model goes\n"
         "  --until N                           only the first N steps\n"
+        "  --json                              one line of JSON\n"
     )
     if {"-h", "--help"} & set(argv):
         return _show_help("mezo replay", (ModelArguments,), tail)
@@ -224,9 +270,11 @@ def _replay(argv: list[str]) -> None:
     _quiet()
     options = {"log": {"required": True}, "output_dir": {"required": True}}
     parser = _hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int}, json=JSON)
-    model, own = _parse(argv, parser, (ModelArguments,))
-    _print(run.replay(model, own.log, own.output_dir, own.until), own.json)
-    _say(f"next: mezo eval --model {own.output_dir} --task ...")
+    model, own = _parse(_with_config(argv), parser, (ModelArguments,))
+    with redirect_stdout(sys.stderr):
+        result = run.replay(model, own.log, own.output_dir, own.until)
+    _print(result, own.json)
+    _say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")
 
 
 def _log(argv: list[str]) -> None:
@@ -239,16 +287,20 @@ def _log(argv: list[str]) -> None:
     from . import trajectory
 
     log = trajectory.read(own.file, recover=own.recover)
-    refused = sum(not all(g - g == 0 for g in s.record.projected_grads) for s in log.steps)
+    records = [step.record for step in log.steps]
+    refused = sum(not all(map(math.isfinite, r.projected_grads)) for r in records)
     summary = {key: log.header[key] for key in ("format", "seed", "distribution")}
-    summary |= {"tensors": len(log.header["tensors"]), "steps": len(log.steps), "refused": refused}
+    summary |= {"tensors": len(log.header["tensors"]), "steps": len(records), "refused": refused}
     summary |= {"bytes": Path(own.file).stat().st_size, "torn_bytes": log.torn}
-    _print(summary | {"config": log.header["config"]}, own.json)
+    config = log.header["config"]
+    if own.json:
+        steps = {"records": [vars(r) for r in records]} if own.steps else {}
+        return _print(summary | {"config": config} | steps, as_json=True)
+    _print(summary | {f"config.{name}": config[name] for name in config}, as_json=False)
     if own.steps:
         print("step\tloss\tprojected_grads")
-        for step in log.steps:
-            grads = "\t".join(f"{g:.6g}" for g in step.record.projected_grads)
-            print(f"{step.record.step}\t{step.record.loss:.6g}\t{grads}")
+        for r in records:
+            print(r.step, f"{r.loss:.6g}", *(f"{g:.6g}" for g in r.projected_grads), sep="\t")
 
 
 def _demo(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Cheaper steps: where the lower layers are frozen, their output for an example is computed once.
 
-    with FrozenLower(model, layers=4):        # freezes the embeddings and the layers 0 to 3
+    with FrozenLower(model, layers=4):        # freezes all that runs before layer 4
         optimizer = MeZO(model.named_parameters(), ...)
         optimizer.step(lambda: model(**batch).loss)      # runs the layers from 4 on
 
@@ -8,12 +8,17 @@ A step then costs two forward passes of the upper layers. The price is memory: t
 the first trained layer are kept for every text seen (tokens x hidden size x bytes).
 """
 
-from collections.abc import Sequence
+import inspect
 from typing import Any
 
 import torch
 
 from .errors import InputError
+from .objectives import evaluating
+from .objectives.form import unwrap
+
+ROWS = ("position_ids", "token_type_ids")  # beside input_ids, what a lower layer's states depend on
+ABOVE = ("labels", "use_cache", "logits_to_keep", "return_dict")  # what they do not depend on
 
 
 class FrozenLower:
@@ -21,11 +26,13 @@ class FrozenLower:
 
     Any transformers model whose layers are one torch.nn.ModuleList and pass on a tensor of shape
     (batch, tokens, hidden), called with input_ids and attention_mask. The states of a text are
-    computed alone, without padding, so that they do not depend on the batch or on the order.
-    Equal to the plain forward up to rounding, for models in eval mode without key-value cache.
-    Leaving the context drops the states and the skipping; the parameters stay frozen.
+    those of evaluation mode, computed alone, without padding, so that they do not depend on the
+    batch or on the order. At the tokens that are no padding the output is that of the plain
+    forward, up to rounding: the first call runs both ways and compares. Key-value caches that a
+    call returns are of no use. Leaving the context drops the states and the skipping; what was
+    frozen stays frozen, and with it what is shared with it (a tied output embedding).
 
-    Raises InputError if there is no such list or it has too few layers.
+    Raises InputError if there is no such list, it has too few layers, or the outputs differ.
     """
 
     def __init__(self, model: torch.nn.Module, layers: int):
@@ -33,81 +40,173 @@ class FrozenLower:
         name, self.layers = _stack(model)
         if not 0 < layers < len(self.layers):
             raise InputError(f"{name} has {len(self.layers)} layers, {layers} cannot be frozen")
-        above = {id(p) for layer in self.layers[layers:] for p in layer.parameters()}
-        prefixes = tuple(f"{name}.{i}." for i in range(layers))
-        for key, p in model.named_parameters():
-            if key.startswith(prefixes) or ("embed" in key and id(p) not in above):
-                p.requires_grad_(False)
-        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+        self._accepts = inspect.signature(unwrap(model).forward).parameters
+        self._states: dict[tuple, torch.Tensor] = {}
         self._entering: torch.Tensor | None = None  # what enters the first trained layer, if known
+        self._compared = False
+        for p in self._below():
+            p.requires_grad_(False)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError(f"with {layers} frozen layers nothing is left to train")
 
     def __enter__(self) -> "FrozenLower":
-        for i in range(self.first):
-            layer: Any = self.layers[i]
+        self._undo = []
+        for layer in self.layers[: self.first]:
+            self._undo.append((layer, layer.__dict__.get("forward")))  # accelerate's own, say
             layer.forward = self._skipping(layer.forward)
-        self._hook = self.model.register_forward_pre_hook(self._look_up, with_kwargs=True)
+        look_up = self.model.register_forward_pre_hook(self._look_up, with_kwargs=True)
+        forget = self.model.register_forward_hook(self._forget, always_call=True)
+        self._hooks = look_up, forget
         return self
 
     def __exit__(self, *exception) -> None:
-        self._hook.remove()
-        for i in range(self.first):
-            del self.layers[i].forward  # the class's own again
+        for hook in self._hooks:
+            hook.remove()
+        for layer, forward in self._undo:
+            if forward is None:
+                del layer.forward  # the class's own again
+            else:
+                layer.forward = forward
         self._states.clear()
-        self._entering = None
+
+    def _below(self) -> list[torch.nn.Parameter]:
+        """The parameters of all modules that run, or begin to, before the first trained layer."""
+        run: list[torch.nn.Module] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args: run.append(module))
+            for module in self.model.modules()
+        ]
+        device = next(self.model.parameters()).device
+        try:
+            self._run_lower(torch.zeros(1, 1, dtype=torch.long, device=device), {})
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stack = {id(layer) for layer in self.layers}
+        if [m for m in run if id(m) in stack] != self.layers[: self.first + 1]:
+            raise InputError(f"{type(self.model).__name__} does not run its layers once, in order")
+        above = {id(m) for layer in self.layers[self.first :] for m in layer.modules()}
+        return [p for m in run if id(m) not in above for p in m.parameters(recurse=False)]
 
     def _skipping(self, forward):
         def skip_or_forward(hidden_states, *args, **kwargs):
-            if self._entering is None:
-                return forward(hidden_states, *args, **kwargs)
-            return self._entering
+            if self._entering is not None:
+                return self._entering
+            output = forward(hidden_states, *args, **kwargs)
+            if not isinstance(output, torch.Tensor):
+                raise InputError(
+                    f"a layer that passes on a {type(output).__name__} cannot be cached"
+                )
+            return output
 
         return skip_or_forward
 
-    @torch.no_grad()
     def _look_up(self, model, args, kwargs) -> None:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if args or ids is None or mask is None or kwargs.get("past_key_values") is not None:
-            raise InputError("frozen layers need a call with input_ids and attention_mask by name")
-        rows = [row[keep] for row, keep in zip(ids, mask.bool(), strict=True)]
-        states = [self._of(row) for row in rows]
-        entering = states[0].new_zeros(*ids.shape, states[0].shape[-1])
-        entering[mask.bool()] = torch.cat(states)  # row by row, whichever side is padded
+        known = {name for name, value in kwargs.items() if value is not None and value is not False}
+        unknown = known - {"input_ids", "attention_mask", *ROWS, *ABOVE}
+        if args or unknown:
+            what = ", ".join(sorted(unknown)) or "arguments by position"
+            raise InputError(f"a model with cached layers does not take {what}")
+        if ids is None or mask is None or mask.shape != ids.shape:
+            raise InputError("a model with cached layers needs input_ids and their attention_mask")
+        mask = mask.bool()
+        behind_padding = bool((mask[:, 1:] & ~mask[:, :-1]).any())
+        if behind_padding and "position_ids" in self._accepts and "position_ids" not in known:
+            raise InputError("cached layers and padding on the left: pass position_ids")
+        entering = self._enter(ids, mask, {k: v for k, v in kwargs.items() if k in known & {*ROWS}})
+        if not self._compared:
+            self._compare(kwargs, entering, mask)
+            self._compared = True
         self._entering = entering
 
-    def _of(self, row: torch.Tensor) -> torch.Tensor:
-        """The states of one text at the first trained layer, shape (tokens, hidden)."""
-        key = tuple(row.tolist())
-        if key not in self._states:
+    def _forget(self, *call) -> None:
+        self._entering = None  # a call of an inner module would take it for its own
+
+    @torch.no_grad()
+    def _enter(self, ids, mask, rest: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What enters the first trained layer, (batch, tokens, hidden); 0 for padding."""
+        inputs = torch.stack([ids, *(value.expand_as(ids) for value in rest.values())])
+        known = inputs.cpu()  # one wait for the device, not one a row
+        states = []
+        for i, keep in enumerate(mask.cpu()):
+            key = (*rest, *known[:, i, keep].flatten().tolist())
+            if key not in self._states:
+                text, *others = inputs[:, i, mask[i]].unsqueeze(1)  # (1, tokens) each
+                found = self._run_lower(text, dict(zip(rest, others, strict=True)))
+                self._states[key] = found[0].clone()
+            states.append(self._states[key])
+        entering = states[0].new_zeros(*ids.shape, states[0].shape[-1])
+        entering[mask] = torch.cat(states)  # row by row, whichever side is padded
+        return entering
+
+    def _run_lower(self, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The states at the first trained layer, of one text without padding."""
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **rest}
+        found, _ = self._run_into(self.layers[self.first], inputs)
+        if found.shape[:2] != ids.shape:
+            raise InputError(f"{type(self.model).__name__} adds tokens of its own (a soft prompt)")
+        return found
+
+    def _run_into(self, layer: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, float]:
+        """The states that a layer is called with, and the tolerance of their arithmetic."""
+        seen: list[tuple[torch.Tensor, float]] = []
+
+        def stop(module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            kind = states.device.type  # within the forward: autocast is on, if it is
+            half = states.element_size() == 2 or torch.is_autocast_enabled(kind)
+            seen.append((states, 0.1 if half else 0.01))
+            raise _Stop
+
+        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
+        cache = {"use_cache": False} if "use_cache" in self._accepts else {}
+        try:
+            with evaluating(self.model):
+                self.model.forward(**(inputs | cache))
+        except _Stop:
+            return seen[0]
+        finally:
+            hook.remove()
+        raise InputError(f"{type(self.model).__name__} does not run its layers one by one")
+
+    def _compare(self, kwargs: dict[str, Any], entering: torch.Tensor, mask: torch.Tensor) -> None:
+        """InputError unless the last layer gets the same states with skipping as without.
+
+        A wrong position or mask changes a token's states by a good part of their length, rounding
+        by far less than 1 % (10 % in 16 bits).
+        """
+        plain, tolerance = self._run_into(self.layers[-1], kwargs)
+        self._entering = entering
+        try:
+            skipped, _ = self._run_into(self.layers[-1], kwargs)
+        finally:
             self._entering = None
-            seen: list[torch.Tensor] = []
-            layer = self.layers[self.first]
-            hook = layer.register_forward_pre_hook(lambda m, args: _stop(seen, args[0]))
-            try:
-                self.model.forward(input_ids=row[None], attention_mask=torch.ones_like(row)[None])
-            except _Stop:
-                self._states[key] = seen[0][0].clone()
-            finally:
-                hook.remove()
-        return self._states[key]
+        plain, skipped = plain[mask].float(), skipped[mask].float()
+        off = float(((plain - skipped).norm(dim=-1) / plain.norm(dim=-1)).max())
+        if not off <= tolerance:
+            raise InputError(
+                f"{type(self.model).__name__} cannot skip lower layers: its states would be off by "
+                f"{100 * off:.2g} %; train without frozen layers"
+            )
 
 
 class _Stop(Exception):
-    """Raised at the first trained layer: what is above need not be computed."""
+    """Raised at the layer in question: what is above need not be computed."""
 
 
-def _stop(seen: list[torch.Tensor], states: torch.Tensor):
-    seen.append(states)
-    raise _Stop
+def _stack(model: torch.nn.Module) -> tuple[str, list[Any]]:
+    """The name and the list of the model's layers: the longest ModuleList of one class.
 
-
-def _stack(model: torch.nn.Module) -> tuple[str, Sequence[torch.nn.Module]]:
-    """The name and the list of the model's layers: the longest ModuleList of one class."""
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len({type(m) for m in module}) == 1
-    ]
-    if not lists:
+    Lists within lists (the experts of a layer) do not count.
+    """
+    lists: dict[str, torch.nn.ModuleList] = {}
+    for name, module in model.named_modules():  # outer ones first
+        inner = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, torch.nn.ModuleList) and not inner:
+            lists[name] = module
+    stacks = {name: list(m) for name, m in lists.items() if len({type(x) for x in m}) == 1}
+    if not stacks:
         raise InputError(f"{type(model).__name__} has no list of layers to freeze")
-    name, module = max(lists, key=lambda pair: len(pair[1]))
-    return name, list(module)
+    name = max(stacks, key=lambda name: len(stacks[name]))
+    return name, stacks[name]

@@ -1,5 +1,9 @@
 """Loading a model for a task: by hub name, local folder, or the name of an embedded one."""
 
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,42 +41,92 @@ def kind_of(architectures: list[str] | None) -> str:
     return "masked" if name.endswith("ForMaskedLM") else "encoder"
 
 
-def load(args: ModelArguments) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def load(
+    args: ModelArguments, adapter_seed: int = 0
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """(model, tokenizer): weights from safetensors only, in eval mode, adapters added.
 
-    Raises InputError if there is no such model, or it has no safetensors.
+    A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
+    new adapter's initial weights. Raises InputError if there is no such model, or no safetensors.
     """
-    import torch
-    import transformers
-
     name = args.model_name_or_path
     if name in EMBEDDED:
         name = str(EMBEDDED[name]())
+    adapter = None
+    if Path(name, "adapter_config.json").is_file():
+        adapter, name = name, _base_of(Path(name, "adapter_config.json"))
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(f"model {name}: no such folder")
+    model, tokenizer = _load(name, args)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if adapter is not None:
+        if args.use_peft:
+            raise InputError(f"model {adapter} is an adapter: without --use_peft it is loaded")
+        model = _saved_adapter(model, adapter)
+    elif args.use_peft:
+        model = _with_lora(model, args, adapter_seed)
+    return model.eval(), tokenizer
+
+
+def _base_of(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError):
+        raise InputError(f"{config} does not name the adapter's base model") from None
+
+
+def _load(name: str, args: ModelArguments):
+    import torch
+    import transformers
+    from safetensors import SafetensorError
+
     shared: dict[str, Any] = {
         "revision": args.model_revision,
         "trust_remote_code": args.trust_remote_code,
     }
     try:
         config = transformers.AutoConfig.from_pretrained(name, **shared)
+        if config.is_encoder_decoder:
+            raise InputError(f"model {name} is an encoder-decoder, which no task here can use")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
         auto = getattr(transformers, AUTO[kind_of(config.architectures)])
         dtype = getattr(torch, args.dtype)
-        model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **shared)
-    except (OSError, ValueError) as error:  # transformers' own words, their first sentence
-        raise InputError(f"model {args.model_name_or_path}: {str(error).splitlines()[0]}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if args.use_peft:
-        model = _with_lora(model, args)
-    return model.eval(), tokenizer
+        return auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **shared), tokenizer
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # in transformers' words
+        words = " ".join(str(error).splitlines()[:2])
+        hint = "; convert its weights to safetensors" if "model.safetensors" in words else ""
+        raise InputError(f"model {name}: {words}{hint}") from None
 
 
-def _with_lora(model, args: ModelArguments):
+def _saved_adapter(model, folder: str):
+    from peft import PeftModel
+
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        raise InputError(f"model {folder} has no adapter_model.safetensors: convert its weights")
+    with _peft_errors():
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _with_lora(model, args: ModelArguments, seed: int):
+    import torch
     from peft import LoraConfig, get_peft_model
 
     targets = args.lora_target_modules or "all-linear"
-    config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets)
-    try:
+    with _peft_errors(), torch.random.fork_rng(devices=[]):  # the caller's generator stays
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it reaches the GPUs
+        config = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets)
         return get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"LoRA: {error}") from None
+
+
+@contextmanager
+def _peft_errors() -> Iterator[None]:
+    with warnings.catch_warnings():
+        message = "`is_gradient_checkpointing` is deprecated"  # peft asks by the old name
+        warnings.filterwarnings("ignore", message, FutureWarning)
+        try:
+            yield
+        except ValueError as error:
+            raise InputError(f"LoRA: {error}") from None

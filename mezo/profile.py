@@ -15,10 +15,10 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`: the most memory taken above the start.
 
-    On CUDA to the byte. On a CPU from the process's resident pages: good to 10 or 20 MB, since memory
-    that was freed before may be used again unseen; what can be given back is given back first.
-    Where the high-water mark cannot be reset (macOS, some sandboxes), a stretch below an earlier
-    peak reads 0.
+    On CUDA to the byte. On a CPU from the process's resident pages: good to 10 or 20 MB, since
+    memory that was freed before may be used again unseen; what can be given back is given back
+    first. Where the high-water mark cannot be reset (macOS, some sandboxes), a stretch below an
+    earlier peak reads 0.
     """
 
     bytes = 0

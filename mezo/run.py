@@ -10,10 +10,9 @@ result.json, the Trainer's checkpoints, and the tuned model.
 import json
 import logging
 import platform
-import resource
 import time
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +21,21 @@ import torch
 import transformers
 from torch.nn import functional as F
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import __version__, models, tasks, trajectory
 from .arguments import DataArguments, ModelArguments
 from .errors import InputError
 from .evaluate import evaluate as evaluate_form
+from .frozen import FrozenLower
 from .objectives import Form, form_for
+from .profile import PeakMemory
 from .tasks import Example, Task
-from .trainer import MeZOConfig, MeZOMixin
+from .trainer import MeZOConfig, MeZOMixin, changed
+from .tuning import select
 
+STATE = "trainer_state.json"  # of a checkpoint
 Splits = dict[str, list[Example]]
+ADAPTER = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "dtype")  # what makes it
 
 
 @dataclass
@@ -60,7 +63,7 @@ class TaskMixin:
     """Lets a Trainer train on a form's loss and be evaluated by its scores."""
 
     form: Form
-    run_config: dict[str, Any]  # goes into the run log
+    run_config: dict[str, Any] | None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not return_outputs:
@@ -79,10 +82,13 @@ class AdamTaskTrainer(TaskMixin, Trainer):
 
 def task_of(args: DataArguments) -> Task:
     """The named task, or one made of the options prompt, candidates and labels."""
-    if args.prompt is None and not args.candidates:
+    own = args.task == "custom" or args.prompt is not None or bool(args.candidates)
+    if not own:
         return tasks.get(args.task)
     if args.prompt is None:
-        raise InputError("--candidates needs --prompt, a template such as '{text} It was'")
+        raise InputError("a custom task needs --prompt, a template such as '{text} It was'")
+    if args.task not in ("custom", DataArguments.task):
+        raise InputError(f"--prompt and --candidates are for --task custom, not {args.task}")
     return tasks.custom_task(
         args.prompt,
         args.candidates,
@@ -99,7 +105,10 @@ def load_splits(task: Task, args: DataArguments) -> Splits:
     """
     train = _read(task, args, "train")
     if args.k is not None:
+        number = len(train)
         train, dev = tasks.few_shot(train, args.k, args.split_seed)
+        if not dev:
+            raise InputError(f"k {args.k} is too many: {number} training examples leave no dev set")
     elif args.dev_file or (task.folder and not args.train_file and not args.data_dir):
         dev = _read(task, args, "dev")
     else:
@@ -133,19 +142,23 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgum
     began = time.perf_counter()
     task = task_of(data_args)
     splits = load_splits(task, data_args)
-    if model_args.use_peft:
-        torch.manual_seed(args.seed)  # the adapter's initial weights are part of the run
-    model, tokenizer = models.load(model_args)
+    _check(args)
+    checkpoint = _checkpoint(args)
+    _prepare(args.output_dir)
+    model, tokenizer = models.load(model_args, adapter_seed=args.seed)
     form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
     if data_args.calibrate:
         form = form.calibrate(model)
-    before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
-    trainer = _trainer(model, form, splits, args, asdict(model_args) | asdict(data_args))
-    memory = peak_memory()
-    output = trainer.train(resume_from_checkpoint=_checkpoint(args))
-    after = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
+    config = asdict(model_args) | asdict(data_args) | changed(args)
+    with _trained_part(model, model_args):
+        trainer = _trainer(model, form, splits, args, config)
+        before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
+        with PeakMemory() as peak:
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+        after = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
     trainer.save_model(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    best = trainer.state.best_global_step if args.load_best_model_at_end else None
     result = {
         "task": task.name,
         "model": model_args.model_name_or_path,
@@ -154,29 +167,54 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgum
         "test": {"accuracy": after.accuracy, "loss": after.loss, "n": after.n},
         "dev": trainer.state.best_metric,
         "steps": trainer.state.global_step,
+        "kept_step": best or trainer.state.global_step,  # whose weights are saved
         "train_loss": output.training_loss,
         "seconds": time.perf_counter() - began,
-        "peak_memory_above_model": peak_memory() - memory,
-        "config": asdict(model_args) | asdict(data_args) | changed(args),
+        "peak_memory_above_model": peak.bytes,
+        "config": config,
         "environment": environment(),
     }
     Path(args.output_dir, "result.json").write_text(json.dumps(result, indent=1, default=str))
     return result
 
 
+def _check(args: TrainArguments) -> None:
+    """What the Trainer would not refuse, or not in words."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_steps == 0:
+        raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
+
+
+def _prepare(output_dir: str) -> None:
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {output_dir}: {error.strerror}") from None
+
+
+def _trained_part(model, args: ModelArguments) -> AbstractContextManager:
+    """Freezes what is not to be trained; within the context frozen lower layers run once a text."""
+    if args.trainable is not None:
+        select(model, args.trainable)
+    return FrozenLower(model, args.freeze_layers) if args.freeze_layers else nullcontext()
+
+
 def _trainer(model, form: Form, splits: Splits, args: TrainArguments, config: dict) -> Trainer:
     args.remove_unused_columns, args.label_names = False, ["labels"]
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
+    data = {
+        "train_dataset": [form.encode(example) for example in splits["train"]],
+        "eval_dataset": [form.encode(example) for example in splits["dev"]],
+    }
     kind: Any = MeZOTaskTrainer if args.method == "mezo" else AdamTaskTrainer
-    trainer = kind(
-        model,
-        args,
-        train_dataset=[form.encode(example) for example in splits["train"]],
-        eval_dataset=[form.encode(example) for example in splits["dev"]],
-        data_collator=form.collate,
-        compute_metrics=_accuracy,
-    )
+    try:
+        trainer = kind(model, args, **data, data_collator=form.collate, compute_metrics=_accuracy)
+    except (ValueError, RuntimeError) as error:  # of an argument: report_to, seed, ...
+        raise InputError(str(error)) from error
     trainer.form = form
-    trainer.run_config = config | changed(args)
+    trainer.run_config = config
     return trainer
 
 
@@ -185,16 +223,24 @@ def _accuracy(prediction) -> dict[str, float]:
 
 
 def _checkpoint(args: TrainArguments) -> str | None:
-    """Where to go on: a folder, or the last checkpoint of output_dir, which may not exist yet."""
-    asked = args.resume_from_checkpoint
-    if asked is None or str(asked).lower() == "false":
+    """Where to go on: a folder, or the last whole checkpoint of output_dir, if there is one."""
+    asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
+    if asked.lower() == "false":
+        if log.exists():
+            raise InputError(
+                f"{log} exists: --resume_from_checkpoint true goes on with that run, another "
+                "--output_dir keeps it"
+            )
         return None
-    if str(asked).lower() != "true":
-        return str(asked)
-    found = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if asked.lower() != "true":
+        if not Path(asked, STATE).is_file():
+            raise InputError(f"resume_from_checkpoint {asked} is no folder with a {STATE}")
+        return asked
+    whole = Path(args.output_dir).glob(f"checkpoint-[0-9]*/{STATE}")  # written last
+    found = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     if found is None:
         logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
-    return found
+    return None if found is None else str(found.parent)
 
 
 def evaluate(
@@ -202,18 +248,24 @@ def evaluate(
     data_args: DataArguments,
     *,
     log: str | None = None,
+    until: int | None = None,
     batch_size: int = 32,
 ) -> dict:
     """Accuracy on the test examples: zero-shot, in context, or after replaying a run log."""
+    if data_args.demonstrations < 0:
+        raise InputError(f"demonstrations must not be negative, got {data_args.demonstrations}")
+    if log is None and until is not None:
+        raise InputError("until is for the run log that --replay names")
     task = task_of(data_args)
     examples = _at_most(_read(task, data_args, "test"), data_args.num_test, data_args.split_seed)
     shown: list[Example] = []
     if data_args.demonstrations:
         train = _read(task, data_args, "train")
         shown = tasks.sample(train, data_args.demonstrations, data_args.split_seed)
-    model, tokenizer = models.load(model_args)
-    if log is not None:
-        trajectory.replay(log, model)
+    if log is None:
+        model, tokenizer = models.load(model_args)
+    else:
+        model, tokenizer, _ = _rebuilt(model_args, log, until)
     form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
     if data_args.calibrate:
         form = form.calibrate(model)
@@ -225,31 +277,25 @@ def evaluate(
 
 def replay(model_args: ModelArguments, log: str, output_dir: str, until: int | None = None) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
-    steps = len(trajectory.read(log).steps)
-    if until is not None and not 0 <= until <= steps:
-        raise InputError(f"{log} has {steps} steps, until must be one of them, got {until}")
-    config = trajectory.read(log).header["config"]
-    if config.get("use_peft"):  # the adapter as the run initialised it
-        names = {f.name for f in fields(model_args)} & set(config) - {"model_name_or_path"}
-        for name in names:
-            setattr(model_args, name, config[name])
-        torch.manual_seed(config["seed"])
-    model, tokenizer = models.load(model_args)
-    trajectory.replay(log, model, until=until)
+    model, tokenizer, steps = _rebuilt(model_args, log, until)
+    _prepare(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    return {"log": log, "steps": steps if until is None else until, "output_dir": output_dir}
+    return {"log": log, "steps": steps, "output_dir": output_dir}
 
 
-def changed(args: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not at their default, as JSON can hold them."""
-    found: dict[str, Any] = {}
-    for f in fields(args):
-        value = getattr(args, f.name)
-        value = value.value if isinstance(value, Enum) else value
-        if f.init and value != f.default and isinstance(value, str | int | float):
-            found[f.name] = value
-    return found | {"seed": args.seed, "learning_rate": args.learning_rate}
+def _rebuilt(args: ModelArguments, log: str, until: int | None) -> tuple[Any, Any, int]:
+    """(model, tokenizer, steps): the base model, with the adapter that the run began with."""
+    found = trajectory.read(log)
+    header, steps = found.header, len(found.steps)
+    if until is not None and not 0 <= until <= steps:
+        raise InputError(f"{log} has {steps} steps, until must be from 0 to {steps}, got {until}")
+    config = header["config"]
+    if config.get("use_peft"):
+        args = replace(args, **{name: config[name] for name in ADAPTER if name in config})
+    model, tokenizer = models.load(args, adapter_seed=header["seed"])
+    trajectory.replay(log, model, until=until)
+    return model, tokenizer, steps if until is None else until
 
 
 def environment() -> dict[str, str]:
@@ -262,11 +308,3 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
     }
-
-
-def peak_memory() -> int:
-    """The largest memory that was in use so far, in bytes: the GPU's, or the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024

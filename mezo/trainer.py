@@ -12,7 +12,8 @@ theta with all micro-batches evaluated at either end.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ class MeZOMixin(_Host):
     """
 
     optimizer: Any  # MeZO; while training, in Accelerate's wrapper
+    run_config: dict[str, Any] | None = None  # for the run log; None: the changed arguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         _check(self)
         self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
         self._estimates: list[Estimate] = []  # of the latest update, one a direction
-        self._run_log = _RunLog()
+        self._run_log = _RunLog(self)
         self.add_callback(self._run_log)
 
     def train(self, *args, **kwargs):
@@ -170,7 +172,8 @@ class MeZOTrainer(MeZOMixin, Trainer):
 class _RunLog(TrainerCallback):
     """Opens `output_dir/run.mezo` when everything is loaded and the optimizer's step is known."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: MeZOMixin) -> None:
+        self._trainer = trainer
         self._writer: trajectory.Writer | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -182,13 +185,26 @@ class _RunLog(TrainerCallback):
             message = "%s does not exist: the resumed run keeps no log"
             logging.getLogger("mezo").warning(message, path)
         elif state.is_world_process_zero:
-            config = args.to_sanitized_dict()
+            given = self._trainer.run_config
+            config = changed(args) if given is None else given
             self._writer = trajectory.record(mezo, path, model=model, config=config, resume=resume)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+def changed(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that are not at their default, as JSON can hold them; the seed always."""
+    found = {"seed": args.seed, "learning_rate": args.learning_rate}
+    given = args.to_dict()
+    for f in fields(args):
+        default = f.default.value if isinstance(f.default, Enum) else f.default
+        known = f.init and not f.name.endswith("_token")  # the hub's tokens are secrets
+        if known and given[f.name] != default and isinstance(given[f.name], str | int | float):
+            found[f.name] = given[f.name]
+    return found
 
 
 def _check(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""No network and no telemetry in any test; set before a Hugging Face library reads them."""
+"""No network and no telemetry in any test, one thread each: set before a library reads them."""
 
 import os
 
@@ -6,5 +6,6 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # the tests run on all cores, file by file
 }.items():
     os.environ.setdefault(name, value)

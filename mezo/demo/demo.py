@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .. import models, tasks
 from ..arguments import ModelArguments
+from ..errors import InputError
 from ..evaluate import evaluate
 from ..objectives import Form, form_for
 from ..run import environment
@@ -102,7 +103,10 @@ def run(
 def main(output_dir: str, seed: int = 0, as_json: bool = False) -> None:
     """Run everything, print the table (stdout), write result.json, curves.png and the run logs."""
     out = Path(output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {out}: {error.strerror}") from None
     talk = Console(stderr=True)
     talk.print(
         "A sentence encoder (all-MiniLM-L6-v2, 22.7 M parameters) learns to tell positive from\n"
