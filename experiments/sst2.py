@@ -24,6 +24,7 @@ BIASES = r"bias|LayerNorm|layer_norm"
 RECIPES = {
     "minilm": {
         "mezo-biases": Recipe("mezo", 450, 5e-3, eps=1e-2, trainable=BIASES),
+        "mezo-biases-2000": Recipe("mezo", 2000, 5e-3, eps=1e-2, trainable=BIASES),
         "mezo": Recipe("mezo", 250, 1.4e-4, distribution="rademacher"),
         "adam": Recipe("adam", 150, 5e-5, batch_size=16),
     },

@@ -183,6 +183,8 @@ def _check(args: TrainArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.method == "adam" and args.learning_rate == MeZOConfig.learning_rate:
+        raise InputError("--method adam needs a --learning_rate of its own, 1e-5 to 5e-5 as a rule")
     if args.max_steps == 0:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
 

@@ -1,8 +1,10 @@
 """z, and what is done with it: `apply_` adds multiples of z to a tensor without storing z.
 
-definition.py is the truth; cpu.py is a kernel with the same bits, used where numba is installed.
+definition.py is the truth; cpu.py and gpu.py are kernels with the same bits, used where numba and
+triton are installed.
 """
 
+import importlib
 import logging
 from functools import cache
 from types import ModuleType
@@ -24,17 +26,21 @@ from .definition import (
 __all__ = ["CONTRACT", "DISTRIBUTIONS", "MAX_PROBE", "MAX_STEP"]
 __all__ += ["apply_", "canonical_name", "draw", "tensor_key"]
 
+_KERNELS = {"cpu": ".cpu", "cuda": ".gpu"}  # of numba, of triton
 _PIECE = {"cpu": 2**16, "other": 2**22}  # elements drawn at a time in plain torch: caches, launches
 
 
 @cache
-def _kernel() -> ModuleType | None:
-    try:
-        from . import cpu
-    except ImportError:
-        logging.getLogger("mezo").info("numba is not installed: noise is drawn by plain torch")
+def _kernel(device: str) -> ModuleType | None:
+    """The kernel for a type of device; without one, plain torch draws the same bits, slower."""
+    if device not in _KERNELS:
         return None
-    return cpu
+    try:
+        return importlib.import_module(_KERNELS[device], __package__)
+    except Exception as error:  # not installed, or Triton finds no C compiler
+        log = logging.getLogger("mezo")
+        log.info("noise on %s is drawn by plain torch: %s", device, error)
+        return None
 
 
 def apply_(
@@ -62,7 +68,7 @@ def apply_(
         kernel: False keeps to plain torch (the same bits; for tests).
     """
     where: dict[str, Any] = {"step": step, "probe": probe, "distribution": distribution}
-    module = _kernel() if kernel else None
+    module = _kernel(tensor.device.type) if kernel else None
     if module is not None and module.supports(tensor):
         module.apply_(tensor, key, terms, offset=offset, **where)
         return
