@@ -12,7 +12,7 @@ def learning_curves(
     curves: Mapping[str, Sequence[Point]],
     memory: Mapping[str, int],
 ) -> None:
-    """Dev accuracy against forward passes, and memory above inference, side by side in one PNG."""
+    """Test accuracy against forward passes, and memory above inference, side by side in one PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ def learning_curves(
         passes, accuracies = [p.forward_passes for p in points], [100 * p.accuracy for p in points]
         left.plot(passes, accuracies, marker="o", markersize=3, color=colours[name], label=name)
     left.set(xlabel="forward passes of one batch (a backward pass counts as two)")
-    left.set(ylabel="dev accuracy, %")
+    left.set(ylabel="test accuracy, %")
     left.legend(loc="lower right")
     values = [memory[name] / 2**20 for name in curves]
     bars = right.barh(list(curves), values, color=[colours[name] for name in curves])

@@ -1,0 +1,132 @@
+"""A MeZO step against two plain forward passes and against the published code's arithmetic.
+
+    python -m benchmarks.step --shape 125m --sizes 16x50 1x32 --output step.json
+
+Random weights of OPT's shape, float32; the loss is on the last token, as for a candidate.
+Methods take turns in one process on one model; a figure is the median of its turns, a ratio the
+median over turns of the ratio to two plain forward passes within a turn.
+
+    forwards    two forward passes with all logits: the plain cost
+    reference   torch.normal, p = p + s * z * eps, four sweeps, all logits, written out naively
+    mezo, ...   this library's step; logits at the labelled position alone
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import OPTConfig, OPTForCausalLM
+
+from mezo import MeZO
+from mezo.run import environment
+
+SHAPES = {  # hidden size, layers, heads
+    "tiny": (64, 2, 2),
+    "125m": (768, 12, 12),
+    "350m": (1024, 24, 16),
+    "1.3b": (2048, 24, 32),
+}
+EPS, LR = 1e-3, 1e-6
+
+
+def build(shape: str) -> OPTForCausalLM:
+    hidden, layers, heads = SHAPES[shape]
+    sizes = {"hidden_size": hidden, "word_embed_proj_dim": hidden, "ffn_dim": 4 * hidden}
+    config = OPTConfig(num_hidden_layers=layers, num_attention_heads=heads, **sizes)
+    return OPTForCausalLM(config).eval()
+
+
+def reference_step(model, loss: Callable[[], torch.Tensor]) -> None:
+    """The published arithmetic: one seed, z redrawn for each of four sweeps, new tensors."""
+    seed = int(torch.randint(10**9, ()))
+
+    def sweep(scale: float) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for p in model.parameters():
+            z = torch.normal(mean=0.0, std=1.0, size=p.data.size(), generator=generator)
+            p.data = p.data + scale * z * EPS
+
+    sweep(1)
+    plus = loss()
+    sweep(-2)
+    minus = loss()
+    sweep(1)
+    grad = ((plus - minus) / (2 * EPS)).item()
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        z = torch.normal(mean=0.0, std=1.0, size=p.data.size(), generator=generator)
+        p.data = p.data - LR * (grad * z)
+
+
+def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
+    ids = torch.randint(5, model.config.vocab_size, (batch, tokens))
+    inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
+    target = ids[:, -1]
+
+    def full() -> torch.Tensor:
+        return F.cross_entropy(model(**inputs, use_cache=False).logits[:, -1], target)
+
+    def labelled() -> torch.Tensor:
+        logits = model(**inputs, use_cache=False, logits_to_keep=1).logits
+        return F.cross_entropy(logits[:, -1], target)
+
+    found: dict[str, Callable[[], object]] = {
+        "forwards": lambda: (full(), full()),
+        "reference": lambda: reference_step(model, full),
+    }
+    for distribution in ("gaussian", "rademacher"):
+        named = model.named_parameters()
+        optimizer = MeZO(named, lr=LR, eps=EPS, seed=0, distribution=distribution)
+        found[f"mezo, {distribution}"] = lambda o=optimizer: o.step(labelled)
+        found[f"mezo, {distribution}, all logits"] = lambda o=optimizer: o.step(full)
+    return found
+
+
+def measure(shape: str, batch: int, tokens: int, repeats: int) -> dict:
+    calls = methods(build(shape), batch, tokens)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for turn in range(repeats + 1):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                if turn:  # the first one compiles and takes the memory
+                    seconds[name].append(time.perf_counter() - began)
+    plain = seconds["forwards"]
+    rows = {
+        name: {
+            "seconds": statistics.median(values),
+            "of_two_forwards": statistics.median(a / b for a, b in zip(values, plain, strict=True)),
+        }
+        for name, values in seconds.items()
+    }
+    return {"shape": shape, "batch": batch, "tokens": tokens, "repeats": repeats, "methods": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="125m")
+    parser.add_argument("--sizes", nargs="+", default=["16x50"], help="batch x tokens: 1x32 16x50")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
+    found = [measure(args.shape, batch, tokens, args.repeats) for batch, tokens in sizes]
+    for row in found:
+        print(f"OPT-{row['shape']}, {row['batch']} x {row['tokens']} tokens")
+        for name, value in row["methods"].items():
+            print(f"  {name:32} {value['seconds']:8.3f} s  {value['of_two_forwards']:6.2f}")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"rows": found, "environment": environment()}
+        args.output.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
