@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import noise
-from .guards import check_group, check_storage
+from .guards import Held, check_group, check_storage
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
 
@@ -45,8 +45,8 @@ class Record:
 class Walk:
     """theta -> theta + eps z -> theta - eps z -> theta, in place, one tensor after the other.
 
-    Every tensor makes the same three moves, whatever is raised in between, so that a replay can
-    repeat them to the bit. Home again, an element is off by at most 3 roundings.
+    Every tensor makes the same three moves, whatever is raised in between: a replay repeats them.
+    Home again, an element is off by at most 3 roundings.
     """
 
     PLUS, MINUS, HOME = 1, 2, 3
@@ -59,18 +59,19 @@ class Walk:
 
     def to(self, stage: int, then: list[list] | None = None) -> None:
         """Move on to `stage`; in the same pass, theta <- scale theta + c z for the pairs `then`."""
+        interrupt = Held()  # it arrives when a tensor is done: the others follow first
         for i, (key, tensor) in enumerate(self.tensors):
             terms = self.moves[self.at[i] : stage] + (then[i] if then else [])
-            self.at[i] = stage  # first: an interrupt is delivered after the move, not within
-            if terms:
+            self.at[i] = stage
+            with interrupt:
                 noise.apply_(tensor, key, terms, **self.where)
         torch.clear_autocast_cache()  # it would hold casts of the weights as they were
+        interrupt.release()
 
 
 @torch.no_grad()
 def spsa(closure: Closure, walk: Walk) -> Estimate:
     """Definition 1: two forward passes. Leaves the weights at theta - eps z."""
-    walk.to(Walk.HOME)  # in case an interrupt left it elsewhere
     walk.at = [0] * len(walk.tensors)
     walk.to(Walk.PLUS)
     loss_plus = float(closure())  # waits for the device: the only two syncs of a step
@@ -95,8 +96,8 @@ class MeZO(torch.optim.Optimizer):
         distribution: of z: "gaussian", or "rademacher" (signs; the same variance, cheaper).
         in_place: perturb 16-bit weights too. Refused otherwise: rounding destroys them.
 
-    Call `model.eval()` first: dropout would drown the difference of the two passes. Not for
-    training from scratch: a good start is what leaves few directions to learn (Section 4).
+    Call `model.eval()` first: dropout would drown the difference of the passes. Not for training
+    from scratch: a good start is what leaves few directions to learn (Section 4).
     """
 
     def __init__(
@@ -113,8 +114,8 @@ class MeZO(torch.optim.Optimizer):
     ):
         seed = torch.initial_seed() if seed is None else seed
         defaults: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"num_samples": num_samples, "seed": seed, "step": 0}
-        defaults |= {"distribution": distribution, "in_place": in_place}
+        defaults |= {"num_samples": num_samples, "distribution": distribution, "seed": seed}
+        defaults |= {"step": 0, "in_place": in_place}
         self.observers: list[Callable[[Record], None]] = []  # told of every step, refused ones too
         self._walks: dict[int, Walk] = {}  # by probe: what was estimated since the last step
         super().__init__(params, defaults)
@@ -143,20 +144,21 @@ class MeZO(torch.optim.Optimizer):
     def estimate(self, closure: Closure, probe: int = 0, *, restore: bool = True) -> Estimate:
         """The estimate along direction number `probe` of this step, for a `step()` to follow.
 
-        Calls for one probe share z and are averaged. If the closure raises, theta is restored and
-        the step counts as taken, without update. restore=False leaves theta - eps z to `step()`.
+        Calls for one probe share z and are averaged. If one raises, theta is restored, and the step
+        counts as taken, without update. restore=False leaves theta - eps z to `step()`.
         """
         if probe < max(self._walks, default=0):  # a replay counts on their order
             raise ValueError(f"the probes of a step are estimated in order: {probe} comes too late")
         walk = self._walks.setdefault(probe, self._walk(probe))
+        before = len(walk.estimates)
         try:
             walk.estimates.append(spsa(closure, walk))
+            if restore:
+                walk.to(Walk.HOME)
         except BaseException:
-            walk.estimates.append(Estimate(math.nan, math.nan))
+            walk.estimates[before:] = [Estimate(math.nan, math.nan)]
             self._update()
             raise
-        if restore:
-            walk.to(Walk.HOME)
         return walk.estimates[-1]
 
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -165,10 +167,9 @@ class MeZO(torch.optim.Optimizer):
         Returns the mean loss. One that is not finite refuses the update: the weights stay, the step
         is counted, the observers see NaN.
         """
-        last = self.param_groups[0]["num_samples"] - 1
-        if closure is not None:
-            for probe in range(last + 1):  # the last one is restored by the update
-                self.estimate(closure, probe, restore=probe < last)
+        n = self.param_groups[0]["num_samples"]
+        for probe in range(n) if closure else ():  # the last one is restored by the update
+            self.estimate(closure, probe, restore=probe < n - 1)  # type: ignore[arg-type]
         if not self._walks:
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
         return self._update()
@@ -176,24 +177,23 @@ class MeZO(torch.optim.Optimizer):
     def _update(self) -> float:
         """theta <- (1 - lr weight_decay) theta - lr / n * sum of projected_grad z, last z first."""
         walks, self._walks = self._walks, {}
-        grads = {i: _mean([e.projected_grad for e in w.estimates]) for i, w in walks.items()}
-        loss = _mean([e.loss for walk in walks.values() for e in walk.estimates])
+        seen = {i: walk.estimates for i, walk in walks.items()}
+        grads = {i: sum(e.projected_grad for e in es) / len(es) for i, es in seen.items()}
+        loss = sum(sum(e.loss for e in es) / len(es) for es in seen.values()) / len(seen)
         applied = all(map(math.isfinite, grads.values()))
         rates = [(float(group["lr"]), group["weight_decay"]) for _, _, group in self.trained()]
+        interrupt = Held()
         for i, walk in reversed(walks.items()):
             update = [[(1 - lr * decay, -lr * grads[i] / len(walks))] for lr, decay in rates]
-            walk.to(Walk.HOME, then=update if applied else None)  # the way home and the update
+            with interrupt:
+                walk.to(Walk.HOME, then=update if applied else None)  # the way home and the update
             rates = [(lr, 0.0) for lr, _ in rates]  # decay once, whatever the number of probes
         step = self.param_groups[0]["step"]
         if not applied:
             logging.getLogger("mezo").warning("step %d: loss %s: update refused", step, loss)
         for group in self.param_groups:
             group["step"] = step + 1
-        cycles = tuple(len(walk.estimates) for walk in walks.values())
         for observer in self.observers:
-            observer(Record(step, tuple(grads.values()), loss, cycles))
+            observer(Record(step, tuple(grads.values()), loss, tuple(map(len, seen.values()))))
+        interrupt.release()
         return loss
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

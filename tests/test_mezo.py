@@ -7,9 +7,8 @@ import pytest
 import reference
 import torch
 
-from mezo import MeZO, noise, spsa
+from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
-from mezo.mezo import Walk
 
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -236,27 +235,31 @@ def test_an_exception_in_the_closure_restores_the_weights(fails_at, error):
     assert optimizer.param_groups[0]["step"] == 1  # its z is not drawn again
 
 
-def test_an_interrupt_between_two_tensors_restores_both():
-    """The walk knows how far each tensor has come."""
-    model = Regression(torch.float32)
-    before = weights(model)
-    keyed = [(noise.tensor_key(0, name), p) for name, p in model.named_parameters()]
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_an_interrupt_within_a_sweep_leaves_what_the_log_says(num_samples, monkeypatch, tmp_path):
+    """Ctrl-C between any two tensors: the sweep is finished, and the run goes on and replays."""
+    apply_ = noise.apply_
+    for fails_at in range(1, 3 * 3 * num_samples + 1):
+        model = Regression(torch.float32)
+        base, calls = copy.deepcopy(model), []
 
-    class Interrupted(Walk):
-        def to(self, stage, then=None):
-            if stage == self.MINUS:
-                all_tensors, self.tensors = self.tensors, self.tensors[:1]
-                super().to(stage)
-                self.tensors = all_tensors
+        def interrupted(*args, calls=calls, fails_at=fails_at, **kwargs):
+            apply_(*args, **kwargs)
+            calls.append(args[2])
+            if len(calls) == fails_at:
                 raise KeyboardInterrupt
-            super().to(stage, then)
 
-    walk = Interrupted(keyed, 1e-3, step=0, probe=0, distribution="gaussian")
-    with pytest.raises(KeyboardInterrupt):
-        spsa(model, walk)
-    assert walk.at == [2, 1, 1]
-    walk.to(Walk.HOME)
-    assert ((weights(model) - before).abs() <= walked_home(before, 1e-3)).all()
+        options = {"lr": 1e-2, "seed": 1, "num_samples": num_samples}
+        optimizer = MeZO(model.named_parameters(), **options)
+        with trajectory.record(optimizer, tmp_path / "run.mezo"):
+            monkeypatch.setattr(noise, "apply_", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step(model)
+            monkeypatch.setattr(noise, "apply_", apply_)
+            optimizer.step(model)
+        assert len(trajectory.read(tmp_path / "run.mezo").steps) == 2
+        trajectory.replay(tmp_path / "run.mezo", base)
+        assert torch.equal(weights(base), weights(model))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

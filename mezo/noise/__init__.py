@@ -67,6 +67,8 @@ def apply_(
         step, probe: which direction; step in [0, 2^32), probe in [0, 2^24).
         kernel: False keeps to plain torch (the same bits; for tests).
     """
+    if not terms:
+        return
     where: dict[str, Any] = {"step": step, "probe": probe, "distribution": distribution}
     module = _kernel(tensor.device.type) if kernel else None
     if module is not None and module.supports(tensor):

@@ -7,7 +7,7 @@ second thread pool that aborts when two Python threads meet in it.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 import numba
@@ -206,7 +206,18 @@ def apply_(tensor, key, terms, *, step, probe, distribution, offset) -> None:
     size = -(-data.size // (threads * _SPLIT)) * _SPLIT
     starts = range(0, data.size, size)
     ends = [min(start + size, data.size) for start in starts]
-    list(_pool(os.getpid(), threads).map(run, starts, ends))
+    pool = _pool(os.getpid(), threads)
+    futures = [pool.submit(run, *span) for span in zip(starts, ends, strict=True)]
+    interrupt = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except KeyboardInterrupt as error:  # no tensor is left half moved
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    for future in futures:
+        future.result()
 
 
 @cache
