@@ -108,6 +108,7 @@ def main() -> None:
                 f"{row['times_reference']:6.1f} x reference {row['of_add']:5.2f} of add",
                 flush=True,
             )
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ from ..run import environment
 from ..tasks import Example
 from ..tuning import Point, Recipe, extra_memory, tune
 
-# found by trials on the dev set: MeZO rates are far from those of Adam, and depend on what is tuned
+# from a few trials; MeZO's rates are far from Adam's, and depend on what is tuned
 BIASES = r"bias|LayerNorm"
 RECIPES = {
     "MeZO, biases and norms": Recipe("mezo", 450, 5e-3, eps=1e-2, trainable=BIASES),
