@@ -20,6 +20,7 @@ from mezo.run import environment
 from mezo.tuning import Recipe, tune
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
+ZERO_SHOT = ("zero-shot", "zero-shot-calibrated")
 BIASES = r"bias|LayerNorm|layer_norm"
 RECIPES = {
     "minilm": {
@@ -50,12 +51,14 @@ def cell(model_name: str, method: str, size: str, seed: int, data_dir: str) -> d
     train, dev = splits_of(tasks.load_examples(task, "train", data_dir=data_dir), size, seed)
     test = tasks.load_examples(task, "test", data_dir=data_dir)
     began, found = time.perf_counter(), {}
-    if method in ("zero-shot", "in-context"):
+    if method in ZERO_SHOT or method == "in-context":
+        form = form.calibrate(model) if method == "zero-shot-calibrated" else form
         shown = tasks.sample(train, 8, seed) if method == "in-context" else []
         result = evaluate(model, form, test, demonstrations=shown)
     else:
         recipe = RECIPES[model_name][method]
-        tuned = tune(model, form, train, recipe, seed=seed, held_out=dev[:200], evaluations=3)
+        held_out = tasks.sample(dev, 200, seed)  # dev itself is sorted by label
+        tuned = tune(model, form, train, recipe, seed=seed, held_out=held_out, evaluations=3)
         result = evaluate(model, form, test)
         found = {"recipe": asdict(recipe), "curve": [asdict(p) for p in tuned.points]}
         found |= {"train_loss_last_50": sum(tuned.losses[-50:]) / len(tuned.losses[-50:])}
@@ -74,12 +77,12 @@ def main() -> None:
     out = Path(__file__).parent / "results" / f"sst2-{args.model}.json"
     done = json.loads(out.read_text()) if out.exists() else {"cells": {}}
     out.parent.mkdir(exist_ok=True)
-    methods = args.methods or ["zero-shot", "in-context", *RECIPES[args.model]]
+    methods = args.methods or [*ZERO_SHOT, "in-context", *RECIPES[args.model]]
     for seed in SEEDS[: args.seeds]:
         for size in args.sizes:
             for method in methods:
                 key = f"{method} k={size} seed={seed}"
-                if method == "zero-shot":
+                if method in ZERO_SHOT:
                     key = method  # neither examples nor seed
                 if key in done["cells"]:
                     continue
