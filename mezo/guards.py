@@ -1,4 +1,4 @@
-"""What MeZO refuses at the door, in one sentence that names the value, and what it holds back."""
+"""What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
 
 import torch
 
@@ -71,20 +71,3 @@ def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
                 f"parameters {seen[place]} and {name} share memory without being one parameter; "
                 "tie them with model.tie_weights() or train one of them"
             )
-
-
-class Held:
-    """`with held: ...` keeps a KeyboardInterrupt back until `held.release()` raises it."""
-
-    interrupt: BaseException | None = None
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, traceback) -> bool:
-        if isinstance(error, KeyboardInterrupt):
-            self.interrupt = error
-        return isinstance(error, KeyboardInterrupt)
-
-    def release(self) -> None:
-        if self.interrupt is not None:
-            raise self.interrupt

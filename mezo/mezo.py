@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from . import noise
-from .guards import Held, check_group, check_storage
+from .errors import Held
+from .guards import check_group, check_storage
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
 
@@ -149,7 +150,7 @@ class MeZO(torch.optim.Optimizer):
         """
         if probe < max(self._walks, default=0):  # a replay counts on their order
             raise ValueError(f"the probes of a step are estimated in order: {probe} comes too late")
-        walk = self._walks.setdefault(probe, self._walk(probe))
+        walk = self._walks[probe] = self._walks.get(probe) or self._walk(probe)
         before = len(walk.estimates)
         try:
             walk.estimates.append(spsa(closure, walk))
@@ -164,8 +165,7 @@ class MeZO(torch.optim.Optimizer):
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """One update, from `closure` (2 num_samples forward passes) or from the estimates made.
 
-        Returns the mean loss. One that is not finite refuses the update: the weights stay, the step
-        is counted, the observers see NaN.
+        Returns the mean loss. One that is not finite refuses the update, but the step is counted.
         """
         n = self.param_groups[0]["num_samples"]
         for probe in range(n) if closure else ():  # the last one is restored by the update

@@ -144,7 +144,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgum
     splits = load_splits(task, data_args)
     _check(args)
     checkpoint = _checkpoint(args)
-    _prepare(args.output_dir)
+    make_folder(args.output_dir)
     model, tokenizer = models.load(model_args, adapter_seed=args.seed)
     form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
     if data_args.calibrate:
@@ -189,7 +189,8 @@ def _check(args: TrainArguments) -> None:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
 
 
-def _prepare(output_dir: str) -> None:
+def make_folder(output_dir: str) -> None:
+    """An output folder, with its parents. InputError where there can be none."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -280,7 +281,7 @@ def evaluate(
 def replay(model_args: ModelArguments, log: str, output_dir: str, until: int | None = None) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
     model, tokenizer, steps = _rebuilt(model_args, log, until)
-    _prepare(output_dir)
+    make_folder(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return {"log": log, "steps": steps, "output_dir": output_dir}

@@ -139,7 +139,8 @@ class MeZOMixin(_Host):
         """The loss over all micro-batches of an update and all processes."""
         loss = 0.0
         for inputs, num_items, divisor in window:
-            fresh = self._prepare_inputs(inputs)  # a new dict each time: compute_loss changes it
+            # a new dict each time: compute_loss pops from it, adds to it
+            fresh = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 micro = self.compute_loss(model, fresh, num_items_in_batch=num_items)
             loss += float(micro) / divisor

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from .. import models, tasks
 from ..arguments import ModelArguments
-from ..errors import InputError
 from ..evaluate import evaluate
 from ..objectives import Form, form_for
-from ..run import environment
+from ..report import learning_curves
+from ..run import environment, make_folder
 from ..tasks import Example
 from ..tuning import Point, Recipe, extra_memory, tune
 
@@ -104,10 +104,7 @@ def run(
 def main(output_dir: str, seed: int = 0, as_json: bool = False) -> None:
     """Run everything, print the table (stdout), write result.json, curves.png and the run logs."""
     out = Path(output_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir {out}: {error.strerror}") from None
+    make_folder(output_dir)
     talk = Console(stderr=True)
     talk.print(
         "A sentence encoder (all-MiniLM-L6-v2, 22.7 M parameters) learns to tell\n"
@@ -124,8 +121,6 @@ def main(output_dir: str, seed: int = 0, as_json: bool = False) -> None:
     result = {"seed": seed, "rows": [asdict(row) for row in rows], "environment": environment()}
     result["recipes"] = {name: asdict(recipe) for name, recipe in RECIPES.items()}
     (out / "result.json").write_text(json.dumps(result, indent=1))
-    from ..report import learning_curves
-
     curves = {row.method: row.points for row in rows if row.points}
     memory = {row.method: row.extra_memory for row in rows if row.points}
     learning_curves(out / "curves.png", curves, memory)

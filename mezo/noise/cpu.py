@@ -17,6 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..errors import Held
 from . import definition
 
 _LANES = definition.LANES
@@ -208,14 +209,11 @@ def apply_(tensor, key, terms, *, step, probe, distribution, offset) -> None:
     ends = [min(start + size, data.size) for start in starts]
     pool = _pool(os.getpid(), threads)
     futures = [pool.submit(run, *span) for span in zip(starts, ends, strict=True)]
-    interrupt = None
+    interrupt = Held()  # no tensor is left half moved
     while not all(future.done() for future in futures):
-        try:
+        with interrupt:
             wait(futures)
-        except KeyboardInterrupt as error:  # no tensor is left half moved
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+    interrupt.release()
     for future in futures:
         future.result()
 
