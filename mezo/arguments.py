@@ -28,8 +28,8 @@ class ModelArguments:
         },
     )
     model_revision: str = _option("main", "Branch, tag or commit on the hub.")
-    dtype: Literal["float32", "bfloat16", "float16"] = _option(
-        "float32", "Type of the weights. Trained weights must be float32."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Type of the weights; auto is the checkpoint's own."
     )
     trust_remote_code: bool = _option(False, "Run code that comes with the model. Off: refused.")
     use_peft: bool = _option(False, "Train a LoRA adapter instead of all weights.")

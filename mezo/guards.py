@@ -1,11 +1,19 @@
 """What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
 
+import logging
+from typing import Any
+
+import numpy as np
 import torch
 
 from . import noise
 from .errors import InputError
+from .perturbation import FORMS
+from .rounding import HALF, ROUNDINGS
 
-HALF = (torch.float16, torch.bfloat16)
+_ONE = "eps seed distribution num_samples perturbation rounding clip clip_quantile max_refused"
+_HISTORY, _ENOUGH = 100, 10  # projected gradients that a quantile is taken of
+_JUDGED = 20  # steps looked at before a warning: a schedule may begin near 0
 
 
 def check_group(group: dict, first: dict) -> None:
@@ -27,7 +35,23 @@ def check_group(group: dict, first: dict) -> None:
     if group["distribution"] not in noise.DISTRIBUTIONS:
         known = " or ".join(noise.DISTRIBUTIONS)
         raise InputError(f"distribution must be {known}, got {group['distribution']!r}")
-    for option in ("eps", "seed", "distribution", "num_samples", "in_place"):
+    if group["perturbation"] not in (None, *FORMS):
+        known = " or ".join(FORMS)
+        raise InputError(f"perturbation must be {known}, got {group['perturbation']!r}")
+    if group["rounding"] not in ROUNDINGS:
+        raise InputError(
+            f"rounding must be one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}"
+        )
+    buffered = group["rounding"] in ("compensated", "master")
+    if buffered and group["perturbation"] == "in_place":
+        raise InputError(f"rounding {group['rounding']!r} keeps a buffer: perturb in scratch")
+    if group["clip"] is not None and not group["clip"] > 0:
+        raise InputError(f"clip must be positive, got {group['clip']}")
+    if group["clip_quantile"] is not None and not 0 < group["clip_quantile"] < 1:
+        raise InputError(f"clip_quantile must be between 0 and 1, got {group['clip_quantile']}")
+    if not group["max_refused"] >= 1:
+        raise InputError(f"max_refused must be at least 1, got {group['max_refused']}")
+    for option in _ONE.split():  # one for all groups
         if group[option] != first[option]:
             raise InputError(
                 f"{option} is one for all parameter groups, got {first[option]} and {group[option]}"
@@ -35,10 +59,10 @@ def check_group(group: dict, first: dict) -> None:
     names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
     for name, tensor in zip(names, group["params"], strict=True):
         if tensor.requires_grad:
-            _check_tensor(name, tensor, half_precision=group["in_place"])
+            _check_tensor(name, tensor)
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, half_precision: bool) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.is_meta:
         raise InputError(
@@ -52,11 +76,6 @@ def _check_tensor(name: str, tensor: torch.Tensor, half_precision: bool) -> None
         )
     if tensor.layout != torch.strided:
         raise InputError(f"parameter {name} is sparse ({tensor.layout}); only dense ones are tuned")
-    if tensor.dtype in HALF and not half_precision:
-        raise InputError(
-            f"parameter {name} is {dtype}: perturbing it in place would destroy it by rounding; "
-            "load the model with dtype=torch.float32 (or pass in_place=True to see it happen)"
-        )
     if tensor.dtype not in (torch.float32, torch.float64, *HALF):
         raise InputError(f"parameter {name} is {dtype}: only floating-point weights are tuned")
 
@@ -70,4 +89,99 @@ def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
             raise InputError(
                 f"parameters {seen[place]} and {name} share memory without being one parameter; "
                 "tie them with model.tie_weights() or train one of them"
+            )
+
+
+def clipped(
+    grads: dict[int, float], group: dict[str, Any]
+) -> tuple[dict[int, float], tuple[float, ...]]:
+    """projected_grads within the bounds that the group sets, and the history for the next step.
+
+    The history is of the sizes measured, not of those applied: a bound does not tighten itself.
+    """
+    bound, history = group["clip"] or float("inf"), group.get("history", ())
+    if group["clip_quantile"] is not None:
+        if len(history) >= _ENOUGH:
+            bound = min(bound, float(np.quantile(history, group["clip_quantile"])))
+        history = (*history, *map(abs, grads.values()))[-_HISTORY:]
+    return {i: max(-bound, min(bound, g)) for i, g in grads.items()}, history
+
+
+def last_place(tensors: list[torch.Tensor]) -> tuple[float, torch.dtype]:
+    """The median unit in the last place of the 16-bit weights, else of all; and their dtype.
+
+    Of at most 4,096 elements a tensor, each for as many as the tensor has.
+    """
+    tensors = [t for t in tensors if t.dtype in HALF] or tensors
+    units, weights = [], []
+    for t in tensors:
+        part = t.detach().flatten()[:: max(1, t.numel() // 4096)].float()
+        unit = torch.finfo(t.dtype).eps * torch.exp2(torch.frexp(part)[1] - 1.0)
+        units.append(unit * (part != 0))
+        weights.append(torch.full_like(part, t.numel() / max(1, len(part))))
+    unit, weight = torch.cat([u.cpu() for u in units]), torch.cat([w.cpu() for w in weights])
+    order = unit.argsort()
+    half = torch.searchsorted(weight[order].cumsum(0), weight.sum() / 2)
+    return float(unit[order[half]]), tensors[0].dtype
+
+
+class Watch:
+    """Looks at every step, says once what will not work, and stops what has stopped learning."""
+
+    def __init__(self) -> None:
+        self.refused = 0  # updates in a row
+        self._unit: float | None = None  # of the last place of the weights, once it is known
+        self._sizes: list[float] = []  # of the first projected gradients
+        self._log = logging.getLogger("mezo")
+
+    def first(self, closure, perturbed) -> None:
+        """After the first estimate: is everything read perturbed, and is eps z representable?"""
+        if self._unit is not None:
+            return
+        perturbed.check(closure)
+        self._unit, dtype = last_place([p for _, p, _ in perturbed.rows])
+        if perturbed.eps < self._unit / 2:
+            name = str(dtype).removeprefix("torch.")
+            self._log.warning(
+                "eps %g is under half a unit in the last place (%.2g) of most %s weights: the two "
+                "losses differ by rounding more than by z; take eps %.0e",
+                *(perturbed.eps, self._unit, name, 4 * self._unit),
+            )
+
+    def step(self, applied: bool, grads: dict[int, float], loss: float, optimizer) -> None:
+        group = optimizer.param_groups[0]
+        self.refused = 0 if applied else self.refused + 1
+        if not applied:
+            self._log.warning("step %d: loss %s: update refused", group["step"], loss)
+            return
+        if self._unit is not None and len(self._sizes) < _JUDGED:
+            self._sizes.append(max(map(abs, grads.values())))
+            if len(self._sizes) == _JUDGED:
+                self._judge(self._unit, group, optimizer.perturbation)
+
+    def _judge(self, unit: float, group: dict[str, Any], perturbation: str) -> None:
+        """After some steps: are the losses told apart, and do the updates survive rounding?"""
+        size = float(np.median(self._sizes))
+        if size == 0:
+            self._log.warning(
+                "in most of the first %d steps both losses were the same number: compute the loss "
+                "in float32 (logits.float()), take a larger batch, or raise eps",
+                _JUDGED,
+            )
+        update, rounded = float(group["lr"]) * size, perturbation == "in_place"
+        if (rounded or group["rounding"] == "nearest") and 0 < update < unit / 2:
+            self._log.warning(
+                "updates of lr * |projected_grad| = %.2g are under half a unit in the last place "
+                "(%.2g) of most weights, and are rounded away: raise lr, or for 16-bit weights "
+                'take rounding="stochastic"',
+                *(update, unit),
+            )
+
+    def stop(self, group: dict[str, Any]) -> None:
+        """InputError if the last max_refused updates were all refused."""
+        if self.refused >= group["max_refused"]:
+            raise InputError(
+                f"the loss was not finite in {self.refused} steps in a row, the last one step "
+                f"{group['step'] - 1}: the weights are those before them; lower lr or eps, "
+                "or look at the data"
             )

@@ -10,9 +10,8 @@ projected_grad * z is an unbiased estimate of the gradient of L smoothed at the 
 eps -> 0, projected_grad is the derivative of L along z. Memory: the weights and one forward.
 """
 
-import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,10 @@ import torch
 
 from . import noise
 from .errors import Held
-from .guards import check_group, check_storage
+from .guards import Watch, check_group, check_storage, clipped
+from .perturbation import InPlace, Scratch, form, perturb
+from .rounding import keep_float32, update_
+from .rules import sgd
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
 
@@ -43,42 +45,14 @@ class Record:
     cycles: tuple[int, ...]  # walks a probe: 1, or more where losses were accumulated
 
 
-class Walk:
-    """theta -> theta + eps z -> theta - eps z -> theta, in place, one tensor after the other.
-
-    Every tensor makes the same three moves, whatever is raised in between: a replay repeats them.
-    Home again, an element is off by at most 3 roundings.
-    """
-
-    PLUS, MINUS, HOME = 1, 2, 3
-
-    def __init__(self, tensors: Sequence[tuple], eps: float, **where: Any):
-        self.tensors, self.eps, self.where = tensors, eps, where  # (key, tensor) each; which z
-        self.moves = [(1.0, eps), (1.0, -2 * eps), (1.0, eps)]
-        self.at = [self.HOME] * len(tensors)  # moves made, tensor by tensor
-        self.estimates: list[Estimate] = []
-
-    def to(self, stage: int, then: list[list] | None = None) -> None:
-        """Move on to `stage`; in the same pass, theta <- scale theta + c z for the pairs `then`."""
-        interrupt = Held()  # it arrives when a tensor is done: the others follow first
-        for i, (key, tensor) in enumerate(self.tensors):
-            terms = self.moves[self.at[i] : stage] + (then[i] if then else [])
-            self.at[i] = stage
-            with interrupt:
-                noise.apply_(tensor, key, terms, **self.where)
-        torch.clear_autocast_cache()  # it would hold casts of the weights as they were
-        interrupt.release()
-
-
 @torch.no_grad()
-def spsa(closure: Closure, walk: Walk) -> Estimate:
-    """Definition 1: two forward passes. Leaves the weights at theta - eps z."""
-    walk.at = [0] * len(walk.tensors)
-    walk.to(Walk.PLUS)
-    loss_plus = float(closure())  # waits for the device: the only two syncs of a step
-    walk.to(Walk.MINUS)
-    loss_minus = float(closure())
-    return Estimate((loss_plus - loss_minus) / (2 * walk.eps), (loss_plus + loss_minus) / 2)
+def spsa(closure: Closure, perturbed: InPlace | Scratch) -> Estimate:
+    """Definition 1: two forward passes. In place, it leaves the weights at theta - eps z."""
+    with perturbed.at(+1):
+        loss_plus = float(closure())  # waits for the device: the only two syncs of a step
+    with perturbed.at(-1):
+        loss_minus = float(closure())
+    return Estimate((loss_plus - loss_minus) / (2 * perturbed.eps), (loss_plus + loss_minus) / 2)
 
 
 class MeZO(torch.optim.Optimizer):
@@ -86,8 +60,7 @@ class MeZO(torch.optim.Optimizer):
 
     Args:
         params: `model.named_parameters()`, or groups of them: z is keyed by name, so that order,
-            filters and wrappers change nothing. Plain `parameters()` works too, keyed by position.
-            What has requires_grad=False stays as it is.
+            filters and wrappers change nothing. `parameters()` works too, keyed by position.
         lr: about 100 times smaller than Adam's: 1e-7 to 1e-6 for a large model (Tables 15, 16).
         eps: size of the perturbation: 1e-3 in the paper; 1e-2 for LoRA, 1e-1 for prefixes.
         weight_decay: decoupled, theta <- (1 - lr * weight_decay) theta at each step.
@@ -95,7 +68,10 @@ class MeZO(torch.optim.Optimizer):
         seed: of all directions, in [0, 2^64). None takes `torch.initial_seed()`, that is, what
             `torch.manual_seed` was given; torch's generators are neither used nor changed.
         distribution: of z: "gaussian", or "rademacher" (signs; the same variance, cheaper).
-        in_place: perturb 16-bit weights too. Refused otherwise: rounding destroys them.
+        perturbation: "in_place", "scratch" (weights untouched); None: scratch for 16-bit weights.
+        rounding: of 16-bit weights' updates: "stochastic", "compensated", "master" or "nearest".
+        clip, clip_quantile: bounds on |projected_grad|: a value, a quantile of the last 100.
+        max_refused: updates in a row that may be refused for a loss that is not finite.
 
     Call `model.eval()` first: dropout would drown the difference of the passes. Not for training
     from scratch: a good start is what leaves few directions to learn (Section 4).
@@ -111,20 +87,30 @@ class MeZO(torch.optim.Optimizer):
         num_samples: int = 1,
         seed: int | None = None,
         distribution: str = "gaussian",
-        in_place: bool = False,
+        perturbation: str | None = None,
+        rounding: str = "stochastic",
+        clip: float | None = None,
+        clip_quantile: float | None = None,
+        max_refused: int = 10,
     ):
         seed = torch.initial_seed() if seed is None else seed
-        defaults: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "step": 0}
         defaults |= {"num_samples": num_samples, "distribution": distribution, "seed": seed}
-        defaults |= {"step": 0, "in_place": in_place}
+        defaults |= {"perturbation": perturbation, "rounding": rounding, "max_refused": max_refused}
+        defaults |= {"clip": clip, "clip_quantile": clip_quantile}
         self.observers: list[Callable[[Record], None]] = []  # told of every step, refused ones too
-        self._walks: dict[int, Walk] = {}  # by probe: what was estimated since the last step
+        self._seen: dict[int, InPlace | Scratch] = {}  # by probe: what was estimated for a step()
+        self._watch = Watch()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         check_group(param_group, self.param_groups[0])
         check_storage([(name, p) for name, p, _ in self.trained()])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        keep_float32(self, state_dict)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter, dict]]:
         """(canonical name, parameter, its group) of everything that is perturbed, in order."""
@@ -136,11 +122,10 @@ class MeZO(torch.optim.Optimizer):
             rows += [(noise.canonical_name(n), p, group) for n, p in named if p.requires_grad]
         return rows
 
-    def _walk(self, probe: int) -> Walk:
-        group = self.param_groups[0]
-        where = {"step": group["step"], "probe": probe, "distribution": group["distribution"]}
-        keyed = [(noise.tensor_key(group["seed"], name), p) for name, p, _ in self.trained()]
-        return Walk(keyed, group["eps"], **where)
+    @property
+    def perturbation(self) -> str:
+        """The form in use: "in_place" or "scratch"."""
+        return form(self.trained(), self.param_groups[0])
 
     def estimate(self, closure: Closure, probe: int = 0, *, restore: bool = True) -> Estimate:
         """The estimate along direction number `probe` of this step, for a `step()` to follow.
@@ -148,52 +133,67 @@ class MeZO(torch.optim.Optimizer):
         Calls for one probe share z and are averaged. If one raises, theta is restored, and the step
         counts as taken, without update. restore=False leaves theta - eps z to `step()`.
         """
-        if probe < max(self._walks, default=0):  # a replay counts on their order
+        if probe < max(self._seen, default=0):  # a replay counts on their order
             raise ValueError(f"the probes of a step are estimated in order: {probe} comes too late")
-        walk = self._walks[probe] = self._walks.get(probe) or self._walk(probe)
-        before = len(walk.estimates)
+        self._move()
+        if probe not in self._seen:
+            self._seen[probe] = perturb(self.trained(), self.param_groups[0], probe)
+        perturbed, before = self._seen[probe], len(self._seen[probe].estimates)
         try:
-            walk.estimates.append(spsa(closure, walk))
+            perturbed.estimates.append(spsa(closure, perturbed))
+            self._watch.first(closure, perturbed)
             if restore:
-                walk.to(Walk.HOME)
+                self._move()
         except BaseException:
-            walk.estimates[before:] = [Estimate(math.nan, math.nan)]
+            perturbed.estimates[before:] = [Estimate(math.nan, math.nan)]
             self._update()
             raise
-        return walk.estimates[-1]
+        return perturbed.estimates[-1]
 
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
         """One update, from `closure` (2 num_samples forward passes) or from the estimates made.
 
-        Returns the mean loss. One that is not finite refuses the update, but the step is counted.
+        Returns the mean loss. One not finite refuses the update; InputError after max_refused.
         """
         n = self.param_groups[0]["num_samples"]
         for probe in range(n) if closure else ():  # the last one is restored by the update
             self.estimate(closure, probe, restore=probe < n - 1)  # type: ignore[arg-type]
-        if not self._walks:
+        if not self._seen:
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
-        return self._update()
+        loss = self._update()
+        self._watch.stop(self.param_groups[0])
+        return loss
 
     def _update(self) -> float:
-        """theta <- (1 - lr weight_decay) theta - lr / n * sum of projected_grad z, last z first."""
-        walks, self._walks = self._walks, {}
-        seen = {i: walk.estimates for i, walk in walks.items()}
+        """theta <- theta - lr * (projected_grad z, averaged over the probes); home first."""
+        first, seen = self.param_groups[0], {i: p.estimates for i, p in self._seen.items()}
         grads = {i: sum(e.projected_grad for e in es) / len(es) for i, es in seen.items()}
         loss = sum(sum(e.loss for e in es) / len(es) for es in seen.values()) / len(seen)
         applied = all(map(math.isfinite, grads.values()))
-        rates = [(float(group["lr"]), group["weight_decay"]) for _, _, group in self.trained()]
-        interrupt = Held()
-        for i, walk in reversed(walks.items()):
-            update = [[(1 - lr * decay, -lr * grads[i] / len(walks))] for lr, decay in rates]
-            with interrupt:
-                walk.to(Walk.HOME, then=update if applied else None)  # the way home and the update
-            rates = [(lr, 0.0) for lr, _ in rates]  # decay once, whatever the number of probes
-        step = self.param_groups[0]["step"]
-        if not applied:
-            logging.getLogger("mezo").warning("step %d: loss %s: update refused", step, loss)
+        if applied:
+            grads, first["history"] = clipped(grads, first)
+        self._watch.step(applied, grads, loss, self)
+        interrupt, step = Held(), first["step"]
+        with interrupt:
+            self._move(grads if applied else None)
+        self._seen = {}
         for group in self.param_groups:
             group["step"] = step + 1
         for observer in self.observers:
             observer(Record(step, tuple(grads.values()), loss, tuple(map(len, seen.values()))))
         interrupt.release()
         return loss
+
+    def _move(self, grads: dict[int, float] | None = None) -> None:
+        """Every tensor home, and on by the update if there is one, in one pass over each."""
+        first, interrupt = self.param_groups[0], Held()
+        for i, (name, p, group) in enumerate(self.trained()):
+            moves = [move for perturbed in self._seen.values() for move in perturbed.way_home(i)]
+            moves += sgd(first["step"], grads, group) if grads else []
+            key, state = noise.tensor_key(first["seed"], name), self.state.get(p, {})
+            with interrupt:  # it arrives when a tensor is done: the others follow first
+                update_(p, key, moves, first["rounding"], first["distribution"], state)
+            if state:
+                self.state[p] = state
+        torch.clear_autocast_cache()
+        interrupt.release()

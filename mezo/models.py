@@ -91,7 +91,7 @@ def _load(name: str, args: ModelArguments):
             raise InputError(f"model {name} is an encoder-decoder, which no task here can use")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
         auto = getattr(transformers, AUTO[kind_of(config.architectures)])
-        dtype = getattr(torch, args.dtype)
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         return auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **shared), tokenizer
     except InputError:
         raise

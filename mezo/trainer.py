@@ -55,6 +55,26 @@ class MeZOConfig(TrainingArguments):
     distribution: str = field(
         default="gaussian", metadata={"help": "Of the directions: gaussian or rademacher."}
     )
+    perturbation: str | None = field(
+        default=None,
+        metadata={"help": "in_place, or scratch: the default for 16-bit weights."},
+    )
+    rounding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of updates of 16-bit weights: stochastic (the default), compensated, master "
+            "(the default for a 16-bit adapter), nearest."
+        },
+    )
+    clip: float | None = field(
+        default=None, metadata={"help": "Bound on the size of the projected gradient."}
+    )
+    clip_quantile: float | None = field(
+        default=None, metadata={"help": "The bound is this quantile of the last 100 sizes."}
+    )
+    max_refused: int = field(
+        default=10, metadata={"help": "Stop after so many losses in a row that are not finite."}
+    )
 
 
 class MeZOMixin(_Host):
@@ -102,7 +122,11 @@ class MeZOMixin(_Host):
             options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             if isinstance(args, MeZOConfig):
                 options |= {"eps": args.mezo_eps, "num_samples": args.num_samples}
-                options |= {"distribution": args.distribution}
+                adapter = getattr(model, "peft_config", None) is not None
+                options |= {"rounding": args.rounding or ("master" if adapter else "stochastic")}
+                for name in ("distribution", "perturbation", "clip", "clip_quantile"):
+                    options[name] = getattr(args, name)
+                options["max_refused"] = args.max_refused
             self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
         return self.optimizer
 

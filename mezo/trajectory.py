@@ -19,11 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import noise
 from .errors import InputError
 from .mezo import MeZO, Record
+from .perturbation import FORMS, walk
+from .rounding import ROUNDINGS, update_
+from .rules import sgd
 
 try:
     import fcntl
@@ -33,6 +37,7 @@ except ImportError:  # Windows: two runs that write one log are not noticed ther
 FORMAT = 1
 MAGIC = b"\x89MEZO\r\n\x1a"
 MAX_HEADER = 2**26
+_KNOWN = {"perturbation": FORMS, "rounding": ROUNDINGS, "rule": ("sgd",)}
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,8 @@ def record(
     index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
     tensors = [_entry(name, p) | {"group": index[id(g)]} for name, p, g in rows]
     header: dict[str, Any] = {"format": FORMAT, "noise": noise.CONTRACT, "seed": group["seed"]}
-    header |= {"distribution": group["distribution"], "perturbation": "in place", "rule": "sgd"}
+    header |= {"distribution": group["distribution"], "perturbation": optimizer.perturbation}
+    header |= {"rounding": group["rounding"], "rule": "sgd"}
     header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
     header["frozen"] = None if model is None else _frozen(model, {name for name, _, _ in rows})
     return Writer(optimizer, path, header | {"tensors": tensors})
@@ -260,6 +266,9 @@ class _Reader:
                     f"{header.get('noise')}; this version of mezo reads {FORMAT} and "
                     f"{noise.CONTRACT}: upgrade mezo-lm"
                 )
+            for key, known in _KNOWN.items():
+                if header[key] not in known:
+                    raise InputError(f"this log has {key} {header[key]!r}: upgrade mezo-lm")
             self.header = header | {"bytes": start + 8 + length}
         if header["start"] != len(self.steps):
             raise _Damage(f"a segment that starts at step {header['start']}")
@@ -311,8 +320,9 @@ def replay(
         raise InputError(
             f"{path}: the weights that the run kept frozen are not those of this model"
         )
+    tables = {entry["group"]: _moves(log.header, steps, entry["group"]) for entry in entries}
     for done, entry in enumerate(entries, 1):
-        _replay_tensor(named[entry["name"]], entry, log.header, steps)
+        _replay_tensor(named[entry["name"]], entry, log.header, tables[entry["group"]])
         if progress is not None:
             progress(done, len(entries))
     return model
@@ -330,21 +340,24 @@ def _match(path, entry: dict, tensor: torch.Tensor | None, verify: bool) -> None
             )
 
 
-@torch.no_grad()
-def _replay_tensor(tensor: torch.Tensor, entry: dict, header: dict, steps: list[Step]) -> None:
-    key, group = noise.tensor_key(header["seed"], entry["name"]), entry["group"]
+def _moves(header: dict, steps: list[Step], group: int) -> np.ndarray:
+    """All that the run did to a weight of a parameter group, as one table of moves."""
+    moves: list[noise.Move] = []
+    walked = header["perturbation"] == "in_place"
     for step in steps:
-        seen = step.record
-        grads, walk = seen.projected_grads, [(1.0, step.eps), (1.0, -2 * step.eps), (1.0, step.eps)]
-        lr, n = step.lrs[group], len(grads)
-        updates = [[(1.0, -lr * g / n)] for g in grads]
-        updates[-1] = [(1 - lr * step.weight_decays[group], -lr * grads[-1] / n)]
-        if not all(map(math.isfinite, grads)):
-            updates = [[] for _ in grads]  # refused: the walks were made, the update was not
-        walks = [walk * cycles for cycles in seen.cycles]
-        calls = [(i, walks[i]) for i in range(n - 1)] + [(n - 1, walks[-1] + updates[-1])]
-        calls += [(i, updates[i]) for i in reversed(range(n - 1))]
-        for probe, terms in calls:
-            if terms:
-                where = {"probe": probe, "distribution": header["distribution"]}
-                noise.apply_(tensor, key, terms, step=seen.step, **where)
+        seen, grads = step.record, dict(enumerate(step.record.projected_grads))
+        if walked:
+            for probe, cycles in enumerate(seen.cycles):
+                moves += walk(seen.step, probe, step.eps) * cycles
+        if all(map(math.isfinite, grads.values())):
+            settings = {"lr": step.lrs[group], "weight_decay": step.weight_decays[group]}
+            moves += sgd(seen.step, grads, settings | {"rounding": header["rounding"]})
+    return noise.table(moves)
+
+
+def _replay_tensor(tensor: torch.Tensor, entry: dict, header: dict, moves: np.ndarray) -> None:
+    """Step by step where a buffer lies between two steps, else in one pass."""
+    key, state = noise.tensor_key(header["seed"], entry["name"]), dict[str, torch.Tensor]()
+    ends = np.flatnonzero(np.diff(moves["step"].astype(np.int64))) + 1
+    for part in np.split(moves, ends) if header["rounding"] == "compensated" else [moves]:
+        update_(tensor, key, part, header["rounding"], header["distribution"], state)

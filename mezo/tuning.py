@@ -38,6 +38,8 @@ class Recipe:
     num_samples: int = 1
     distribution: str = "gaussian"
     trainable: str = ""  # regular expression on parameter names; "" is all
+    perturbation: str | None = None
+    rounding: str = "stochastic"
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.o
             eps=recipe.eps,
             num_samples=recipe.num_samples,
             distribution=recipe.distribution,
+            perturbation=recipe.perturbation,
+            rounding=recipe.rounding,
             seed=seed,
         )
         compute = partial(_forward_only, model, form, optimizer)
@@ -189,7 +193,8 @@ def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe)
     select(model, recipe.trainable)
     features = sorted((form.encode(e) for e in examples), key=lambda feature: feature["length"])
     batch = to_device(form.collate(features[-recipe.batch_size :]), model)
-    noise.apply_(torch.zeros(2**18), (0, 0), [(1.0, 1.0)], step=0, distribution=recipe.distribution)
+    move = noise.Move(0, 0, 1.0, 1.0)
+    noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=recipe.distribution)
     for p in model.parameters():
         p.detach().sum()  # files are mapped: a weight counts once it was read
 

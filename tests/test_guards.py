@@ -1,11 +1,15 @@
-"""What MeZO refuses at the door."""
+"""What MeZO refuses at the door, warns of once, and stops."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
-from test_mezo import Regression
+from test_mezo import Regression, weights
 
-from mezo import MeZO
+from mezo import MeZO, trajectory
 from mezo.errors import InputError
+from mezo.guards import last_place
 
 
 @pytest.mark.parametrize(
@@ -18,6 +22,12 @@ from mezo.errors import InputError
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"seed": 2**64}, "seed must be in"),
         ({"distribution": "normal"}, "distribution must be gaussian or rademacher, got 'normal'"),
+        ({"perturbation": "low"}, "perturbation must be in_place or scratch, got 'low'"),
+        ({"rounding": "up"}, "rounding must be one of stochastic, .* got 'up'"),
+        ({"rounding": "master", "perturbation": "in_place"}, "'master' keeps a buffer"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+        ({"clip_quantile": 1.0}, "clip_quantile must be between 0 and 1, got 1.0"),
+        ({"max_refused": 0}, "max_refused must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_refused_by_value(options, message):
@@ -31,9 +41,6 @@ def test_tensors_that_cannot_be_trained_are_refused_by_name():
             MeZO([("w", torch.nn.Parameter(tensor))], **options)
 
     refused(torch.zeros(3, device="meta"), "parameter w is on the meta device")
-    for dtype in (torch.float16, torch.bfloat16):
-        refused(torch.zeros(3, dtype=dtype), f"parameter w is {str(dtype)[6:]}: perturbing it")
-        MeZO([("w", torch.nn.Parameter(torch.zeros(3, dtype=dtype)))], in_place=True)
     refused(torch.zeros(3, dtype=torch.complex64), "parameter w is complex64")
     refused(torch.eye(3).to_sparse(), "parameter w is sparse")
     MeZO([("w", torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))])
@@ -53,3 +60,107 @@ def test_settings_of_the_direction_are_one_for_all_groups():
         InputError, match=r"eps is one for all parameter groups, got 0.001 and 0.01"
     ):
         MeZO(groups)
+
+
+def steps_of(optimizer, losses, model):
+    """One step for each of `losses`: None is the model's own."""
+    for loss in losses:
+        optimizer.step(model if loss is None else lambda loss=loss: loss)
+
+
+def test_losses_that_are_not_finite_stop_the_run_after_some_in_a_row(caplog):
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, max_refused=3)
+    steps_of(optimizer, [math.nan, math.inf, None, math.nan, math.nan], model)
+    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, the last one step 5"):
+        optimizer.step(lambda: math.nan)
+    assert caplog.text.count("update refused") == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_refused_update_leaves_scratch_weights_as_they_were(dtype):
+    model = Regression(dtype)
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation="scratch")
+    before = weights(model)
+    optimizer.step(lambda: math.nan)
+    assert torch.equal(weights(model), before)
+    assert optimizer.param_groups[0]["step"] == 1
+
+
+def test_a_bound_on_the_projected_gradient_keeps_its_sign():
+    model, seen = Regression(), []
+    optimizer = MeZO(model.named_parameters(), lr=0.0, seed=1, clip=0.5)
+    optimizer.observers.append(lambda record: seen.append(record.projected_grads[0]))
+    measured = []
+    for _ in range(10):
+        measured.append(optimizer.estimate(model).projected_grad)
+        optimizer.step()
+    assert seen == [max(-0.5, min(0.5, g)) for g in measured]
+    assert any(abs(g) > 0.5 for g in measured)
+
+
+def test_a_quantile_bounds_what_stands_out_from_the_last_sizes(tmp_path):
+    """The history is of what was measured: the bound of step 10 is the quantile of ten sizes."""
+    model, base, seen = Regression(torch.float32), Regression(torch.float32), []
+    optimizer = MeZO(model.named_parameters(), lr=1e-3, seed=1, clip_quantile=0.5)
+    optimizer.observers.append(lambda record: seen.append(record.projected_grads[0]))
+    measured = []
+    with trajectory.record(optimizer, tmp_path / "run.mezo"):
+        for i in range(12):
+            scale = 100.0 if i == 10 else 1.0
+            measured.append(optimizer.estimate(lambda s=scale: s * model()).projected_grad)
+            optimizer.step()
+    assert seen[:10] == measured[:10]
+    assert abs(seen[10]) == pytest.approx(float(np.median(np.abs(measured[:10]))))
+    assert optimizer.state_dict()["param_groups"][0]["history"] == tuple(map(abs, measured))
+    trajectory.replay(tmp_path / "run.mezo", base)  # what was applied is what the log has
+    assert torch.equal(weights(base), weights(model))
+
+
+def test_an_eps_that_bfloat16_cannot_show_is_warned_of_once(caplog):
+    """Weights of 0.5 to 2: a unit in the last place is 2^-8 at the least."""
+    model = Regression(torch.bfloat16)
+    for p in model.parameters():
+        p.data.uniform_(1, 2, generator=torch.Generator().manual_seed(0))
+    for eps, warned in ((1e-2, 0), (1e-3, 1)):
+        caplog.clear()
+        optimizer = MeZO(model.named_parameters(), lr=0.0, eps=eps, seed=1)
+        steps_of(optimizer, [None] * 3, model)
+        assert (
+            caplog.text.count("half a unit in the last place (0.0078) of most bfloat16") == warned
+        )
+
+
+class InFloat32(Regression):
+    """bfloat16 weights, the loss in float32, as language models compute it."""
+
+    def forward(self):
+        hidden = torch.tanh(self.x @ self.first.T + self.bias)
+        return ((hidden.float() @ self.last.float().T - self.y.float()) ** 2).mean()
+
+
+@pytest.mark.parametrize(("rounding", "warned"), [("nearest", 1), ("stochastic", 0)])
+def test_updates_that_are_rounded_away_are_warned_of_once(rounding, warned, caplog):
+    model = InFloat32(torch.bfloat16)
+    optimizer = MeZO(model.named_parameters(), lr=1e-7, seed=1, rounding=rounding)
+    steps_of(optimizer, [None] * 40, model)
+    assert caplog.text.count("are rounded away") == warned
+    assert "the same number" not in caplog.text
+
+
+def test_losses_that_cannot_be_told_apart_are_warned_of_once(caplog):
+    """As a loss in 16 bits has them, or an accuracy on few examples."""
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-7, seed=1)
+    for _ in range(40):
+        optimizer.step(lambda: torch.round(model(), decimals=1))
+    assert caplog.text.count("both losses were the same number") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_unit_in_the_last_place_is_the_spacing_of_numbers(dtype):
+    """Of 2^k to 2^(k+1) it is 2^(k - bits); the median goes by elements, and 16 bits come first."""
+    bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}[dtype]
+    few, many = torch.full((10,), 1.5), torch.full((90_000,), 0.3)
+    unit, found = last_place([few.to(dtype), many.to(dtype), torch.zeros(5, dtype=dtype)])
+    assert (unit, found) == (2.0 ** (-2 - bits), dtype)

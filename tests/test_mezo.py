@@ -110,7 +110,13 @@ def test_n_samples_are_the_mean_of_n_estimates():
 def test_restoring_with_the_update_has_the_bits_of_restoring_before_it(dtype):
     """step(closure) saves a pass over the weights, not a rounding."""
     models = [Regression(dtype), Regression(dtype)]
-    options = {"lr": 1e-2, "seed": 1, "weight_decay": 0.1, "in_place": True}
+    options = {
+        "lr": 1e-2,
+        "seed": 1,
+        "weight_decay": 0.1,
+        "perturbation": "in_place",
+        "rounding": "nearest",
+    }
     optimizers = [MeZO(m.named_parameters(), **options) for m in models]
     for _ in range(5):
         optimizers[0].step(models[0])
@@ -332,14 +338,14 @@ class Counter(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_nothing_of_a_parameters_size_is_allocated(kernel, monkeypatch):
-    """No z, no gradient, no copy: pieces of at most 2^16 elements, or the kernel's 4 KB."""
+    """No z, no gradient, no copy: pieces of 2^16 elements, or the kernel's 4 KB and a sample."""
     if not kernel:
         monkeypatch.setattr(noise, "_kernel", lambda device: None)
     p = torch.nn.Parameter(torch.zeros(1000, 1000))
     optimizer = MeZO([("p", p)], lr=1.0, num_samples=2, weight_decay=0.1)
     with Counter() as counter:
         optimizer.step(lambda: p.sum() * 1.0)
-    assert counter.largest <= (4 if kernel else 4 * 2**16)
+    assert counter.largest <= (2 * 4096 if kernel else 4 * 2**16)
     assert not optimizer.state
 
 

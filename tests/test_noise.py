@@ -9,10 +9,17 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.noise import definition
+from mezo.noise import Move, definition
 
 DISTRIBUTIONS = noise.DISTRIBUTIONS
 KEY = noise.tensor_key(7, "model.layers.0.weight")
+MOVES = [  # two directions and every rounding
+    Move(9, 2, 1.0, 1e-3, noise.KEEP),
+    Move(9, 2, 1.0, -2e-3),
+    Move(9, 1, 0.999, -3.7e-5, noise.ROUND_PERTURBED),
+    Move(4, 1, 1.0, 1e-3, noise.KEEP),
+    Move(4, 1, 1.0, 2e-6, noise.ROUND_UPDATE),
+]
 
 
 @pytest.mark.parametrize(
@@ -80,12 +87,10 @@ def test_far_elements_use_the_high_counter_word():
 @pytest.mark.parametrize("offset", [0, 1, 33_000])
 def test_the_kernel_has_the_bits_of_the_definition(distribution, dtype, offset):
     start = (torch.randn(70_001, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-    terms = [(1.0, 1e-3), (1.0, -2e-3), (1.0, 1e-3), (0.999, -3.7e-5)]
     results = []
     for kernel in (True, False):
         p = start.clone()
-        where = {"step": 9, "probe": 2, "distribution": distribution, "offset": offset}
-        noise.apply_(p, KEY, terms, kernel=kernel, **where)
+        noise.apply_(p, KEY, MOVES, distribution=distribution, offset=offset, kernel=kernel)
         results.append(p)
     assert torch.equal(*results)
     assert not torch.equal(results[0], start)
@@ -100,9 +105,8 @@ def test_the_kernel_rounds_16_bits_as_torch_does(dtype):
         results = []
         for kernel in (True, False):
             p = every.clone()
-            noise.apply_(
-                p, KEY, [(1.0, coefficient)], step=0, distribution="rademacher", kernel=kernel
-            )
+            move = Move(0, 0, 1.0, coefficient)
+            noise.apply_(p, KEY, [move], distribution="rademacher", kernel=kernel)
             results.append(p)
         assert torch.equal(results[0].isnan(), results[1].isnan())
         good = ~results[0].isnan()
@@ -113,7 +117,7 @@ def test_strides_do_not_matter():
     p = torch.zeros(300, 701)
     q = torch.zeros(701, 300).t()
     for tensor in (p, q):
-        noise.apply_(tensor, KEY, [(1.0, 1.0)], step=0)
+        noise.apply_(tensor, KEY, [Move(0, 0, 1.0, 1.0)])
     assert torch.equal(p, q)
     assert torch.equal(p.view(-1), noise.draw(KEY, 0, p.numel(), step=0))
 
@@ -124,7 +128,7 @@ def test_the_number_of_threads_does_not_matter():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             p = torch.zeros(300_000)
-            noise.apply_(p, KEY, [(1.0, 1.0)], step=0)
+            noise.apply_(p, KEY, [Move(0, 0, 1.0, 1.0)])
             results.append(p)
     finally:
         torch.set_num_threads(before)
@@ -134,16 +138,16 @@ def test_the_number_of_threads_does_not_matter():
 
 def test_float64_tensors_are_moved_in_float64():
     p = torch.zeros(1000, dtype=torch.float64)
-    noise.apply_(p, KEY, [(1.0, 0.1)], step=0)
+    noise.apply_(p, KEY, [Move(0, 0, 1.0, 0.1)])
     assert torch.equal(p, noise.draw(KEY, 0, 1000, step=0).double() * 0.1)
 
 
 def test_scalars_and_empty_tensors_work():
     p = torch.zeros(())
-    noise.apply_(p, KEY, [(1.0, 1.0)], step=0)
+    noise.apply_(p, KEY, [Move(0, 0, 1.0, 1.0)])
     assert p == noise.draw(KEY, 0, 1, step=0)[0]
-    noise.apply_(torch.zeros(0), KEY, [(1.0, 1.0)], step=0)
-    noise.apply_(torch.zeros(0, 3).t(), KEY, [(1.0, 1.0)], step=0)
+    noise.apply_(torch.zeros(0), KEY, [Move(0, 0, 1.0, 1.0)])
+    noise.apply_(torch.zeros(0, 3).t(), KEY, [Move(0, 0, 1.0, 1.0)])
 
 
 def test_gaussian_moments_tails_and_shape():
@@ -206,5 +210,5 @@ def test_a_seed_out_of_range_is_refused():
 
 def test_drawing_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
-    noise.apply_(torch.zeros(5000), KEY, [(1.0, 1.0)], step=0)
+    noise.apply_(torch.zeros(5000), KEY, [Move(0, 0, 1.0, 1.0)])
     assert torch.equal(before, torch.get_rng_state())

@@ -35,7 +35,7 @@ def run(path, steps=10, model=None, **options):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_replay_has_the_bits_of_the_run(tmp_path, options, dtype):
-    options = options | ({"in_place": True} if dtype == torch.bfloat16 else {})
+    options = options | ({"perturbation": "in_place"} if dtype == torch.bfloat16 else {})
     base, model = run(tmp_path / "run.mezo", model=Regression(dtype), **options)
     assert not torch.equal(weights(base), weights(model))
     trajectory.replay(tmp_path / "run.mezo", base)

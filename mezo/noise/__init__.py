@@ -6,10 +6,12 @@ triton are installed.
 
 import importlib
 import logging
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .definition import (
@@ -18,13 +20,46 @@ from .definition import (
     GROUP,
     MAX_PROBE,
     MAX_STEP,
+    ROUND_PERTURBED,
+    ROUND_UPDATE,
     canonical_name,
     draw,
+    round_stochastically,
+    rounding_bits,
     tensor_key,
 )
 
-__all__ = ["CONTRACT", "DISTRIBUTIONS", "MAX_PROBE", "MAX_STEP"]
-__all__ += ["apply_", "canonical_name", "draw", "tensor_key"]
+__all__ = ["CONTRACT", "DISTRIBUTIONS", "GROUP", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST"]
+__all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
+__all__ += ["pieces", "table", "tensor_key"]
+
+KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
+
+
+class Move(NamedTuple):
+    """theta <- scale * theta + coefficient * z(step, probe), in float32, and then a rounding.
+
+    It says what a 16-bit tensor's number becomes between this move and the next: KEEP, the float32
+    it is; NEAREST, the tensor's dtype; ROUND_UPDATE or ROUND_PERTURBED, the dtype by stochastic
+    rounding with the bits of that stream, step and probe. The last one is rounded in any case.
+    """
+
+    step: int  # in [0, 2^32)
+    probe: int  # in [0, 2^24)
+    scale: float
+    coefficient: float
+    rounding: int = NEAREST
+
+
+_TABLE = np.dtype(
+    [("step", "u4"), ("probe", "u4"), ("scale", "f8"), ("coefficient", "f8"), ("rounding", "u4")]
+)
+
+
+def table(moves: Sequence[Move] | np.ndarray) -> np.ndarray:
+    """The form in which `apply_` takes moves: made once, used for many tensors."""
+    return moves if isinstance(moves, np.ndarray) else np.array([tuple(m) for m in moves], _TABLE)
+
 
 _KERNELS = {"cpu": ".cpu", "cuda": ".gpu"}  # of numba, of triton
 _PIECE = {"cpu": 2**16, "other": 2**22}  # elements drawn at a time in plain torch: caches, launches
@@ -46,45 +81,73 @@ def _kernel(device: str) -> ModuleType | None:
 def apply_(
     tensor: torch.Tensor,
     key: tuple[int, int],
-    terms: list[tuple[float, float]],
+    moves: Sequence[Move] | np.ndarray,
     *,
-    step: int,
-    probe: int = 0,
     distribution: str = "gaussian",
     offset: int = 0,
+    source: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
     kernel: bool = True,
 ) -> None:
-    """tensor <- scale * tensor + coefficient * z for each (scale, coefficient), in order.
+    """Apply `moves` to a tensor in order, in one pass over it; z is never stored.
 
-    z is drawn once for all terms, and the bits are those of a call for each. A term is a
-    multiplication by scale, a multiplication of z by the coefficient and an addition, each rounded
-    to float32 (float64 for a float64 tensor); for a 16-bit tensor the sum is rounded once more.
+    A move is a multiplication by scale, a multiplication of z by the coefficient and an addition,
+    each rounded to float32 (float64 for a float64 tensor). Successive moves along one direction
+    draw it once; the bits are those of a call for each move.
 
     Args:
         tensor: elements `offset` and on of the parameter in row-major order, whatever its strides.
         key: `tensor_key(seed, name)`.
-        terms: pairs, rounded to float32 (not for a float64 tensor).
-        step, probe: which direction; step in [0, 2^32), probe in [0, 2^24).
+        moves: their numbers are rounded to float32 (not for a float64 tensor).
+        source: read from here, of the same dtype and shape, instead of from `tensor`.
+        rows: tensor[k] is row rows[k] of the parameter (a lookup in an embedding); int64. Not with
+            `source` or `offset`.
         kernel: False keeps to plain torch (the same bits; for tests).
     """
-    if not terms:
+    moves = table(moves)
+    if not len(moves) or not tensor.numel():
         return
-    where: dict[str, Any] = {"step": step, "probe": probe, "distribution": distribution}
     module = _kernel(tensor.device.type) if kernel else None
-    if module is not None and module.supports(tensor):
-        module.apply_(tensor, key, terms, offset=offset, **where)
+    if (
+        module is not None
+        and module.supports(tensor)
+        and (source is None or module.supports(source))
+    ):
+        module.apply_(tensor, key, moves, distribution, offset, source, rows)
         return
     with torch.no_grad():
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        for piece, start in _pieces(tensor.detach(), GROUP[distribution]):
-            first = offset + start
-            z = draw(key, first, first + piece.numel(), device=tensor.device, **where)
-            z = z.to(wide).view(piece.shape)
-            for scale, coefficient in terms:
-                piece.copy_(piece.to(wide) * scale + z * coefficient)
+        if rows is not None:
+            for part, row in zip(tensor, rows.tolist(), strict=True):
+                _apply_in_pieces(part, key, moves, distribution, row * part.numel())
+            return
+        if source is not None:
+            tensor.copy_(source)
+        _apply_in_pieces(tensor.detach(), key, moves, distribution, offset)
 
 
-def _pieces(tensor: torch.Tensor, group: int):
+def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:
+    dtype = tensor.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for piece, start in pieces(tensor, GROUP[distribution]):
+        span = offset + start, offset + start + piece.numel()
+        x, drawn = piece.to(wide), None
+        for step, probe, scale, coefficient, rounding in moves.tolist():
+            where = {"step": step, "probe": probe, "device": tensor.device}
+            if drawn != (step, probe):
+                z = draw(key, *span, distribution=distribution, **where).to(wide).view(x.shape)
+                drawn = step, probe
+            x = x * scale + z * coefficient
+            if dtype == wide or rounding == KEEP:
+                continue
+            if rounding == NEAREST:
+                x = x.to(dtype).to(wide)
+            else:
+                bits = rounding_bits(key, *span, stream=rounding, **where).view(x.shape)
+                x = round_stochastically(x, bits, dtype).to(wide)
+        piece.copy_(x)
+
+
+def pieces(tensor: torch.Tensor, group: int):
     """Views of consecutive elements in row-major order, each with the index of its first."""
     size = max(_PIECE.get(tensor.device.type, _PIECE["other"]), group)
     if tensor.dim() == 0 or tensor.is_contiguous():

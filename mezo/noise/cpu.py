@@ -29,6 +29,8 @@ _S0, _S1, _S2, _S3 = (np.float32(c) for c in definition._S)
 _C0, _C1, _C2, _C3 = (np.float32(c) for c in definition._C)
 _LN2, _ONE, _MINUS_TWO = np.float32(definition._LN2), np.float32(1), np.float32(-2)
 _STEP_U = np.float32(2.0**-24)
+_ROW = 4 * _LANES  # elements that 256 blocks make: normals, signs of one bit, bits of one half word
+_NEAREST = 3  # of the roundings in mezo.noise, the one that takes no bits
 _SPLIT = 2**16  # elements below which a second thread costs more than it brings
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -100,7 +102,7 @@ def _gaussian(z, block, step, probe, k0, k1):
 
 @numba.njit(nogil=True, cache=True)
 def _words(words, block, step, probe, k0, k1):
-    """The 256 x 4 words of one rademacher group of 32,768 elements."""
+    """The 256 x 4 words of one group: 32,768 signs, or 2,048 times 16 bits to round with."""
     for lane in range(_LANES):
         w0, w1, w2, w3 = _philox(block + np.uint64(lane), step, probe, k0, k1)
         words[lane], words[lane + _LANES] = np.int32(w0), np.int32(w1)
@@ -109,20 +111,8 @@ def _words(words, block, step, probe, k0, k1):
 
 @numba.njit(nogil=True, cache=True)
 def _signs(z, words, k):
-    for i in range(4 * _LANES):
+    for i in range(_ROW):
         z[i] = np.float32(np.int32(1) - np.int32(2) * ((words[i] >> np.int32(k)) & np.int32(1)))
-
-
-@numba.njit(nogil=True, cache=True)
-def _fill(z, rademacher, row, words, step, probe, k0, k1):
-    """Row `row` of z (elements 1,024 row and on) into `z`; `words` is kept between calls."""
-    if not rademacher:
-        _gaussian(z, np.uint64(row) * np.uint64(_LANES), step, probe, k0, k1)
-        return
-    if row % 32 == 0 or words[-1] == 0:
-        _words(words, np.uint64(row // 32) * np.uint64(_LANES), step, probe, k0, k1)
-        words[-1] = 1
-    _signs(z, words, row % 32)
 
 
 @numba.njit(inline="always")
@@ -156,59 +146,171 @@ def _float_to_half(kind, value):
     return np.uint16(np.int32(0x7E00) if nan else half | sign)
 
 
-@numba.njit(nogil=True, cache=True)
-def _apply(p, kind, offset, rademacher, step, probe, k0, k1, scales, coefficients):
-    """p <- p * scale + coefficient * z for each pair, in order, in float32.
+@numba.njit(inline="always")
+def _float_to_half_by(kind, value, bits):
+    """Rounded stochastically: definition.round_stochastically."""
+    number = _float_bits(value)
+    magnitude = np.int32(number & np.int32(0x7FFFFFFF))
+    sign = np.int32((number >> np.int32(16)) & np.int32(0x8000))
+    nan = magnitude > 0x7F800000
+    if kind == 1:
+        half = np.int32(np.int32(magnitude + bits) >> np.int32(16))
+        return np.uint16(np.int32(0x7FC0) if nan else half | sign)
+    half = np.int32(
+        np.int32(magnitude - np.int32(112 << 23) + (bits >> np.int32(3))) >> np.int32(13)
+    )
+    if magnitude < (113 << 23):
+        cut = min(np.int32(np.int32(126) - (magnitude >> np.int32(23))), np.int32(29))
+        below = np.int32(np.int32(bits << np.int32(cut - np.int32(14))) >> np.int32(2))
+        mantissa = np.int32((magnitude & np.int32(0x7FFFFF)) | np.int32(0x800000))
+        half = np.int32(np.int32(mantissa + below) >> cut)
+        half = np.int32(0) if magnitude < (97 << 23) else half
+    half = np.int32(0x7C00) if magnitude >= (143 << 23) else min(half, np.int32(0x7C00))
+    return np.uint16(np.int32(0x7E00) if nan else half | sign)
 
-    `p` holds elements `offset` and on of a tensor: float32 (kind 0), or the bits of bfloat16 (1) or
-    float16 (2) as uint16, rounded after each pair.
+
+@numba.njit(nogil=True, cache=True)
+def _load(x, source, kind):
+    if kind == 0:
+        for j in range(x.size):
+            x[j] = source[j]
+    elif kind == 1:
+        for j in range(x.size):
+            x[j] = _half_to_float(1, source[j])
+    else:
+        for j in range(x.size):
+            x[j] = _half_to_float(2, source[j])
+
+
+@numba.njit(nogil=True, cache=True)
+def _store(out, x, kind):
+    if kind == 0:
+        for j in range(x.size):
+            out[j] = x[j]
+    elif kind == 1:
+        for j in range(x.size):
+            out[j] = _float_to_half(1, x[j])
+    else:
+        for j in range(x.size):
+            out[j] = _float_to_half(2, x[j])
+
+
+@numba.njit(nogil=True, cache=True)
+def _round(x, kind, rounding, row, words, step, probe, k0, k1):
+    """Numbers of row `row` and on, to 16 bits and back."""
+    if rounding == _NEAREST:
+        for j in range(x.size):
+            x[j] = _half_to_float(kind, _float_to_half(kind, x[j]))
+        return
+    probe = probe | (np.uint64(rounding) << np.uint64(24))
+    for begin in range(0, x.size, _ROW):
+        if begin == 0 or (row + begin // _ROW) % 2 == 0:
+            block = np.uint64((row + begin // _ROW) // 2) * np.uint64(_LANES)
+            _words(words, block, step, probe, k0, k1)
+        shift = np.int32(16 * ((row + begin // _ROW) % 2))
+        part = x[begin : begin + _ROW]
+        for j in range(_ROW):
+            bits = np.int32((words[j] >> shift) & np.int32(0xFFFF))
+            part[j] = _half_to_float(kind, _float_to_half_by(kind, part[j], bits))
+
+
+@numba.njit(nogil=True, cache=True)
+def _draw(z, rademacher, row, words, step, probe, k0, k1):
+    """z from row `row` on (elements 1,024 row and on); `words` is kept from call to call."""
+    for begin in range(0, z.size, _ROW):
+        part, k = z[begin : begin + _ROW], row + begin // _ROW
+        if not rademacher:
+            _gaussian(part, np.uint64(k) * np.uint64(_LANES), step, probe, k0, k1)
+            continue
+        if words[_ROW] != np.int64(k // 32 + 1):  # of which group the words are
+            _words(words, np.uint64(k // 32) * np.uint64(_LANES), step, probe, k0, k1)
+            words[_ROW] = np.int32(k // 32 + 1)
+        _signs(part, words, k % 32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _apply(out, source, kind, offset, rademacher, moves, k0, k1):
+    """out <- moves of source, elements `offset` and on of a tensor.
+
+    float32 (kind 0), or the bits of bfloat16 (1) or float16 (2) as uint16. Some rows at a time are
+    kept in the cache for all the moves: one, two where a word rounds both, or all that the words of
+    a rademacher direction make, if it is not the only direction.
     """
-    width = 4 * _LANES
-    z = np.empty(width, np.float32)
-    words = np.zeros(width + 1, np.int32)
-    i, n = 0, p.size
+    alone = True
+    for m in range(1, moves.size):
+        alone &= moves[m].step == moves[0].step and moves[m].probe == moves[0].probe
+    chunk = (2 if kind else 1) if alone or not rademacher else 32
+    x, z = np.empty(chunk * _ROW, np.float32), np.empty(chunk * _ROW, np.float32)
+    words, bits = np.zeros(_ROW + 1, np.int32), np.empty(_ROW + 1, np.int32)
+    i, n = 0, out.size
     while i < n:
-        row, begin = (offset + i) // width, (offset + i) % width
-        count = min(width - begin, n - i)
-        _fill(z, rademacher, row, words, step, probe, k0, k1)
-        part, noise = p[i : i + count], z[begin : begin + count]
-        for k in range(scales.size):
-            scale, coefficient = scales[k], coefficients[k]
-            if kind == 0:
-                for j in range(count):
-                    part[j] = part[j] * scale + coefficient * noise[j]
-            else:
-                for j in range(count):
-                    value = _half_to_float(kind, part[j]) * scale + coefficient * noise[j]
-                    part[j] = _float_to_half(kind, value)
+        begin = (offset + i) % (chunk * _ROW)
+        count = min(chunk * _ROW - begin, n - i)
+        row = (offset + i) // _ROW
+        begin = (offset + i) % _ROW
+        size = -(-(begin + count) // _ROW) * _ROW
+        part, noise = x[begin : begin + count], z[begin : begin + count]
+        _load(part, source[i : i + count], kind)
+        for m in range(moves.size):
+            move = moves[m]
+            step, probe = np.uint64(move.step), np.uint64(move.probe)
+            if m == 0 or move.step != moves[m - 1].step or move.probe != moves[m - 1].probe:
+                if not alone:
+                    words[_ROW] = 0
+                _draw(z[:size], rademacher, row, words, step, probe, k0, k1)
+            scale, coefficient = np.float32(move.scale), np.float32(move.coefficient)
+            for j in range(count):
+                part[j] = part[j] * scale + coefficient * noise[j]
+            if kind != 0 and move.rounding != 0:
+                _round(x[:size], kind, move.rounding, row, bits, step, probe, k0, k1)
+        _store(out[i : i + count], part, kind)
         i += count
+
+
+@numba.njit(nogil=True, cache=True)
+def _apply_rows(out, rows, kind, rademacher, moves, k0, k1):
+    """out[k] is row rows[k] of a tensor."""
+    for k in range(rows.size):
+        _apply(out[k], out[k], kind, rows[k] * out.shape[1], rademacher, moves, k0, k1)
 
 
 def supports(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _KIND and tensor.is_contiguous()
 
 
-def apply_(tensor, key, terms, *, step, probe, distribution, offset) -> None:
-    """As `mezo.noise.apply_`, for a tensor that `supports` accepts."""
-    kind = _KIND[tensor.dtype]
-    flat = tensor.detach().view(-1)
-    data = flat.numpy() if kind == 0 else flat.view(torch.uint16).numpy()
-    scales, coefficients = (np.array(column, np.float32) for column in zip(*terms, strict=True))
-    rademacher = distribution == "rademacher"
-    words = [np.uint64(word) for word in (step, probe, *key)]
+def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
+    """As `mezo.noise.apply_`, for tensors that `supports` accepts."""
+    kind, out = _KIND[tensor.dtype], _array(tensor)
+    how = (distribution == "rademacher", moves, np.uint64(key[0]), np.uint64(key[1]))
+    if rows is None:
+        out, given = out.reshape(-1), (out if source is None else _array(source)).reshape(-1)
 
-    def run(begin: int, end: int) -> None:
-        part = data[begin:end]
-        _apply(part, kind, offset + begin, rademacher, *words, scales, coefficients)  # type: ignore[call-arg]
+        def run(begin: int, end: int) -> None:
+            _apply(out[begin:end], given[begin:end], kind, offset + begin, *how)
 
-    threads = min(torch.get_num_threads(), -(-data.size // _SPLIT))
+        return _in_parallel(run, out.size, _SPLIT)
+    out, index = out.reshape(len(rows), -1), rows.numpy()
+
+    def run_rows(begin: int, end: int) -> None:
+        _apply_rows(out[begin:end], index[begin:end], kind, *how)
+
+    _in_parallel(run_rows, len(rows), -(-_SPLIT // out.shape[1]))
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype == torch.float32 else tensor.view(torch.uint16)).numpy()
+
+
+def _in_parallel(run, count: int, quantum: int) -> None:
+    """run(begin, end) over [0, count), split over threads where there is enough to do."""
+    threads = min(torch.get_num_threads(), -(-count // quantum))
     if threads <= 1:
-        return run(0, data.size)
-    size = -(-data.size // (threads * _SPLIT)) * _SPLIT
-    starts = range(0, data.size, size)
-    ends = [min(start + size, data.size) for start in starts]
+        return run(0, count)
+    size = -(-count // (threads * quantum)) * quantum
+    spans = [(start, min(start + size, count)) for start in range(0, count, size)]
     pool = _pool(os.getpid(), threads)
-    futures = [pool.submit(run, *span) for span in zip(starts, ends, strict=True)]
+    futures = [pool.submit(run, *span) for span in spans]
     interrupt = Held()  # no tensor is left half moved
     while not all(future.done() for future in futures):
         with interrupt:

@@ -24,7 +24,8 @@ DISTRIBUTIONS = ("gaussian", "rademacher")
 LANES = 256  # blocks are taken 256 at a time, so that neighbours in memory are neighbours in a lane
 GROUP = {"gaussian": 4 * LANES, "rademacher": 128 * LANES}  # elements that 256 blocks make
 MAX_STEP, MAX_PROBE = 2**32, 2**24
-STREAM_DIRECTION = 0  # z itself; other streams are reserved (1: bits of stochastic rounding)
+ROUNDING_GROUP = 8 * LANES  # 16 bits an element: a word serves two
+DIRECTION, ROUND_UPDATE, ROUND_PERTURBED = 0, 1, 2  # streams: z; bits of stochastic rounding
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -47,6 +48,7 @@ _S = (1.5707963705062866, -0.6459634900093079, 0.07968003302812576, -0.004601657
 _C = (0.9999999403953552, -1.233696699142456, 0.25359493494033813, -0.02039858140051365)
 
 
+@lru_cache(maxsize=2**16)
 def canonical_name(name: str) -> str:
     """A parameter's name without what wrappers (DDP, torch.compile, FSDP) add to it."""
     parts = name.removeprefix("module.").split(".")
@@ -96,11 +98,7 @@ def draw(
     """
     group = GROUP[distribution]
     first, last = start // group, -(-stop // group)
-    blocks = torch.arange(first * LANES, last * LANES, device=device)
-    step_word = torch.full_like(blocks, step)
-    probe_word = torch.full_like(blocks, STREAM_DIRECTION << 24 | probe)
-    words = philox((blocks & _MASK, blocks >> 32, step_word, probe_word), key)
-    rows = [word.view(-1, LANES) for word in words]  # a row: 256 lanes of one group
+    rows = _words(key, first, last, step, DIRECTION << 24 | probe, device)
     if distribution == "gaussian":
         halves = [*_box_muller(rows[0], rows[1]), *_box_muller(rows[2], rows[3])]
         z = torch.stack(halves, dim=1)  # (groups, 4, LANES)
@@ -110,6 +108,54 @@ def draw(
         bits = torch.stack([(four >> k) & 1 for k in range(needed)], dim=1)
         z = (1 - 2 * bits).float()  # (groups, bits, 4, LANES)
     return z.reshape(-1)[start - first * group : stop - first * group]
+
+
+def _words(key: tuple[int, int], first: int, last: int, step: int, probe_word: int, device):
+    """w0 .. w3 of the groups [first, last), each (groups, LANES)."""
+    blocks = torch.arange(first * LANES, last * LANES, device=device)
+    constant = [torch.full_like(blocks, word) for word in (step, probe_word)]
+    words = philox((blocks & _MASK, blocks >> 32, *constant), key)
+    return [word.view(-1, LANES) for word in words]
+
+
+def rounding_bits(
+    key: tuple[int, int],
+    start: int,
+    stop: int,
+    *,
+    step: int,
+    probe: int = 0,
+    stream: int = ROUND_UPDATE,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Elements [start, stop) of the bits for stochastic rounding: int32 in [0, 2^16)."""
+    first, last = start // ROUNDING_GROUP, -(-stop // ROUNDING_GROUP)
+    words = torch.stack(_words(key, first, last, step, stream << 24 | probe, device), dim=1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=1)  # (groups, 2, 4, LANES)
+    begin = first * ROUNDING_GROUP
+    return halves.reshape(-1)[start - begin : stop - begin].int()
+
+
+def round_stochastically(x: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 `x` to bfloat16 or float16, up or down, so that its mean over `bits` is x.
+
+    The bits are added below the last place that is kept, then that is cut off: integers only, the
+    same everywhere. The mean is x to 2^-16 of a unit in the last place; float16 below 2^-30 is 0.
+    """
+    number = x.view(torch.int32)
+    magnitude, sign = number & 0x7FFFFFFF, (number >> 16) & 0x8000
+    if dtype == torch.bfloat16:
+        half, not_a_number = (magnitude + bits) >> 16, 0x7FC0
+    else:
+        normal = (magnitude - (112 << 23) + (bits >> 3)) >> 13
+        cut = (126 - (magnitude >> 23)).clamp(14, 29)  # places, for a number below 2^-14
+        below = (bits << (cut - 14)) >> 2  # as many bits, of which the first 16 are random
+        small = ((magnitude & 0x7FFFFF | 0x800000) + below) >> cut
+        small = torch.where(magnitude < (97 << 23), 0, small)
+        half = torch.where(magnitude < (113 << 23), small, normal).clamp(max=0x7C00)
+        half, not_a_number = torch.where(magnitude >= (143 << 23), 0x7C00, half), 0x7E00
+    half = torch.where(magnitude > 0x7F800000, not_a_number, half | sign)
+    return half.to(torch.int16).view(dtype)
 
 
 def _box_muller(radius_word, angle_word):
