@@ -44,8 +44,10 @@ def update_(
     elif rounding == "master":
         master = state.get("master", tensor)
         state["master"] = master = master.detach().float()
-        noise.apply_(master, key, moves, distribution=distribution)
-        tensor.copy_(master)
+        try:
+            noise.apply_(master, key, moves, distribution=distribution)
+        finally:  # Ctrl-C between the two would leave a weight behind its master
+            tensor.copy_(master)
     else:
         if "compensation" not in state:
             state["compensation"] = torch.zeros_like(tensor, requires_grad=False)

@@ -2,11 +2,15 @@
 
 Bit-equal to definition.py: launched with enable_fp_fusion=False, so that a multiplication and an
 addition stay two roundings, with the square root that IEEE rounds (`sqrt_rn`), and subnormals kept,
-which is Triton's default. A program takes a span of whole rows (1,024 elements: 4 words of 256
-lanes), the pointer is 64 bits wide and the index inside a span 32, and what lies outside of the
-tensor is masked.
+which is Triton's default. A program takes whole rows (1,024 elements: 4 words of 256 lanes), keeps
+them in registers for all the moves, and writes them once. Pointers are 64 bits wide, the index
+inside a program 32, and what lies outside of the tensor is masked.
 """
 
+import math
+from functools import lru_cache
+
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +19,9 @@ from . import definition
 
 _LANES = tl.constexpr(definition.LANES)
 _ROW = tl.constexpr(4 * definition.LANES)
-_ROWS = {"gaussian": 1, "rademacher": 8}  # a program; of the 32 that a rademacher group has
-_PAIRS = 4  # of scale and coefficient, a launch; a replayed step is three of the walk and an update
+_NEAREST = tl.constexpr(3)  # of the roundings in mezo.noise; 0 keeps, 1 and 2 are stochastic
+_ANEW = tl.constexpr(4)  # added to a move's rounding where its direction is not the last one's
+_FIELDS = tl.constexpr(5)  # of a move on the device: step, probe, scale, coefficient, that sum
 OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 4 lanes a thread; no fused multiply-add
 
 _Q0, _Q1, _Q2, _Q3, _Q4, _Q5, _Q6, _Q7 = (tl.constexpr(c) for c in definition._Q)
@@ -65,69 +70,123 @@ def _sign(word, k):
 
 
 @triton.jit
-def _read(p, i, first, last):
-    return tl.load(p + i, mask=(i >= first) & (i < last))
+def _words(key, block, step, probe):
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    return tl.philox(key, low, high, step, probe)
 
 
 @triton.jit
-def _write(p, i, first, last, x, z, s0, c0, s1, c1, s2, c2, s3, c3, PAIRS: tl.constexpr):
-    """x <- x * scale + coefficient * z for each pair, rounded to p's type each time, into p."""
-    x = (x.to(tl.float32) * s0 + z * c0).to(p.dtype.element_ty)
-    if PAIRS > 1:
-        x = (x.to(tl.float32) * s1 + z * c1).to(p.dtype.element_ty)
-    if PAIRS > 2:
-        x = (x.to(tl.float32) * s2 + z * c2).to(p.dtype.element_ty)
-    if PAIRS > 3:
-        x = (x.to(tl.float32) * s3 + z * c3).to(p.dtype.element_ty)
-    tl.store(p + i, x, mask=(i >= first) & (i < last))
+def _draw(key, block, bit, step, probe, RADEMACHER: tl.constexpr):
+    """z: a tensor for each word of the blocks."""
+    w0, w1, w2, w3 = _words(key, block, step, probe)
+    if RADEMACHER:
+        return _sign(w0, bit), _sign(w1, bit), _sign(w2, bit), _sign(w3, bit)
+    else:
+        z0, z1 = _box_muller(w0, w1)
+        z2, z3 = _box_muller(w2, w3)
+        return z0, z1, z2, z3
 
 
-@triton.jit(do_not_specialize=["key", "step", "probe"])
+@triton.jit
+def _nearest(x, dtype: tl.constexpr):
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _stochastic(x, word, shift, dtype: tl.constexpr):
+    """definition.round_stochastically with 16 bits of a word, and back to float32."""
+    bits = (word >> shift) & 0xFFFF
+    number = x.to(tl.int32, bitcast=True)
+    magnitude = number & 0x7FFFFFFF
+    if dtype == tl.bfloat16:
+        rounded = ((number + bits.to(tl.int32)) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        exponent = magnitude >> 23
+        cut = tl.minimum(tl.maximum(126 - exponent, 13), 29)  # places; 13 from 2^-14 on
+        below = ((bits << (cut - 13).to(tl.uint32)) >> 3).to(tl.int32)
+        half = ((magnitude & 0x7FFFFF | 0x800000) + below) >> cut
+        half += tl.maximum(exponent - 113, 0) << 10
+        half = tl.where(exponent < 97, 0, tl.minimum(half, 0x7C00)) | ((number >> 16) & 0x8000)
+        rounded = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.where(magnitude > 0x7F800000, x, rounded)  # what is not a number stays so
+
+
+@triton.jit
+def _place(out, source, rows, n, offset, SPAN: tl.constexpr):
+    """Both pointers at the program's span of elements, its number, and what of it is asked for."""
+    span = tl.program_id(0).to(tl.int64)
+    if rows is not None:  # each of n elements, anywhere in the parameter
+        offset = tl.load(rows + span) * n
+        out, source = out + span * n, source + span * n
+        span = tl.program_id(1).to(tl.int64)
+    span += offset // SPAN
+    start = span * SPAN - offset  # in the tensor; below 0 where it begins inside the span
+    first = tl.maximum(-start, 0).to(tl.int32)
+    last = tl.minimum(n - start, SPAN).to(tl.int32)
+    return out + start, source + start, span, first, last
+
+
+@triton.jit
+def _read(p, i, first, last):
+    return tl.load(p + i, mask=(i >= first) & (i < last)).to(tl.float32)
+
+
+@triton.jit
+def _write(p, i, first, last, x):
+    tl.store(p + i, x.to(p.dtype.element_ty), mask=(i >= first) & (i < last))
+
+
+@triton.jit(do_not_specialize=["key", "count"])
 def _kernel(
-    p,  # elements `offset` and on of a tensor
-    n: tl.int64,
+    out,  # elements `offset` and on of a tensor
+    source,
+    rows,  # of the parameter, which the tensor's are, or None
+    n: tl.int64,  # elements; with rows, of each
     offset: tl.int64,
     key: tl.uint64,
-    step: tl.uint32,
-    probe: tl.uint32,
-    s0: tl.float32,
-    c0: tl.float32,
-    s1: tl.float32,
-    c1: tl.float32,
-    s2: tl.float32,
-    c2: tl.float32,
-    s3: tl.float32,
-    c3: tl.float32,
-    PAIRS: tl.constexpr,  # that count; the others are passed over
+    table,
+    count,  # of moves
     RADEMACHER: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr,  # 2: rounding may be stochastic, and a word has bits for both
 ):
-    span = tl.program_id(0).to(tl.int64) + offset // (ROWS * _ROW)
-    start = span * (ROWS * _ROW) - offset  # of the span in p; below 0 where p begins inside it
-    first = tl.maximum(-start, 0).to(tl.int32)
-    last = tl.minimum(n - start, ROWS * _ROW).to(tl.int32)
-    p += start
-    lane = tl.arange(0, _LANES)
-    group = span // (32 // ROWS) if RADEMACHER else span
-    block = group * _LANES + lane
-    low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(key, low, high, step.to(tl.uint32), probe.to(tl.uint32))
-    bit = (span % (32 // ROWS) * ROWS).to(tl.uint32) if RADEMACHER else 0
-    for row in range(ROWS):
-        i0 = row * _ROW + lane
-        i1, i2, i3 = i0 + _LANES, i0 + 2 * _LANES, i0 + 3 * _LANES
-        x0, x1 = _read(p, i0, first, last), _read(p, i1, first, last)  # all before any is written
-        x2, x3 = _read(p, i2, first, last), _read(p, i3, first, last)
-        if RADEMACHER:
-            k = bit + row
-            z0, z1, z2, z3 = _sign(w0, k), _sign(w1, k), _sign(w2, k), _sign(w3, k)
-        else:
-            z0, z1 = _box_muller(w0, w1)
-            z2, z3 = _box_muller(w2, w3)
-        _write(p, i0, first, last, x0, z0, s0, c0, s1, c1, s2, c2, s3, c3, PAIRS)
-        _write(p, i1, first, last, x1, z1, s0, c0, s1, c1, s2, c2, s3, c3, PAIRS)
-        _write(p, i2, first, last, x2, z2, s0, c0, s1, c1, s2, c2, s3, c3, PAIRS)
-        _write(p, i3, first, last, x3, z3, s0, c0, s1, c1, s2, c2, s3, c3, PAIRS)
+    dtype: tl.constexpr = out.dtype.element_ty
+    out, source, span, first, last = _place(out, source, rows, n, offset, ROWS * _ROW)
+    line, lane = tl.arange(0, ROWS)[:, None], tl.arange(0, _LANES)[None, :]
+    row = span * ROWS + line
+    block = (span * ROWS // 32 if RADEMACHER else row) * _LANES + lane
+    pair = span * _LANES + lane
+    bit, shift = (row % 32).to(tl.uint32), (line * 16).to(tl.uint32)
+    # 8 numbers of 16 bits a thread would spread rows over warps, and both would draw their words
+    i0 = tl.max_contiguous(line * _ROW + lane, [1, 4])
+    i1, i2, i3 = i0 + _LANES, i0 + 2 * _LANES, i0 + 3 * _LANES
+    x0, x1 = _read(source, i0, first, last), _read(source, i1, first, last)
+    x2, x3 = _read(source, i2, first, last), _read(source, i3, first, last)
+    z0 = tl.zeros([ROWS, _LANES], tl.float32)
+    z1, z2, z3 = z0, z0, z0
+    for _ in range(count):
+        step = tl.load(table).to(tl.uint32, bitcast=True)
+        probe = tl.load(table + 1).to(tl.uint32, bitcast=True)
+        scale = tl.load(table + 2).to(tl.float32, bitcast=True)
+        c = tl.load(table + 3).to(tl.float32, bitcast=True)
+        what = tl.load(table + 4)
+        table += _FIELDS
+        if what >= _ANEW:
+            z0, z1, z2, z3 = _draw(key, block, bit, step, probe, RADEMACHER)
+        x0, x1 = x0 * scale + z0 * c, x1 * scale + z1 * c
+        x2, x3 = x2 * scale + z2 * c, x3 * scale + z3 * c
+        rounding = what % _ANEW
+        if dtype != tl.float32:
+            if rounding == _NEAREST:
+                x0, x1 = _nearest(x0, dtype), _nearest(x1, dtype)
+                x2, x3 = _nearest(x2, dtype), _nearest(x3, dtype)
+            elif ROWS == 2 and rounding != 0:
+                w0, w1, w2, w3 = _words(key, pair, step, probe | rounding.to(tl.uint32) << 24)
+                x0, x1 = _stochastic(x0, w0, shift, dtype), _stochastic(x1, w1, shift, dtype)
+                x2, x3 = _stochastic(x2, w2, shift, dtype), _stochastic(x3, w3, shift, dtype)
+    _write(out, i0, first, last, x0)
+    _write(out, i1, first, last, x1)
+    _write(out, i2, first, last, x2)
+    _write(out, i3, first, last, x3)
 
 
 def supports(tensor: torch.Tensor) -> bool:
@@ -136,24 +195,53 @@ def supports(tensor: torch.Tensor) -> bool:
     return device and known and tensor.is_contiguous()
 
 
-def apply_(tensor, key, terms, *, step, probe, distribution, offset) -> None:
-    """As `mezo.noise.apply_`, for a tensor that `supports` accepts."""
-    flat = tensor.detach().view(-1)
-    rows = _ROWS[distribution]
-    span = rows * _ROW.value
-    programs = -(-(offset + flat.numel()) // span) - offset // span
-    where = (flat.numel(), offset, key[0] | key[1] << 32, step, probe)
-    with torch.cuda.device_of(flat):  # Triton launches on the current device
-        for i in range(0, len(terms), _PAIRS):
-            pairs = terms[i : i + _PAIRS]
-            unused = [(1.0, 0.0)] * (_PAIRS - len(pairs))
-            numbers = [float(number) for pair in [*pairs, *unused] for number in pair]
-            _kernel[(programs,)](
-                flat,
-                *where,
-                *numbers,
-                PAIRS=len(pairs),
-                RADEMACHER=distribution == "rademacher",
-                ROWS=rows,
-                **OPTIONS,
-            )
+@lru_cache(maxsize=8)
+def _on_device(moves: bytes, fields: np.dtype, device, stream) -> tuple[torch.Tensor, bool]:
+    """The moves as the kernel reads them, and whether one of them rounds stochastically.
+
+    Kept, since the tensors of a model make the same moves one after the other. A stream has its
+    own, which the allocator does not give away before the stream is done with it.
+    """
+    given = np.frombuffer(moves, fields)
+    step, probe, rounding = given["step"], given["probe"], given["rounding"]
+    table = np.empty((len(given), _FIELDS.value), np.uint32)
+    with np.errstate(over="ignore"):  # an infinity, as in torch
+        numbers = [given[name].astype(np.float32) for name in ("scale", "coefficient")]
+    anew = np.full(len(given), _ANEW.value, np.uint32)
+    anew[1:][(step[1:] == step[:-1]) & (probe[1:] == probe[:-1])] = 0
+    columns = [step, probe, *(number.view(np.uint32) for number in numbers), rounding + anew]
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    stochastic = (rounding > 0) & (rounding < _NEAREST.value)
+    return torch.from_numpy(table.view(np.int32)).to(device), bool(stochastic.any())
+
+
+def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
+    """As `mezo.noise.apply_`, for tensors that `supports` accepts."""
+    out, n, rademacher = tensor.detach(), tensor.numel(), distribution == "rademacher"
+    stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
+    table, stochastic = _on_device(moves.tobytes(), moves.dtype, out.device, stream)
+    if stochastic and out.dtype != torch.float32:
+        span_rows = 2
+    else:  # signs of four rows are of the same words
+        span_rows = 4 if rademacher and rows is None else 1
+    span = span_rows * _ROW.value
+    grid = [-(-(offset + n) // span) - offset // span]
+    if rows is not None:
+        rows = rows.to(out.device).contiguous()
+        n //= len(rows)
+        grid = [len(rows), -(-(n + span - math.gcd(n, span)) // span)]  # wherever a row begins
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        _kernel[tuple(grid)](
+            out,
+            out if source is None else source.detach(),
+            rows,
+            n,
+            offset,
+            key[0] | key[1] << 32,
+            table,
+            len(moves),
+            RADEMACHER=rademacher,
+            ROWS=span_rows,
+            **OPTIONS,
+        )
