@@ -195,14 +195,14 @@ def test_bytes_that_are_no_log_are_refused(tmp_path):
         path.write_bytes(generator.randbytes(size))
         with pytest.raises(InputError):
             trajectory.read(path)
-        path.write_bytes(trajectory.MAGIC + generator.randbytes(size))
+        path.write_bytes(trajectory.format.MAGIC + generator.randbytes(size))
         with pytest.raises(InputError):
             trajectory.read(path)
 
 
 def test_a_newer_format_asks_for_an_upgrade(tmp_path, monkeypatch):
     path = tmp_path / "run.mezo"
-    monkeypatch.setattr(trajectory, "FORMAT", 2)
+    monkeypatch.setattr(trajectory.writer, "FORMAT", 2)
     run(path)
     monkeypatch.undo()
     with pytest.raises(InputError, match="upgrade mezo-lm"):
