@@ -29,11 +29,11 @@ from .evaluate import evaluate as evaluate_form
 from .frozen import FrozenLower
 from .objectives import Form, form_for
 from .profile import PeakMemory
+from .resume import STATE, last_checkpoint
 from .tasks import Example, Task
 from .trainer import MeZOConfig, MeZOMixin, changed
 from .tuning import select
 
-STATE = "trainer_state.json"  # of a checkpoint
 Splits = dict[str, list[Example]]
 ADAPTER = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "dtype")  # what makes it
 
@@ -225,8 +225,8 @@ def _accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def _checkpoint(args: TrainArguments) -> str | None:
-    """Where to go on: a folder, or the last whole checkpoint of output_dir, if there is one."""
+def _checkpoint(args: TrainArguments) -> str | bool | None:
+    """Where to go on: a folder; True for wherever the run in output_dir ended; None to begin."""
     asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
     if asked.lower() == "false":
         if log.exists():
@@ -239,11 +239,11 @@ def _checkpoint(args: TrainArguments) -> str | None:
         if not Path(asked, STATE).is_file():
             raise InputError(f"resume_from_checkpoint {asked} is no folder with a {STATE}")
         return asked
-    whole = Path(args.output_dir).glob(f"checkpoint-[0-9]*/{STATE}")  # written last
-    found = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    if found is None:
+    last = last_checkpoint(args.output_dir)
+    if last is None and not log.exists():
         logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
-    return None if found is None else str(found.parent)
+        return None
+    return True if args.method == "mezo" else last
 
 
 def evaluate(

@@ -25,6 +25,7 @@ from . import trajectory
 from .distributed import broadcast_, mean_over_processes
 from .errors import InputError
 from .mezo import Estimate, MeZO
+from .resume import Tail
 
 _Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
 
@@ -99,15 +100,31 @@ class MeZOMixin(_Host):
         _check(self)
         self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
         self._estimates: list[Estimate] = []  # of the latest update, one a direction
+        self._tail = Tail(self)
         self._run_log = _RunLog(self)
         self.add_callback(self._run_log)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the Trainer's; True goes on from the last checkpoint *and* the tail of the run log.
+
+        Without a checkpoint, from the model as it was given and the log (see resume.py).
+        """
         try:
-            return super().train(*args, **kwargs)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = self._tail.begin()
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:  # whatever ended it: the log is complete up to the last step
             self._window = []
+            self._tail.end()
             self._run_log.close()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint = self._tail.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
@@ -202,6 +219,7 @@ class _RunLog(TrainerCallback):
         self._writer: trajectory.Writer | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self._trainer._tail.catch_up()
         broadcast_(model)
         self.close()  # auto_find_batch_size begins again
         path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer

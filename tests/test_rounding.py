@@ -1,6 +1,9 @@
 """Updates smaller than a 16-bit weight's last place."""
 
 import copy
+import math
+import random
+from fractions import Fraction
 
 import pytest
 import torch
@@ -71,14 +74,34 @@ def test_the_bits_for_rounding_are_uniform_and_of_their_own_stream():
     assert torch.equal(part, streams[0][1000:5000])
 
 
+def test_rounding_bits_are_frozen():
+    """Frozen as z is: a run log of a 16-bit model depends on them (docs/noise.md has them too)."""
+    key = noise.tensor_key(0, "w")
+    assert definition.rounding_bits(key, 0, 4, step=0).tolist() == [0xD6F, 0x7399, 0x9103, 0x7CD9]
+    assert definition.rounding_bits(key, 1024, 1026, step=0).tolist() == [0x46E, 0xAAD0]
+    other = definition.rounding_bits(key, 0, 4, step=0, stream=2)
+    assert other.tolist() == [0xFE90, 0xE1D0, 0xC4F7, 0x247A]
+
+
 @pytest.mark.parametrize("dtype", HALF)
-def test_rounding_bits_are_frozen(dtype):
-    """Frozen as z is: a run log of a 16-bit model depends on them."""
-    bits = definition.rounding_bits(noise.tensor_key(0, "w"), 0, 4, step=0)
-    words = definition._words(noise.tensor_key(0, "w"), 0, 1, 0, 1 << 24, "cpu")
-    assert bits.tolist() == [int(word) & 0xFFFF for word in words[0][0, :4]]
-    far = definition.rounding_bits(noise.tensor_key(0, "w"), 1024, 1028, step=0)
-    assert far.tolist() == [int(word) >> 16 for word in words[0][0, :4]]
+def test_stochastic_rounding_is_the_specification_in_whole_numbers(dtype):
+    """A twin on Python's fractions: down to the grid, of the number plus what the bits are worth."""
+    places, smallest = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}[dtype]
+    generator = random.Random(0)
+    for _ in range(2000):
+        value = math.ldexp(generator.uniform(1, 2), generator.randrange(-29, 15))
+        value = float(torch.tensor(value))
+        bits = generator.randrange(2**16)
+        unit = Fraction(2) ** (max(math.frexp(value)[1] - 1, smallest) - places)
+        cut = 16 if dtype == torch.bfloat16 else 13  # places of float32 that go
+        if value < 2.0**smallest:
+            cut += smallest - (math.frexp(value)[1] - 1)
+        lowest = unit / 2**cut  # what a bit below is worth
+        added = (bits >> (16 - cut)) if cut <= 16 else bits << (cut - 16)
+        expected = (Fraction(value) + added * lowest) // unit * unit
+        x = torch.tensor([value, -value])
+        found = definition.round_stochastically(x, torch.tensor([bits, bits]).int(), dtype)
+        assert found.double().tolist() == [float(expected), -float(expected)]
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -191,6 +191,9 @@ def test_resume_takes_the_last_whole_checkpoint(place, tmp_path):
         folder.mkdir()
         if whole:
             (folder / run.STATE).write_text("{}")
+    assert run.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert run._checkpoint(args) is True  # and on to the log's end
+    args.method = "adam"
     assert run._checkpoint(args) == str(tmp_path / "checkpoint-10")
     assert run._checkpoint(settings(tmp_path)) is None
     chosen = settings(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8"))

@@ -9,6 +9,8 @@ docs/trajectory.md is the specification.
 
 from .format import Log, Step, read
 from .replay import replay
+from .resume import catch_up, resumable
 from .writer import Writer, fingerprint, record
 
-__all__ = ["Log", "Step", "Writer", "fingerprint", "read", "record", "replay"]
+__all__ = ["Log", "Step", "Writer", "catch_up", "fingerprint", "read", "record", "replay"]
+__all__ += ["resumable"]
