@@ -9,18 +9,20 @@ each writes its part of experiments/results/precision.json; a run that is there 
 
 import argparse
 import json
+import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from mezo import MeZO, models, noise, tasks
+from mezo import MeZO, models, noise, tasks, trajectory
 from mezo.arguments import ModelArguments
 from mezo.evaluate import evaluate
 from mezo.noise import NEAREST, ROUND_UPDATE, Move
 from mezo.objectives import form_for, to_device
 from mezo.rounding import update_
 from mezo.run import environment
+from mezo.trajectory.moves import make_, moves_of
 from mezo.tuning import Recipe, tune
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
@@ -126,21 +128,39 @@ def run(name: str, seed: int, data_dir: str) -> dict:
     model, form = load(dtype)
     test = tasks.load_examples(task, "test", data_dir=data_dir)
     held_out = mixed[2000:]
-    tuned = tune(model, form, mixed[:2000], recipe, seed=seed, held_out=held_out, evaluations=10)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"seed": seed, "held_out": held_out, "log": f"{folder}/run.mezo"}
+        tuned = tune(model, form, mixed[:2000], recipe, evaluations=10, **options)
+        found = {"recipe": asdict(recipe), "curve": [asdict(p) for p in tuned.points]}
+        if recipe.rounding == "stochastic" and dtype != "float32":
+            rebuilt, _ = load(dtype)
+            rounded_once(rebuilt, f"{folder}/run.mezo")
+            again = evaluate(rebuilt, form, held_out)
+            found["rounded_once"] = {"accuracy": again.accuracy, "loss": again.loss}
     result = evaluate(model, form, test)
-    found = {"recipe": asdict(recipe), "curve": [asdict(p) for p in tuned.points]}
     return found | {"test_accuracy": result.accuracy, "test_loss": result.loss}
+
+
+def rounded_once(model, log: str) -> None:
+    """The run's updates summed in float32 on the base weights, and rounded once, at the end."""
+    read = trajectory.read(log)
+    header = read.header | {"rounding": "master"}
+    moves = moves_of(header, read.steps, 0)
+    for name, p in model.named_parameters():
+        make_(p.detach(), noise.canonical_name(name), header, moves, {})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["drift", "estimate", "run"])
+    parser.add_argument("part", choices=["drift", "estimate", "run", "plot"])
     parser.add_argument("--data_dir")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--runs", nargs="+", default=list(RUNS))
     args = parser.parse_args()
     if args.part == "drift":
         return save("drift", drift())
+    if args.part == "plot":
+        return plot(Path(__file__).parents[1] / "docs" / "numerics.png")
     if args.part == "estimate":
         return save("estimate", estimate(args.data_dir))
     for seed in args.seeds:
@@ -151,6 +171,39 @@ def main() -> None:
                 last = stored()["runs"][key]["curve"][-1]
                 print(key, round(last["loss"], 4), round(last["accuracy"], 4), flush=True)
     return None
+
+
+def plot(path: Path) -> None:
+    """Dev loss along the runs (mean over seeds), and what is kept of small updates."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    runs = stored()["runs"]
+    for name in RUNS:
+        curves = [found["curve"] for key, found in runs.items() if key.startswith(f"{name} seed=")]
+        if not curves:
+            continue
+        steps = [point["step"] for point in curves[0]]
+        losses = torch.tensor([[point["loss"] for point in curve] for curve in curves])
+        thick = {"linewidth": 2.5} if name in ("float32", "bfloat16 stochastic") else {}
+        dashed = {"linestyle": "--"} if name == "bfloat16 in place" else {}
+        label = f"{name} ({len(curves)})"
+        left.plot(steps, losses.mean(0), label=label, **thick, **dashed)
+    left.set(xlabel="step", ylabel="dev loss, mean over seeds", title="SST-2, causal-lm (3 M)")
+    left.legend(fontsize=8)
+    rates = ("1e-06", "1e-05", "0.0001")
+    for rounding in ("in place", "nearest", "stochastic", "compensated", "master"):
+        errors = [stored()["drift"][f"bfloat16 {rounding} {rate}"]["error"] for rate in rates]
+        right.plot([float(rate) for rate in rates], errors, marker="o", label=rounding)
+    right.set(xscale="log", yscale="log", xlabel="lr * |projected_grad|, weights of 0.02")
+    right.set(ylabel="|error of the move| / |move|", title="bfloat16, 1,000 updates")
+    right.legend(fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
 
 
 def stored() -> dict:

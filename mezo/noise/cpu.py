@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from ..errors import Held
 from . import definition
@@ -169,6 +169,17 @@ def _float_to_half_by(kind, value, bits):
     return np.uint16(np.int32(0x7E00) if nan else half | sign)
 
 
+def _working(x, out):
+    """Where the numbers are worked on: float32 in `out` itself, chosen when it is compiled."""
+
+
+@overload(_working)
+def _choose_working(x, out):
+    if out.dtype == types.float32:
+        return lambda x, out: out
+    return lambda x, out: x
+
+
 @numba.njit(nogil=True, cache=True)
 def _load(x, source, kind):
     if kind == 0:
@@ -184,13 +195,10 @@ def _load(x, source, kind):
 
 @numba.njit(nogil=True, cache=True)
 def _store(out, x, kind):
-    if kind == 0:
-        for j in range(x.size):
-            out[j] = x[j]
-    elif kind == 1:
+    if kind == 1:
         for j in range(x.size):
             out[j] = _float_to_half(1, x[j])
-    else:
+    elif kind == 2:
         for j in range(x.size):
             out[j] = _float_to_half(2, x[j])
 
@@ -229,7 +237,7 @@ def _draw(z, rademacher, row, words, step, probe, k0, k1):
 
 
 @numba.njit(nogil=True, cache=True)
-def _apply(out, source, kind, offset, rademacher, moves, k0, k1):
+def _apply(out, source, kind, in_place, offset, rademacher, moves, k0, k1):
     """out <- moves of source, elements `offset` and on of a tensor.
 
     float32 (kind 0), or the bits of bfloat16 (1) or float16 (2) as uint16. Some rows at a time are
@@ -249,8 +257,10 @@ def _apply(out, source, kind, offset, rademacher, moves, k0, k1):
         row = (offset + i) // _ROW
         begin = (offset + i) % _ROW
         size = -(-(begin + count) // _ROW) * _ROW
-        part, noise = x[begin : begin + count], z[begin : begin + count]
-        _load(part, source[i : i + count], kind)
+        noise = z[begin : begin + count]
+        part = _working(x[begin : begin + count], out[i : i + count])
+        if kind != 0 or not in_place:
+            _load(part, source[i : i + count], kind)
         for m in range(moves.size):
             move = moves[m]
             step, probe = np.uint64(move.step), np.uint64(move.probe)
@@ -271,7 +281,7 @@ def _apply(out, source, kind, offset, rademacher, moves, k0, k1):
 def _apply_rows(out, rows, kind, rademacher, moves, k0, k1):
     """out[k] is row rows[k] of a tensor."""
     for k in range(rows.size):
-        _apply(out[k], out[k], kind, rows[k] * out.shape[1], rademacher, moves, k0, k1)
+        _apply(out[k], out[k], kind, True, rows[k] * out.shape[1], rademacher, moves, k0, k1)
 
 
 def supports(tensor: torch.Tensor) -> bool:
@@ -286,7 +296,8 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
         out, given = out.reshape(-1), (out if source is None else _array(source)).reshape(-1)
 
         def run(begin: int, end: int) -> None:
-            _apply(out[begin:end], given[begin:end], kind, offset + begin, *how)
+            whole = out[begin:end], given[begin:end], kind, source is None, offset + begin
+            _apply(*whole, *how)
 
         return _in_parallel(run, out.size, _SPLIT)
     out, index = out.reshape(len(rows), -1), rows.numpy()
