@@ -1,17 +1,18 @@
 """A MeZO step against two plain forward passes and against the published code's arithmetic.
 
-    python -m benchmarks.step --shape 125m --sizes 16x50 1x32 --output step.json
+    python -m benchmarks.step --shape 125m --sizes 16x50 1x32 --output step.json [--device cuda]
 
-Random weights of OPT's shape, float32; the loss is on the last token, as for a candidate.
+Random weights of OPT's shape; the loss is on the last token, as for a candidate.
 Methods take turns in one process on one model; a figure is the median of its turns, a ratio the
 median over turns of the ratio to two plain forward passes within a turn.
 
     forwards    two forward passes with all logits: the plain cost
     reference   torch.normal, p = p + s * z * eps, four sweeps, all logits, written out naively
-    mezo, ...   this library's step; logits at the labelled position alone
+    in place, scratch   this library's step; logits at the labelled position alone
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -30,6 +31,9 @@ SHAPES = {  # hidden size, layers, heads
     "125m": (768, 12, 12),
     "350m": (1024, 24, 16),
     "1.3b": (2048, 24, 32),
+    "2.7b": (2560, 32, 32),
+    "6.7b": (4096, 32, 32),
+    "13b": (5120, 40, 40),
 }
 EPS, LR = 1e-3, 1e-6
 
@@ -45,10 +49,15 @@ def reference_step(model, loss: Callable[[], torch.Tensor]) -> None:
     """The published arithmetic: one seed, z redrawn for each of four sweeps, new tensors."""
     seed = int(torch.randint(10**9, ()))
 
-    def sweep(scale: float) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def directions():
+        device = next(model.parameters()).device
+        generator = torch.Generator(device).manual_seed(seed)
         for p in model.parameters():
-            z = torch.normal(mean=0.0, std=1.0, size=p.data.size(), generator=generator)
+            like = {"device": device, "dtype": p.dtype, "generator": generator}
+            yield p, torch.normal(mean=0.0, std=1.0, size=p.data.size(), **like)
+
+    def sweep(scale: float) -> None:
+        for p, z in directions():
             p.data = p.data + scale * z * EPS
 
     sweep(1)
@@ -57,14 +66,12 @@ def reference_step(model, loss: Callable[[], torch.Tensor]) -> None:
     minus = loss()
     sweep(1)
     grad = ((plus - minus) / (2 * EPS)).item()
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        z = torch.normal(mean=0.0, std=1.0, size=p.data.size(), generator=generator)
+    for p, z in directions():
         p.data = p.data - LR * (grad * z)
 
 
 def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
-    ids = torch.randint(5, model.config.vocab_size, (batch, tokens))
+    ids = torch.randint(5, model.config.vocab_size, (batch, tokens)).to(model.device)
     inputs = {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}
     target = ids[:, -1]
 
@@ -79,22 +86,28 @@ def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
         "forwards": lambda: (full(), full()),
         "reference": lambda: reference_step(model, full),
     }
-    for distribution in ("gaussian", "rademacher"):
-        named = model.named_parameters()
-        optimizer = MeZO(named, lr=LR, eps=EPS, seed=0, distribution=distribution)
-        found[f"mezo, {distribution}"] = lambda o=optimizer: o.step(labelled)
-        found[f"mezo, {distribution}, all logits"] = lambda o=optimizer: o.step(full)
+    forms = ("in_place", "scratch") if model.dtype == torch.float32 else ("scratch",)
+    for form, distribution in itertools.product(forms, ("gaussian", "rademacher")):
+        options = {"perturbation": form, "distribution": distribution, "seed": 0}
+        optimizer = MeZO(model.named_parameters(), lr=LR, eps=EPS, **options)
+        name = f"{form.replace('_', ' ')}, {distribution}"
+        found[name] = lambda o=optimizer: o.step(labelled)
+        if form == forms[0]:
+            found[f"{name}, all logits"] = lambda o=optimizer: o.step(full)
     return found
 
 
-def measure(shape: str, batch: int, tokens: int, repeats: int) -> dict:
-    calls = methods(build(shape), batch, tokens)
+def measure(shape: str, batch: int, tokens: int, repeats: int, device: str, dtype: str) -> dict:
+    model = build(shape).to(device, getattr(torch, dtype))
+    calls = methods(model, batch, tokens)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for turn in range(repeats + 1):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 if turn:  # the first one compiles and takes the memory
                     seconds[name].append(time.perf_counter() - began)
     plain = seconds["forwards"]
@@ -105,7 +118,8 @@ def measure(shape: str, batch: int, tokens: int, repeats: int) -> dict:
         }
         for name, values in seconds.items()
     }
-    return {"shape": shape, "batch": batch, "tokens": tokens, "repeats": repeats, "methods": rows}
+    found = {"shape": shape, "batch": batch, "tokens": tokens, "dtype": dtype}
+    return found | {"repeats": repeats, "methods": rows}
 
 
 def main() -> None:
@@ -113,13 +127,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="125m")
     parser.add_argument("--sizes", nargs="+", default=["16x50"], help="batch x tokens: 1x32 16x50")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     sizes = [tuple(map(int, size.split("x"))) for size in args.sizes]
-    found = [measure(args.shape, batch, tokens, args.repeats) for batch, tokens in sizes]
+    where = {"repeats": args.repeats, "device": args.device, "dtype": args.dtype}
+    found = [measure(args.shape, batch, tokens, **where) for batch, tokens in sizes]
     for row in found:
-        print(f"OPT-{row['shape']}, {row['batch']} x {row['tokens']} tokens")
+        print(f"OPT-{row['shape']}, {args.dtype}, {row['batch']} x {row['tokens']} tokens")
         for name, value in row["methods"].items():
             print(f"  {name:32} {value['seconds']:8.3f} s  {value['of_two_forwards']:6.2f}")
     if args.output:
