@@ -5,16 +5,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import trajectory
+    from .adapter import MeZOAdapter
     from .mezo import Estimate, MeZO, spsa
     from .trainer import MeZOConfig, MeZOMixin, MeZOTrainer
 
 __version__ = "0.1.0"
-__all__ = ["Estimate", "MeZO", "MeZOConfig", "MeZOMixin", "MeZOTrainer", "spsa", "trajectory"]
+__all__ = ["Estimate", "MeZO", "MeZOAdapter", "MeZOConfig", "MeZOMixin", "MeZOTrainer", "spsa"]
+__all__ += ["trajectory"]
 
 _HOME = {  # imported when first asked for: torch takes a second, transformers' Trainer ten
     "Estimate": "mezo.mezo",
     "MeZO": "mezo.mezo",
     "spsa": "mezo.mezo",
+    "MeZOAdapter": "mezo.adapter",
     "MeZOConfig": "mezo.trainer",
     "MeZOMixin": "mezo.trainer",
     "MeZOTrainer": "mezo.trainer",

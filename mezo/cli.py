@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import shlex
 import sys
@@ -23,11 +22,14 @@ usage: mezo COMMAND [options]
 Fine-tune language models with forward passes alone, in the memory of inference.
 
   mezo demo                                              see it work, offline, in minutes
+  mezo check  --model facebook/opt-1.3b --task sst2      will it learn? which eps, which rate?
   mezo train  --model facebook/opt-1.3b --task sst2 --output_dir runs/sst2
   mezo eval   --model facebook/opt-1.3b --task sst2 --demonstrations 32
   mezo eval   --model facebook/opt-1.3b --task sst2 --replay runs/sst2/run.mezo
   mezo replay --model facebook/opt-1.3b --log runs/sst2/run.mezo --output_dir model/
-  mezo log    runs/sst2/run.mezo                         what a run log says
+  mezo log    runs/sst2/run.mezo                         what a run log says; verify, compact, merge
+  mezo push   --log runs/sst2/run.mezo --repo user/name  share it on the hub, as a few KB
+  mezo pull   user/name                                  somebody's run log
 
 mezo COMMAND --help lists the options of a command.
 """
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"mezo {__version__}")
         return 0
     commands = {"demo": _demo, "train": _train, "eval": _eval, "replay": _replay, "log": _log}
+    commands |= {"check": _check, "push": _push, "pull": _pull}
     try:
         if argv[0] not in commands:
             raise InputError(f"unknown command {argv[0]!r}{_nearest(argv[0], commands)}")
@@ -151,7 +154,10 @@ def _hf_parser(prog: str, kinds: tuple, **own):
         pass
 
     parser: Any = Parser(kinds, prog=prog, allow_abbrev=False)
-    parser.own = [parser.add_argument(f"--{name}", **settings) for name, settings in own.items()]
+    parser.own = []
+    for name, settings in own.items():
+        names = {f"--{name}": None, f"--{name.replace('_', '-')}": None}  # as for the others
+        parser.own.append(parser.add_argument(*names, **settings))
     return parser
 
 
@@ -208,7 +214,7 @@ def _train(argv: list[str]) -> None:
             result = run.train(model, data, args)
     except KeyboardInterrupt:
         again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
-        _say(f"\nto go on from the last checkpoint, if there is one yet:\n  {again}")
+        _say(f"\nto go on where it stopped:\n  {again}")
         raise
     shown = {"zero_shot_accuracy": result["zero_shot"]["accuracy"]}
     shown |= {"accuracy": result["test"]["accuracy"], "steps": result["steps"]}
@@ -230,6 +236,45 @@ def _default_output_dir(argv: list[str]) -> list[str]:
     parser.add_argument("--prompt", dest="own")
     found, _ = parser.parse_known_args(argv)
     return [f"--output_dir=runs/{found.task if found.own is None else 'custom'}"]
+
+
+def _check(argv: list[str]) -> None:
+    tail = (
+        "  --mezo_eps EPS                      default 1e-3\n"
+        "  --learning_rate LR                  default 1e-6\n"
+        "  --per_device_train_batch_size N     default 16\n"
+        "  --directions N                      more tell more, default 12\n"
+        "  --json                              one line of JSON, with every number\n"
+    )
+    kinds = (ModelArguments, DataArguments)
+    if {"-h", "--help"} & set(argv):
+        return _show_help("mezo check", kinds, tail)
+    from . import check
+
+    _quiet()
+    options = {"mezo_eps": {"type": float, "default": 1e-3}, "json": JSON}
+    options |= {"learning_rate": {"type": float, "default": 1e-6}}
+    options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
+    options |= {"directions": {"type": int, "default": 12}}
+    given = _with_config(argv)
+    model, data, own = _parse(given, _hf_parser("mezo check", kinds, **options), kinds)
+    sizes = {"batch_size": own.per_device_train_batch_size, "directions": own.directions}
+    with redirect_stdout(sys.stderr):
+        result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes)
+    if own.json:
+        _print(result, as_json=True)
+    for finding in [] if own.json else result["findings"]:
+        print(f"{finding['level'].replace('warning', 'WARN'):<5}{finding['text']}")
+    mine = _Parser(prog="mezo check", add_help=False, allow_abbrev=False)
+    for name in ("learning_rate", "mezo_eps", "directions"):
+        mine.add_argument(f"--{name}")
+    mine.add_argument("--json", **JSON)
+    said, rest = mine.parse_known_args(given)
+    then = ["mezo", "train", *rest]
+    for name, value in result["next"].items():
+        value = getattr(said, name) if value is None else f"{value:g}"
+        then += [] if value is None else [f"--{name}", value]
+    _say(f"next: {shlex.join([*then, *_default_output_dir(rest)[0].split('=', 1)])}")
 
 
 def _eval(argv: list[str]) -> None:
@@ -261,46 +306,46 @@ def _replay(argv: list[str]) -> None:
         "  --log FILE                          the run log\n"
         "  --output_dir DIR                    where the tuned model goes\n"
         "  --until N                           only the first N steps\n"
+        "  --by_tensor                         file to file, in the memory of one tensor; --model\n"
+        "                                      is a folder of safetensors\n"
+        "  --onto_adapter                      only the adapter of a LoRA run\n"
         "  --json                              one line of JSON\n"
     )
     if {"-h", "--help"} & set(argv):
         return _show_help("mezo replay", (ModelArguments,), tail)
-    from . import run
+    from . import adapter, run
 
     _quiet()
-    options = {"log": {"required": True}, "output_dir": {"required": True}}
-    parser = _hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int}, json=JSON)
+    options = {"log": {"required": True}, "output_dir": {"required": True}, "json": JSON}
+    options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
+    parser = _hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int})
     model, own = _parse(_with_config(argv), parser, (ModelArguments,))
+    if own.by_tensor and own.onto_adapter:
+        raise InputError("--by_tensor writes the whole model, --onto_adapter an adapter: give one")
+    replay = adapter.save_adapter if own.onto_adapter else run.replay
+    replay = adapter.replay_by_tensor if own.by_tensor else replay
     with redirect_stdout(sys.stderr):
-        result = run.replay(model, own.log, own.output_dir, own.until)
+        result = replay(model, own.log, own.output_dir, own.until)
     _print(result, own.json)
     _say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")
 
 
 def _log(argv: list[str]) -> None:
-    parser = _Parser(prog="mezo log", description="What a run log says, and whether it is whole.")
-    parser.add_argument("file")
-    parser.add_argument("--steps", action="store_true", help="one line a step")
-    parser.add_argument("--recover", action="store_true", help="read what stands before a damage")
-    parser.add_argument("--json", **JSON)
-    own = parser.parse_args(argv)
-    from . import trajectory
+    from . import log
 
-    log = trajectory.read(own.file, recover=own.recover)
-    records = [step.record for step in log.steps]
-    refused = sum(not all(map(math.isfinite, r.projected_grads)) for r in records)
-    summary = {key: log.header[key] for key in ("format", "seed", "distribution")}
-    summary |= {"tensors": len(log.header["tensors"]), "steps": len(records), "refused": refused}
-    summary |= {"bytes": Path(own.file).stat().st_size, "torn_bytes": log.torn}
-    config = log.header["config"]
-    if own.json:
-        steps = {"records": [vars(r) for r in records]} if own.steps else {}
-        return _print(summary | {"config": config} | steps, as_json=True)
-    _print(summary | {f"config.{name}": config[name] for name in config}, as_json=False)
-    if own.steps:
-        print("step\tloss\tprojected_grads")
-        for r in records:
-            print(r.step, f"{r.loss:.6g}", *(f"{g:.6g}" for g in r.projected_grads), sep="\t")
+    log.main(argv)
+
+
+def _push(argv: list[str]) -> None:
+    from .cli_hub import push
+
+    push(argv)
+
+
+def _pull(argv: list[str]) -> None:
+    from .cli_hub import pull
+
+    pull(argv)
 
 
 def _demo(argv: list[str]) -> None:

@@ -33,6 +33,14 @@ def causal_lm() -> Path:
 EMBEDDED = {"minilm": minilm, "causal-lm": causal_lm}
 
 
+def folder_of(name: str) -> Path:
+    """The local folder of a model. InputError for a hub name: its files are to be downloaded."""
+    folder = EMBEDDED[name]() if name in EMBEDDED else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"model {name}: no such folder; hf download {name} --local-dir FOLDER")
+    return folder
+
+
 def kind_of(architectures: list[str] | None) -> str:
     """causal, masked or encoder, from the architectures that a model's config names."""
     name = (architectures or [""])[0]
@@ -65,7 +73,7 @@ def load(
             raise InputError(f"model {adapter} is an adapter: without --use_peft it is loaded")
         model = _saved_adapter(model, adapter)
     elif args.use_peft:
-        model = _with_lora(model, args, adapter_seed)
+        model = with_lora(model, args, adapter_seed)
     return model.eval(), tokenizer
 
 
@@ -110,7 +118,8 @@ def _saved_adapter(model, folder: str):
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def _with_lora(model, args: ModelArguments, seed: int):
+def with_lora(model, args: ModelArguments, seed: int):
+    """The model with a LoRA adapter as `args` says; its initial weights are those of `seed`."""
     import torch
     from peft import LoraConfig, get_peft_model
 

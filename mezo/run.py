@@ -12,7 +12,7 @@ import logging
 import platform
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ import transformers
 from torch.nn import functional as F
 from transformers import Trainer
 
-from . import __version__, models, tasks, trajectory
+from . import __version__, models, tasks
+from .adapter import rebuilt
 from .arguments import DataArguments, ModelArguments
 from .errors import InputError
 from .evaluate import evaluate as evaluate_form
@@ -35,7 +36,6 @@ from .trainer import MeZOConfig, MeZOMixin, changed
 from .tuning import select
 
 Splits = dict[str, list[Example]]
-ADAPTER = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "dtype")  # what makes it
 
 
 @dataclass
@@ -268,7 +268,7 @@ def evaluate(
     if log is None:
         model, tokenizer = models.load(model_args)
     else:
-        model, tokenizer, _ = _rebuilt(model_args, log, until)
+        model, tokenizer, _ = rebuilt(model_args, log, until)
     form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
     if data_args.calibrate:
         form = form.calibrate(model)
@@ -280,25 +280,11 @@ def evaluate(
 
 def replay(model_args: ModelArguments, log: str, output_dir: str, until: int | None = None) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
-    model, tokenizer, steps = _rebuilt(model_args, log, until)
+    model, tokenizer, steps = rebuilt(model_args, log, until)
     make_folder(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return {"log": log, "steps": steps, "output_dir": output_dir}
-
-
-def _rebuilt(args: ModelArguments, log: str, until: int | None) -> tuple[Any, Any, int]:
-    """(model, tokenizer, steps): the base model, with the adapter that the run began with."""
-    found = trajectory.read(log)
-    header, steps = found.header, len(found.steps)
-    if until is not None and not 0 <= until <= steps:
-        raise InputError(f"{log} has {steps} steps, until must be from 0 to {steps}, got {until}")
-    config = header["config"]
-    if config.get("use_peft"):
-        args = replace(args, **{name: config[name] for name in ADAPTER if name in config})
-    model, tokenizer = models.load(args, adapter_seed=header["seed"])
-    trajectory.replay(log, model, until=until)
-    return model, tokenizer, steps if until is None else until
 
 
 def environment() -> dict[str, str]:

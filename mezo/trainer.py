@@ -223,11 +223,8 @@ class _RunLog(TrainerCallback):
         broadcast_(model)
         self.close()  # auto_find_batch_size begins again
         path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer
-        resume = mezo.param_groups[0]["step"] > 0
-        if resume and not path.exists():
-            message = "%s does not exist: the resumed run keeps no log"
-            logging.getLogger("mezo").warning(message, path)
-        elif state.is_world_process_zero:
+        resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step
+        if state.is_world_process_zero:
             given = self._trainer.run_config
             config = changed(args) if given is None else given
             self._writer = trajectory.record(mezo, path, model=model, config=config, resume=resume)

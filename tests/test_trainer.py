@@ -130,13 +130,15 @@ def test_a_second_train_continues(tmp_path):
     assert torch.equal(weights(replayed), weights(trainer.model))
 
 
-def test_a_run_resumed_elsewhere_keeps_no_log(tmp_path, caplog):
-    """A log that starts in the middle cannot be replayed; the run itself goes on."""
+def test_a_run_resumed_elsewhere_begins_a_log_there(tmp_path):
+    """Merged with the first one it is the log of the whole run."""
     trained(tmp_path / "a", max_steps=2, save_strategy="steps", save_steps=2)
     trainer = trainer_at(tmp_path / "b", max_steps=4)
     trainer.train(resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
-    assert "keeps no log" in caplog.text
-    assert not (tmp_path / "b/run.mezo").exists()
+    assert trajectory.read(tmp_path / "b/run.mezo").start == 2
+    trajectory.merge([tmp_path / "a/run.mezo", tmp_path / "b/run.mezo"], tmp_path / "all.mezo")
+    replayed = trajectory.replay(tmp_path / "all.mezo", llama())
+    assert torch.equal(weights(replayed), weights(trainer.model))
 
 
 # ---- accumulation and loss

@@ -128,8 +128,9 @@ def test_resuming_another_run_is_refused(tmp_path):
     optimizer.param_groups[0]["step"] = 5
     with pytest.raises(InputError, match="ends at step 3, and the run to continue is at 5"):
         trajectory.record(optimizer, path, resume=True)
-    with pytest.raises(InputError, match="no log to continue"):
-        trajectory.record(optimizer, tmp_path / "none.mezo", resume=True)
+    with pytest.raises(InputError, match="no log to continue, and the run is at step 5"):
+        trajectory.record(optimizer, tmp_path / "none.mezo")
+    assert not (tmp_path / "none.mezo").exists()
 
 
 def test_two_writers_of_one_log_are_refused(tmp_path):
@@ -184,6 +185,28 @@ def test_damage_is_found_and_what_stands_before_it_is_kept(tmp_path):
             kept = trajectory.read(path, recover=True)
             assert len(kept.steps) == sum(end <= at for end in ends)
             assert kept.torn == len(data) - kept.ends[-1]
+
+
+def test_damage_in_a_later_header_is_not_taken_for_its_end(tmp_path):
+    """A length that reaches beyond the end of the file would hide all records behind it."""
+    path, model = tmp_path / "run.mezo", Regression()
+    optimizer = MeZO(model.named_parameters(), seed=6)
+    with trajectory.record(optimizer, path):
+        for eps in (1e-3, 2e-3):
+            optimizer.param_groups[0]["eps"] = eps
+            optimizer.step(model)
+    data, first = path.read_bytes(), trajectory.read(path).ends[0]
+    for at in range(first, len(data) - 16):
+        for bit in (0, 3, 6):
+            broken = bytearray(data)
+            broken[at] ^= 1 << bit
+            path.write_bytes(broken)
+            with pytest.raises(InputError):
+                trajectory.read(path)
+    for size in range(first, len(data) - 16):
+        path.write_bytes(data[:size])
+        log = trajectory.read(path)
+        assert (len(log.steps), log.torn) == (1, size - first)
 
 
 def test_bytes_that_are_no_log_are_refused(tmp_path):

@@ -7,10 +7,13 @@
 docs/trajectory.md is the specification.
 """
 
+from .compact import compact
 from .format import Log, Step, read
+from .merge import merge
 from .replay import replay
 from .resume import catch_up, resumable
+from .shards import replay_checkpoint
 from .writer import Writer, fingerprint, record
 
-__all__ = ["Log", "Step", "Writer", "catch_up", "fingerprint", "read", "record", "replay"]
-__all__ += ["resumable"]
+__all__ = ["Log", "Step", "Writer", "catch_up", "compact", "fingerprint", "merge", "read", "record"]
+__all__ += ["replay", "replay_checkpoint", "resumable"]

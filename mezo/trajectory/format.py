@@ -6,26 +6,31 @@
 
 Little-endian, append-only. 16 bytes a step for plain MeZO. Records have no tag: the segment's
 header says how they look, and a new segment begins where a setting changes (a resumed run, another
-eps, a learning rate that starts to move). docs/trajectory.md is the specification.
+eps, a learning rate that starts to move). docs/trajectory.md is the specification; compact.py has
+the other form of a log, a third as long, which cannot be appended to.
 """
 
 import json
 import struct
 import zlib
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from .. import noise
 from ..errors import InputError
 from ..mezo import Record
-from ..perturbation import FORMS
-from ..rounding import ROUNDINGS
+from .header import FORMAT, Damage, check, check_version, parse, text_of
 
-FORMAT = 1
-MAGIC = b"\x89MEZO\r\n\x1a"
+__all__ = ["FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "frame", "read"]
+MAGIC, COMPACT = b"\x89MEZO\r\n\x1a", b"\x89MEZC\r\n\x1a"
 MAX_HEADER = 2**26
-_KNOWN = {"perturbation": FORMS, "rounding": ROUNDINGS, "rule": ("sgd",)}
 
 
 @dataclass(frozen=True)
@@ -39,70 +44,188 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Successive records under one header, as columns."""
+
+    header: dict[str, Any]  # the whole one in the first segment; else the settings alone
+    grads: np.ndarray  # (steps, probes), float64
+    losses: np.ndarray  # (steps,), float32; NaN where they were left out
+    lrs: np.ndarray  # (steps, parameter groups), float64; (steps, 0) where the header has them
+
+    @property
+    def start(self) -> int:
+        return self.header["start"]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.grads)
+
+    @property
+    def refused(self) -> int:
+        """The number of steps that applied nothing: a projected_grad was not finite."""
+        return int((~np.isfinite(self.grads).all(1)).sum())
+
+    def step(self, i: int) -> Step:
+        """Its i-th step."""
+        header = self.header
+        grads, cycles = tuple(self.grads[i].tolist()), tuple(header["cycles"])
+        seen = Record(self.start + i, grads, float(self.losses[i]), cycles)
+        lrs = tuple(self.lrs[i].tolist()) or tuple(header["lr"])
+        return Step(seen, header["eps"], lrs, tuple(header["weight_decay"]))
+
+
+class Steps(Sequence[Step]):
+    """The steps of all segments, each made when it is asked for: a log may have millions."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self._segments = segments
+        self._ends = list(accumulate(len(segment.grads) for segment in segments))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, i: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Step]: ...
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]  # an IndexError or a negative index, as of a list
+        segment = self._segments[bisect_right(self._ends, i)]
+        return segment.step(self._segments[0].start + i - segment.start)
+
+    def __iter__(self) -> Iterator[Step]:
+        for segment in self._segments:
+            for i in range(len(segment.grads)):
+                yield segment.step(i)
+
+
+@dataclass(frozen=True)
 class Log:
-    header: dict[str, Any]  # the first segment's: seed, distribution, tensors, config, versions
-    steps: list[Step]
-    ends: list[int]  # byte at which each step's record ends
+    """A log in memory. Steps are counted from `start`: steps[0] is step number `start`."""
+
+    segments: list[Segment]
     torn: int  # bytes of an unfinished record at the end, as a killed run leaves them
+    compact: bool = False  # it is complete: nothing can be appended to the file
+    ends: list[int] = field(default_factory=list)  # byte where each record ends; not of a compact
+    first_record: int = 0  # byte where the first record begins; not of a compact log
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The first segment's: seed, distribution, tensors, config, versions."""
+        return self.segments[0].header
+
+    @property
+    def start(self) -> int:
+        """The number of the first step; not 0 in the log of a run that was resumed without one."""
+        return self.segments[0].start
+
+    @property
+    def end(self) -> int:
+        """The number of the step after the last."""
+        return self.segments[-1].end
+
+    @cached_property
+    def steps(self) -> Steps:
+        return Steps(self.segments)
 
 
-def layout(settings: dict[str, Any]) -> struct.Struct:
-    lrs = len(settings["lr"]) if settings["lr_in_records"] else 0
-    return struct.Struct(f"<{len(settings['cycles'])}df{lrs}d")
+def layout(settings: dict[str, Any]) -> np.dtype:
+    """A record as the header `settings` describes it, the checksum included."""
+    probes, groups = len(settings["cycles"]), len(settings["lr"]) * settings["lr_in_records"]
+    columns = [("grads", "<f8", (probes,)), ("loss", "<f4"), ("lrs", "<f8", (groups,))]
+    return np.dtype([*columns, ("crc", "<u4")])
 
 
 def checksum(data: bytes, step: int) -> int:
     return zlib.crc32(step.to_bytes(8, "little") + data)
 
 
+def frame(header: dict[str, Any]) -> bytes:
+    """A segment's first bytes. Raises Damage for what JSON or a header cannot hold."""
+    text = text_of(header)
+    return MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
+
+
+def encode(segments: Sequence[Segment]) -> bytes:
+    """A log's file, from its segments."""
+    parts = []
+    for segment in segments:
+        parts.append(frame(segment.header))
+        rows = np.empty(len(segment.grads), layout(segment.header))
+        rows["grads"], rows["loss"], rows["lrs"] = segment.grads, segment.losses, segment.lrs
+        data, size = rows.tobytes(), rows.itemsize
+        for i in range(len(rows)):
+            record = data[i * size : (i + 1) * size - 4]
+            parts += [record, struct.pack("<I", checksum(record, segment.start + i))]
+    return b"".join(parts)
+
+
+def save(path: str | Path, data: bytes) -> None:
+    """Write a new file, or none. InputError if there is one already, or no room."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        raise InputError(f"{path} exists: a log is not overwritten") from None
+    except OSError as error:
+        Path(path).unlink(missing_ok=True)
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
 def read(path: str | Path, *, recover: bool = False) -> Log:
-    """Read and check a whole log. `recover` keeps what stands before the first damaged byte.
+    """Read and check a whole log, compact or not. Nothing in it is executed.
 
     An unfinished record at the very end is what a killed run leaves: it is left out and counted.
+    `recover` keeps what stands before the first damaged byte; of a compact log, nothing.
     Raises InputError, with the place, for a file that is no log, is damaged, or is too new.
     """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            magic = file.read(len(MAGIC))  # before the rest, which may be endless
+            data = magic + (file.read() if magic in (MAGIC, COMPACT) else b"")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    if not data.startswith(MAGIC):
+    if magic == COMPACT:
+        from .compact import decode
+
+        return decode(path, data)
+    if magic != MAGIC:
         raise InputError(f"{path} is not a MeZO run log")
     reader = _Reader(data)
     try:
         torn = reader.run()
-    except _Damage as damage:
-        if not recover or reader.header is None:
-            raise InputError(
-                f"{path}: {damage} at byte {reader.at}; the {len(reader.steps)} steps before it "
-                "are intact"
-            ) from None
+    except Damage as damage:
+        if not recover or not reader.segments:
+            intact = f"; the {len(reader.ends)} steps before it are intact"
+            raise InputError(f"{path}: {damage} at byte {reader.at}{intact}") from None
         torn = len(data) - reader.at
-    if reader.header is None:
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not reader.segments:
         raise InputError(f"{path}: the header is cut off; nothing can be read")
-    return Log(reader.header, reader.steps, reader.ends, torn)
-
-
-class _Damage(Exception):
-    pass
+    return Log(reader.columns(), torn, ends=reader.ends, first_record=reader.segments[0][1])
 
 
 class _Reader:
     def __init__(self, data: bytes):
         self.data, self.at = data, 0
-        self.header: dict[str, Any] | None = None
-        self.settings: dict[str, Any] = {}
-        self.steps: list[Step] = []
+        self.segments: list[tuple[dict[str, Any], int, int]] = []  # header, first byte, steps
         self.ends: list[int] = []
+        self.step = 0  # the number of the next record's
 
     def run(self) -> int:
         """Reads to the end; returns the bytes that an unfinished segment or record leaves."""
         while self.at < len(self.data):
             if self.data.startswith(MAGIC, self.at):
                 done = self.segment()
-            elif MAGIC.startswith(self.data[self.at :]):
+            elif MAGIC.startswith(self.data[self.at : self.at + len(MAGIC)]):
                 done = False  # the first bytes of a magic
             else:
-                done = self.record()
+                done = self.records()
             if not done:
                 return len(self.data) - self.at
         return 0
@@ -113,44 +236,56 @@ class _Reader:
             return False
         (length,) = struct.unpack_from("<I", self.data, start)
         if length > MAX_HEADER:
-            raise _Damage(f"a header of {length} bytes")
+            raise Damage(f"a header of {length} bytes")
         text = self.data[start + 4 : start + 4 + length]
         crc = self.data[start + 4 + length : start + 8 + length]
         if len(crc) < 4:
+            _check_cut(text, length)
             return False
         if struct.unpack("<I", crc) != (zlib.crc32(text),):
-            raise _Damage("a damaged header")
-        header = json.loads(text)
-        if self.header is None:
-            if header.get("format") != FORMAT or header.get("noise") != noise.CONTRACT:
-                raise InputError(
-                    f"this log has format {header.get('format')} and noise contract "
-                    f"{header.get('noise')}; this version of mezo reads {FORMAT} and "
-                    f"{noise.CONTRACT}: upgrade mezo-lm"
-                )
-            for key, known in _KNOWN.items():
-                if header[key] not in known:
-                    raise InputError(f"this log has {key} {header[key]!r}: upgrade mezo-lm")
-            self.header = header | {"bytes": start + 8 + length}
-        if header["start"] != len(self.steps):
-            raise _Damage(f"a segment that starts at step {header['start']}")
-        self.settings, self.at = header, start + 8 + length
+            raise Damage("a damaged header")
+        header, first = parse(text), self.segments[0][0] if self.segments else None
+        if first is None:
+            check_version(header)
+        check(header, first)
+        if first is not None and header["start"] != self.step:
+            raise Damage(f"a segment that starts at step {header['start']}, not {self.step}")
+        self.step, self.at = header["start"], start + 8 + length
+        self.segments.append((header, self.at, 0))
         return True
 
-    def record(self) -> bool:
-        form, settings = layout(self.settings), self.settings
-        data = self.data[self.at : self.at + form.size]
-        crc = self.data[self.at + form.size : self.at + form.size + 4]
-        if len(crc) < 4:
-            return False
-        step = len(self.steps)
-        if struct.unpack("<I", crc) != (checksum(data, step),):
-            raise _Damage(f"a damaged record (step {step})")
-        values, probes = form.unpack(data), len(settings["cycles"])
-        seen = Record(step, values[:probes], values[probes], tuple(settings["cycles"]))
-        lrs = values[probes + 1 :] or tuple(settings["lr"])
-        decays = tuple(settings["weight_decay"])
-        self.steps.append(Step(seen, settings["eps"], lrs, decays))
-        self.at += form.size + 4
-        self.ends.append(self.at)
+    def records(self) -> bool:
+        """All records up to the next segment, or to what is no whole record."""
+        header, first, _ = self.segments[-1]
+        size, steps = layout(header).itemsize, len(self.ends)
+        try:
+            while not self.data.startswith(MAGIC, self.at):
+                data = self.data[self.at : self.at + size]
+                if len(data) < size:
+                    return len(data) == 0
+                if self.step == noise.MAX_STEP:
+                    raise Damage(f"a record of step {self.step}, which no run has")
+                if struct.unpack("<I", data[-4:]) != (checksum(data[:-4], self.step),):
+                    raise Damage(f"a damaged record (step {self.step})")
+                self.at, self.step = self.at + size, self.step + 1
+                self.ends.append(self.at)
+        finally:
+            self.segments[-1] = (header, first, len(self.ends) - steps)
         return True
+
+    def columns(self) -> list[Segment]:
+        found = []
+        for header, first, steps in self.segments:
+            rows = np.frombuffer(self.data, layout(header), steps, first)
+            found.append(Segment(header, rows["grads"], rows["loss"], rows["lrs"]))
+        return found
+
+
+def _check_cut(text: bytes, length: int) -> None:
+    """Damage if what the end of the file seems to cut off is whole, and its length is wrong."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return
+    if end < length:
+        raise Damage(f"a header of {end} bytes whose length is said to be {length}")

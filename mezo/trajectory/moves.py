@@ -8,20 +8,30 @@ import numpy as np
 import torch
 
 from .. import noise
+from ..errors import InputError
 from ..perturbation import walk
 from ..rounding import update_
 from ..rules import sgd
 from .format import Step
+
+MAX_WALKS = 2**25  # 3 moves each, of 28 bytes
 
 
 def moves_of(header: dict[str, Any], steps: Sequence[Step], group: int) -> np.ndarray:
     """All that `steps` do to a weight of parameter group number `group`: one table of moves.
 
     In place, the walks are repeated too: theta + eps z - 2 eps z + eps z is not quite theta.
+    Raises InputError if they are too many for a replay.
     """
-    moves: list[noise.Move] = []
+    tables: list[np.ndarray] = []
+    moves: list[noise.Move] = []  # that are in no table yet: it holds them in a fifth of the memory
     walked = header["perturbation"] == "in_place"
+    walks = sum(sum(step.record.cycles) for step in steps) if walked else 0
+    if walks > MAX_WALKS:
+        raise InputError(f"the log has {walks} walks: a replay holds at most {MAX_WALKS} in memory")
     for step in steps:
+        if len(moves) > 2**16:
+            tables, moves = [*tables, noise.table(moves)], []
         seen, grads = step.record, dict(enumerate(step.record.projected_grads))
         if walked:
             for probe, cycles in enumerate(seen.cycles):
@@ -29,7 +39,7 @@ def moves_of(header: dict[str, Any], steps: Sequence[Step], group: int) -> np.nd
         if all(map(math.isfinite, grads.values())):
             settings = {"lr": step.lrs[group], "weight_decay": step.weight_decays[group]}
             moves += sgd(seen.step, grads, settings | {"rounding": header["rounding"]})
-    return noise.table(moves)
+    return np.concatenate([*tables, noise.table(moves)])
 
 
 def make_(

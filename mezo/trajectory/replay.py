@@ -1,4 +1,9 @@
-"""Replay: the weights of a run from its base model and its log, without data or forward passes."""
+"""Replay: the weights of a run from its base model and its log, without data or forward passes.
+
+There is no way back. theta + c z is rounded, two numbers often become one, and the log does not say
+which it was: to get the weights of step N, replay from the base model until N, at the cost of N
+steps' additions.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +12,11 @@ import torch
 
 from .. import noise
 from ..errors import InputError
-from .format import read
+from .format import Log, Step, read
 from .moves import make_, moves_of
 from .writer import entry_of, frozen_fingerprint
+
+FROZEN_DIFFER = "{}: the weights that the run kept frozen are not those of this model"
 
 
 def replay(
@@ -23,25 +30,23 @@ def replay(
     """Rebuild the trained weights in place: `model` is the base model, the result is the run's.
 
     Bitwise: the same additions in the same order, without data or forward passes, one tensor at a
-    time. `until` stops after that many steps. `progress(done, total)` is told of each tensor.
+    time. `until` stops before that step of the run. `progress(done, total)` is told of each tensor.
     Raises InputError if a tensor is missing or (with `verify`) is not what the run started from,
     trained or frozen.
     """
     log = read(path)
-    steps = log.steps[:until]
+    steps = steps_until(path, log, until)
     named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
     entries = log.header["tensors"]
     for entry in entries:
-        _match(path, entry, named.get(entry["name"]), verify)
+        match(path, entry, named.get(entry["name"]), verify)
     expected = log.header["frozen"]
     if (
         verify
         and expected
         and expected != frozen_fingerprint(model, {entry["name"] for entry in entries})
     ):
-        raise InputError(
-            f"{path}: the weights that the run kept frozen are not those of this model"
-        )
+        raise InputError(FROZEN_DIFFER.format(path))
     tables = {entry["group"]: moves_of(log.header, steps, entry["group"]) for entry in entries}
     for done, entry in enumerate(entries, 1):
         make_(named[entry["name"]], entry["name"], log.header, tables[entry["group"]], {})
@@ -50,7 +55,28 @@ def replay(
     return model
 
 
-def _match(path, entry: dict, tensor: torch.Tensor | None, verify: bool) -> None:
+def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
+    """The steps up to that number of the run's; None: all. InputError if the log has them not."""
+    if until is not None and not log.start <= until <= log.end:
+        raise InputError(
+            f"{path} has {len(log.steps)} steps, until must be from {log.start} to {log.end}, "
+            f"got {until}"
+        )
+    steps, rounding = (
+        log.steps[: None if until is None else until - log.start],
+        log.header["rounding"],
+    )
+    half = {entry["dtype"] for entry in log.header["tensors"]} & {"bfloat16", "float16"}
+    if steps and log.start and half and rounding in ("compensated", "master"):
+        raise InputError(
+            f"{path} starts at step {log.start}, without the buffers of {rounding} rounding: merge "
+            "it with the log of the steps before (mezo log merge)"
+        )
+    return steps
+
+
+def match(path, entry: dict, tensor: torch.Tensor | None, verify: bool) -> None:
+    """InputError unless it is there and, with `verify`, what the run started from."""
     if tensor is None:
         raise InputError(f"{path}: the base model has no parameter {entry['name']}")
     found = entry_of(entry["name"], tensor) if verify else entry

@@ -22,7 +22,9 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
     """
     log, first = read(path), optimizer.param_groups[0]
     end = resumable(log) if until is None else min(until, resumable(log))
-    steps = log.steps[first["step"] : end]
+    if first["step"] < log.start:
+        raise InputError(f"{path} starts at step {log.start}, the run is at step {first['step']}")
+    steps = log.steps[first["step"] - log.start : max(end - log.start, 0)]
     if not steps:
         return 0
     if first["clip_quantile"] is not None:
@@ -41,14 +43,14 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
 
 
 def resumable(log: Log) -> int:
-    """The steps to go on after: not those refused at the end, where an interrupt may be why.
+    """The step to go on at: before those refused at the end, where an interrupt may be why.
 
     They are made again, and refused again if it was the loss.
     """
     steps = len(log.steps)
     while steps and not all(map(math.isfinite, log.steps[steps - 1].record.projected_grads)):
         steps -= 1
-    return steps
+    return log.start + steps
 
 
 def _check(path: str | Path, log: Log, optimizer: MeZO) -> None:
@@ -63,8 +65,9 @@ def _check(path: str | Path, log: Log, optimizer: MeZO) -> None:
     groups = {name: index[id(group)] for name, _, group in optimizer.trained()}
     if groups != {entry["name"]: entry["group"] for entry in header["tensors"]}:
         raise InputError(f"{path}: the run trained other tensors, or in other parameter groups")
-    if first["step"]:
+    if first["step"] > log.start:
         return
-    for entry, (name, p, _) in zip(header["tensors"], optimizer.trained(), strict=True):
-        if entry_of(name, p)["sha256"] != entry["sha256"]:
+    began = {entry["name"]: entry["sha256"] for entry in header["tensors"]}
+    for name, p, _ in optimizer.trained():
+        if entry_of(name, p)["sha256"] != began[name]:
             raise InputError(f"{path}: the run began with other values of {name}")

@@ -1,19 +1,22 @@
 """Writing a run log: one record a step, appended before the step is over."""
 
 import hashlib
-import json
+import os
 import struct
-import zlib
 from collections.abc import Sequence
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from .. import noise
 from ..errors import InputError
 from ..mezo import MeZO, Record
-from .format import FORMAT, MAGIC, checksum, layout, read
+from .format import FORMAT, checksum, frame, read
+from .header import Damage, check, places
 
 try:
     import fcntl
@@ -28,57 +31,106 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 class Writer:
-    """Appends a record for every step of `optimizer`. Close it, or use it in a `with`."""
+    """Appends a record for every step of `optimizer`. Close it, or use it in a `with`.
 
-    def __init__(self, optimizer: MeZO, path: str | Path, header: dict[str, Any] | None):
-        self.optimizer = optimizer
+    If a record cannot be written, for want of space say, the step raises InputError after its
+    update: the weights are then one step beyond the log, which ends with a whole record. The
+    missing one is kept in memory, and goes first when there is a next one, or at the end.
+    """
+
+    def __init__(
+        self, optimizer: MeZO, path: str | Path, file: FileIO, end: int, header: dict[str, Any]
+    ):
+        """For `record`, which has checked that `file` is locked, and whole up to byte `end`.
+
+        `header` is what only a file's first segment has; empty if the file has one already.
+        """
+        self.optimizer, self.path, self._file = optimizer, path, file
+        self._end = end  # all before it is in the file, and whole
+        self._pending = b""  # segments and records that follow it
+        self._groups = len(optimizer.param_groups)
         self._settings: dict[str, Any] = {"lr_in_records": False}
-        self._file = open(path, "ab" if header is None else "wb", buffering=0)  # noqa: SIM115
-        self._header = header  # written with the first segment; None: the file has it already
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self._file.close()
-                raise InputError(f"{path}: another run is writing this log") from None
-        start = optimizer.param_groups[0]
-        self._segment(start["step"], self._current([1] * start["num_samples"]))
+        first = optimizer.param_groups[0]
+        self._step = first["step"]  # of the next record
+        self._logged = self._step  # the file has the records before it
+        self._first = self._step if header else 0
+        settings = self._current([1] * first["num_samples"])
+        data = self._segment(header, settings)  # nothing was changed up to here
+        try:
+            file.truncate(end)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        self._put(data, settings, self._step)
         optimizer.observers.append(self)
 
     def _current(self, cycles: Sequence[int]) -> dict[str, Any]:
         groups = self.optimizer.param_groups
         return {
-            "eps": groups[0]["eps"],
+            "eps": float(groups[0]["eps"]),
             "cycles": list(cycles),
             "lr": [float(group["lr"]) for group in groups],
-            "weight_decay": [group["weight_decay"] for group in groups],
+            "weight_decay": [float(group["weight_decay"]) for group in groups],
             "lr_in_records": self._settings["lr_in_records"],
         }
 
-    def _segment(self, start: int, settings: dict[str, Any]) -> None:
-        header = (self._header or {}) | {"start": start} | settings
-        text = json.dumps(header, separators=(",", ":")).encode()
-        crc = zlib.crc32(text)
-        self._file.write(MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", crc))
-        self._settings, self._header = settings, None
+    def _segment(self, header: dict[str, Any], settings: dict[str, Any]) -> bytes:
+        whole = header | {"start": self._step} | settings
+        try:
+            check(whole, None if header else {"lr": [0.0] * self._groups})
+            return frame(whole)
+        except Damage as damage:
+            raise InputError(f"{self.path}: the log cannot have {damage}") from None
 
     def __call__(self, record: Record) -> None:
-        settings = self._current(record.cycles)
-        if settings["lr_in_records"]:
-            self._settings["lr"] = settings["lr"]  # each record has its own: no change to announce
-        elif settings["lr"] != self._settings["lr"]:
-            settings["lr_in_records"] = True
-        if settings != self._settings:
-            self._segment(record.step, settings)
-        values = [*record.projected_grads, record.loss]
-        values += settings["lr"] if settings["lr_in_records"] else []
-        data = layout(settings).pack(*values)
-        self._file.write(data + struct.pack("<I", checksum(data, record.step)))
+        if record.step != self._step:  # an interrupt came between an update and its record
+            raise InputError(
+                f"{self.path}: the record of step {self._step} is missing, step {record.step} "
+                "cannot follow: resume from a checkpoint"
+            )
+        settings, before = self._current(record.cycles), self._settings
+        settings["lr_in_records"] |= settings["lr"] != before["lr"]
+        moving = settings["lr_in_records"]  # each record has its own: no change to announce
+        same = settings | {"lr": before["lr"]} if moving else settings
+        data = b"" if same == before else self._segment({}, settings)
+        with np.errstate(over="ignore"):  # a float64 model's loss may be infinite in float32
+            values = [*record.projected_grads, float(np.float32(record.loss))]
+        lrs = settings["lr"] if moving else []
+        row = struct.pack(f"<{len(values) - 1}df{len(lrs)}d", *values, *lrs)
+        data += row + struct.pack("<I", checksum(row, record.step))
+        self._put(data, settings, record.step + 1)
+
+    def _put(self, data: bytes, settings: dict[str, Any], step: int) -> None:
+        self._pending += data
+        self._settings, self._step = settings, step
+        try:
+            self._flush()
+        except OSError as error:
+            with suppress(OSError):  # no part of a record stays behind
+                self._file.truncate(self._end)
+            ends = self._logged > self._first
+            told = f"the log ends with step {self._logged - 1}" if ends else "the log has no step"
+            told += f", the weights are those after step {step - 1}" if step > self._logged else ""
+            raise InputError(
+                f"{self.path}: {error.strerror}: make room, and resume the run; {told}"
+            ) from None
+
+    def _flush(self) -> None:
+        """Write what is pending; what an interrupt cut off is written again, to the same place."""
+        data, end = memoryview(self._pending), self._end + len(self._pending)
+        self._file.seek(self._end)
+        while data:  # the system may take a part of it
+            data = data[self._file.write(data) :]
+        self._end, self._pending, self._logged = end, b"", self._step
 
     def close(self) -> None:
         if self in self.optimizer.observers:
             self.optimizer.observers.remove(self)
-        self._file.close()
+        if not self._file.closed:
+            with suppress(OSError):  # whoever took the step was told
+                self._flush()
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            self._file.close()
 
     def __enter__(self) -> "Writer":
         return self
@@ -100,27 +152,62 @@ def record(
     Args:
         model: its frozen parameters' fingerprint goes into the log too (an adapter's base).
         config: anything JSON can hold that a reader of the log may want to know.
-        resume: continue an existing log: records from the optimizer's step on are dropped.
+        resume: continue an existing log: records from the optimizer's step on are dropped. Where
+            there is none, the new log begins at the optimizer's step; `trajectory.merge` joins it
+            with the log of the steps before.
 
-    Without `resume` an existing file is replaced. Raises InputError if another process writes it,
-    if it belongs to other tensors or another seed, or if it ends before the optimizer's step.
+    Without `resume` an existing file is replaced. Raises InputError, and leaves the file as it is,
+    if another process writes it, if it is of another run, if it has no record of a step before the
+    optimizer's, or if the log cannot be written.
     """
-    group, rows = optimizer.param_groups[0], optimizer.trained()
-    if resume and Path(path).exists():
-        _truncate(Path(path), group, [name for name, _, _ in rows])
-        return Writer(optimizer, path, None)
-    if group["step"]:
-        raise InputError(f"{path}: no log to continue, and the run is at step {group['step']}")
-    index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
-    tensors = [entry_of(name, p) | {"group": index[id(g)]} for name, p, g in rows]
+    created, file = not Path(path).exists(), _locked(path)
+    try:
+        if resume and os.fstat(file.fileno()).st_size:
+            return Writer(optimizer, path, file, _end_of(path, optimizer), {})
+        step = optimizer.param_groups[0]["step"]
+        if step and not resume:
+            raise InputError(f"{path}: no log to continue, and the run is at step {step}")
+        return Writer(optimizer, path, file, 0, _header(optimizer, model, config))
+    except BaseException:
+        file.close()
+        if created:
+            Path(path).unlink(missing_ok=True)
+        raise
+
+
+def _locked(path: str | Path) -> FileIO:
+    """The file, open for writing and locked, its contents as they were; made if need be."""
+
+    def create(name: str, flags: int) -> int:  # "wb" would empty another run's log before the lock
+        return os.open(name, flags | os.O_CREAT, 0o666)
+
+    try:
+        file = open(path, "r+b", buffering=0, opener=create)  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(f"{path}: another run is writing this log") from None
+        except OSError:  # a file system without locks
+            pass
+    return cast(FileIO, file)
+
+
+def _header(
+    optimizer: MeZO, model: torch.nn.Module | None, config: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the first segment alone has."""
+    group, names = optimizer.param_groups[0], {name for name, _, _ in optimizer.trained()}
     header: dict[str, Any] = {"format": FORMAT, "noise": noise.CONTRACT, "seed": group["seed"]}
     header |= {"distribution": group["distribution"], "perturbation": optimizer.perturbation}
     header |= {"rounding": group["rounding"], "rule": "sgd"}
     header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
-    header["frozen"] = (
-        None if model is None else frozen_fingerprint(model, {name for name, _, _ in rows})
-    )
-    return Writer(optimizer, path, header | {"tensors": tensors})
+    header["frozen"] = None if model is None else frozen_fingerprint(model, names)
+    tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
+    return header | {"tensors": tensors}
 
 
 def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
@@ -131,19 +218,35 @@ def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
 
 
 def entry_of(name: str, p: torch.Tensor) -> dict[str, Any]:
+    return _place_of(name, p) | {"sha256": fingerprint(p)}
+
+
+def _place_of(name: str, p: torch.Tensor) -> dict[str, Any]:
     dtype = str(p.dtype).removeprefix("torch.")
-    return {"name": name, "shape": list(p.shape), "dtype": dtype, "sha256": fingerprint(p)}
+    return {"name": name, "shape": list(p.shape), "dtype": dtype}
 
 
-def _truncate(path: Path, group: dict, names: list[str]) -> None:
-    log = read(path)
-    known = {entry["name"] for entry in log.header["tensors"]}
-    if log.header["seed"] != group["seed"] or known != set(names):
-        raise InputError(f"{path} is the log of another run (its seed or its tensors differ)")
-    if len(log.steps) < group["step"]:
-        raise InputError(
-            f"{path} ends at step {len(log.steps)}, and the run to continue is at {group['step']}"
-        )
-    start = log.header["bytes"] if group["step"] == 0 else log.ends[group["step"] - 1]
-    with open(path, "r+b") as file:
-        file.truncate(start)
+def _entries(optimizer: MeZO) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """What the log says of every trained tensor, but for its fingerprint; and the tensor."""
+    index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
+    rows = optimizer.trained()
+    return [(_place_of(name, p) | {"group": index[id(g)]}, p) for name, p, g in rows]
+
+
+def _end_of(path: str | Path, optimizer: MeZO) -> int:
+    """The byte at which the log of the steps before the optimizer's ends."""
+    log, step = read(path), optimizer.param_groups[0]["step"]
+    if log.compact:
+        raise InputError(f"{path} is compact, and complete: mezo log merge makes a log to continue")
+    for key in ("seed", "distribution", "rounding", "perturbation"):
+        here = optimizer.perturbation if key == "perturbation" else optimizer.param_groups[0][key]
+        if log.header[key] != here:
+            raise InputError(
+                f"{path} is the log of another run: its {key} is {log.header[key]}, not {here}"
+            )
+    if places(log.header["tensors"]) != places([entry for entry, _ in _entries(optimizer)]):
+        raise InputError(f"{path} is the log of another run: its tensors differ")
+    if not log.start <= step <= log.end:
+        verb, end = ("ends", log.end) if step > log.end else ("begins", log.start)
+        raise InputError(f"{path} {verb} at step {end}, and the run to continue is at {step}")
+    return log.ends[step - log.start - 1] if step > log.start else log.first_record

@@ -1,0 +1,163 @@
+"""The header of a segment: JSON that is checked, key by key, before anything is done with it.
+
+A header comes from a file that anybody may have written. What passes here has the types, ranges and
+lengths that the rest of the package counts on; keys that are not listed are ignored.
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from .. import noise
+from ..errors import InputError
+from ..perturbation import FORMS
+from ..rounding import ROUNDINGS
+
+FORMAT = 1
+Keys = dict[str, tuple[Callable[[Any], bool], str]]
+MAX_CYCLES = 2**16  # walks a probe and step; each is 3 moves of a replay
+_KNOWN = {
+    "distribution": noise.DISTRIBUTIONS,
+    "perturbation": FORMS,
+    "rounding": ROUNDINGS,
+    "rule": ("sgd",),
+}
+_LARGEST = 1e100  # of a setting: products of several are finite, and integers become floats
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_DIGEST = re.compile("[0-9a-f]{16}")
+
+
+class Damage(Exception):
+    """What is wrong with a log, in words; readers add the file and the place to it."""
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """The JSON object in `text`. Raises Damage for anything else, however deep or long."""
+    try:
+        header = json.loads(text.decode(), parse_constant=str)  # NaN is no JSON, but was written
+    except (ValueError, RecursionError):
+        raise Damage("a header that is no JSON") from None
+    if not isinstance(header, dict):
+        raise Damage("a header that is no JSON object")
+    return header
+
+
+def text_of(header: dict[str, Any]) -> bytes:
+    """A header as JSON. Raises Damage for what JSON cannot hold."""
+    try:
+        return json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Damage(f"what JSON cannot hold: {error}") from None
+
+
+def check_version(header: dict[str, Any]) -> None:
+    """InputError for a log that a newer version of mezo has written."""
+    found = header.get("format"), header.get("noise")
+    if found != (FORMAT, noise.CONTRACT):
+        raise InputError(
+            f"this log has format {_short(found[0])} and noise contract {_short(found[1])}; this "
+            f"version of mezo reads {FORMAT} and {noise.CONTRACT}: upgrade mezo-lm"
+        )
+    for key, known in _KNOWN.items():
+        if isinstance(header.get(key), str) and header[key] not in known:
+            raise InputError(f"this log has {key} {_short(header[key])}: upgrade mezo-lm")
+
+
+def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
+    """Damage, naming the key, unless `header` is one; `first` is the file's first, if another."""
+    check_keys(header, _EVERY if first is not None else _EVERY | _FIRST)
+    groups = len((first or header)["lr"])
+    for key in ("lr", "weight_decay"):
+        if len(header[key]) != groups:
+            raise Damage(f"a header whose {key} is not of {groups} parameter groups")
+    if first is None:
+        _check_tensors(header["tensors"], groups)
+
+
+def places(entries: list[dict[str, Any]]) -> dict[str, tuple]:
+    """By name, what does not change in a run: shape, dtype and parameter group of its tensors."""
+    return {e["name"]: (e["shape"], e["dtype"], e["group"]) for e in entries}
+
+
+def check_keys(header: dict[str, Any], keys: Keys) -> None:
+    """Damage unless `header` has all `keys`, each with a value that is good, in words `meaning`."""
+    for key, (good, meaning) in keys.items():
+        if key not in header:
+            raise Damage(f"a header without {key}")
+        if not good(header[key]):
+            raise Damage(f"a header whose {key} is not {meaning}: {_short(header[key])}")
+
+
+def _check_tensors(entries: list, groups: int) -> None:
+    seen: set[str] = set()
+    for i, entry in enumerate(entries):
+        try:
+            if not isinstance(entry, dict):
+                raise Damage("a header that is no JSON object")
+            check_keys(entry, _TENSOR)
+            if entry["group"] >= groups:
+                raise Damage(f"a group that is not one of {groups}: {entry['group']}")
+            if entry["name"] in seen:
+                raise Damage(f"the name of another tensor: {_short(entry['name'])}")
+        except Damage as damage:
+            raise Damage(f"a header whose tensor {i} has {damage}") from None
+        seen.add(entry["name"])
+
+
+def _short(value: Any) -> str:
+    """A value from a file, as a message can hold it."""
+    return ascii(reprlib.repr(value))[1:-1]
+
+
+def is_count(value: Any, limit: int, least: int = 0) -> bool:
+    return type(value) is int and least <= value < limit
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def are(good: Callable, least: int = 0) -> Callable:
+    return lambda value: type(value) is list and len(value) >= least and all(map(good, value))
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+_NUMBERS = (are(_is_number, 1), "a list of finite numbers")
+_EVERY: Keys = {
+    "start": (lambda x: is_count(x, noise.MAX_STEP), "a step"),
+    "eps": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "lr": _NUMBERS,
+    "weight_decay": _NUMBERS,
+    "cycles": (
+        are(lambda x: is_count(x, MAX_CYCLES + 1, 1), 1),
+        f"a list of numbers from 1 to {MAX_CYCLES}",
+    ),
+    "lr_in_records": (lambda x: type(x) is bool, "true or false"),
+}
+_FIRST: Keys = {
+    "seed": (lambda x: is_count(x, 2**64), "in [0, 2^64)"),
+    "tensors": (lambda x: type(x) is list, "a list"),
+    "frozen": (lambda x: x is None or _is_digest(x), "16 hexadecimal digits"),
+    "config": (lambda x: type(x) is dict, "an object"),
+    "versions": (lambda x: type(x) is dict, "an object"),
+} | {
+    key: (lambda x, known=known: x in known, f"one of {', '.join(known)}")
+    for key, known in _KNOWN.items()
+}
+_SIZES = are(lambda x: is_count(x, 2**63))
+_TENSOR: Keys = {
+    "name": (lambda x: isinstance(x, str) and x != "" and x.isprintable(), "a name"),
+    "shape": (
+        lambda x: _SIZES(x) and len(x) <= 64 and math.prod(x) < 2**63,
+        "a list of sizes",
+    ),
+    "dtype": (lambda x: x in _DTYPES, f"one of {', '.join(_DTYPES)}"),
+    "group": (lambda x: is_count(x, 2**32), "a number"),
+    "sha256": (_is_digest, "16 hexadecimal digits"),
+}
