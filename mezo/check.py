@@ -1,0 +1,399 @@
+"""`mezo check`: what a dozen estimates say of a model, a prompt, eps and the learning rate.
+
+The scores s of the two passes along z, which a step computes anyway, give for every example i
+
+    g_i       = (loss_i(theta + eps z) - loss_i(theta - eps z)) / (2 eps)    its gradient along z
+    z' G_i z  = variance of (s+ - s-) / (2 eps) under p = softmax(s)         its curvature along z
+
+A step of size lr on a batch B changes the loss by -lr |grad|^2 + lr^2 / 2 E[g_B^2 z'Hz] in the
+mean over z and B. The best lr is |grad|^2 / E[g_B^2 z'Hz]: the share of |grad|^2 in E[g_B^2], over
+tr H or a little more (Section 4 of the paper: the effective rank); twice that lr gains nothing.
+H is taken to be its Gauss-Newton part G: the second differences of the loss drown in their spread.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from . import models, tasks
+from .arguments import DataArguments, ModelArguments
+from .errors import InputError
+from .evaluate import Result, evaluate
+from .frozen import FrozenLower
+from .guards import last_place
+from .mezo import MeZO, Record
+from .objectives import Batch, Causal, Feature, Form, Masked, evaluating, form_for, to_device
+from .objectives.form import unwrap
+from .profile import PeakMemory
+from .run import environment, load_splits, task_of
+from .tuning import select
+
+SHOWN = 200  # dev examples for the zero-shot accuracy
+SCANNED = 4  # directions that are estimated at eps / 10 and 10 eps too
+AGREES = 0.1  # change of the projected gradient that is small beside the noise of a batch
+STEPS = 20_000  # of a run: Table 16
+ERRORS = 2.0  # standard errors at which a number is told from zero, or from chance
+PAPER = {  # kind of tuning -> lr, eps: docs/paper.md, MeZOConfig
+    "all weights": ("1e-7 to 1e-6 for all weights, 1e-5 for RoBERTa-large (Tables 15, 16)", "1e-3"),
+    "LORA": ("1e-5 to 1e-4 for LoRA", "1e-2"),
+    "PREFIX_TUNING": ("not known here for prefixes", "1e-1"),
+}
+
+
+def mean_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of two or more values, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def gradient(grads: np.ndarray, batch_size: int) -> dict[str, float]:
+    """How much of E[g_B^2] is the gradient, from g_i (directions, examples).
+
+    signal: |grad L|^2, the mean of g_i g_j over z and pairs of examples: unbiased, so it may be
+    negative; noise: variance of a batch's mean; share: signal / (signal + noise), NaN if all is 0.
+    """
+    n, squares = grads.shape[1], (grads**2).sum(1)
+    signals = (grads.sum(1) ** 2 - squares) / (n * (n - 1))
+    powers = signals + (squares / n - signals) / batch_size
+    (signal, signal_error), power = mean_error(signals), float(powers.mean())
+    share = signal / power if power > 0 else math.nan
+    error = mean_error(signals - share * powers)[1] / power if power > 0 else math.nan
+    found = {"signal": signal, "signal_error": signal_error, "noise": power - signal}
+    return found | {"share": share, "share_error": error}
+
+
+def gauss_newton(plus: torch.Tensor, minus: torch.Tensor, eps: float) -> float:
+    """z'Gz of the mean cross-entropy, from the scores (examples, candidates) of both passes."""
+    slope, p = (plus - minus) / (2 * eps), ((plus + minus) / 2).softmax(-1)
+    return float(((p * slope**2).sum(-1) - (p * slope).sum(-1) ** 2).mean())
+
+
+def best_rate(signal: float, squares: np.ndarray, curvatures: np.ndarray) -> float:
+    """signal / E[g_B^2 z'Hz] from both factors (directions); NaN where no step lowers the loss."""
+    pull = float(np.mean(squares * curvatures))
+    return signal / pull if signal > 0 and pull > 0 else math.nan
+
+
+def changes(grads: np.ndarray) -> tuple[float, float]:
+    """Relative changes (rms) of g (directions, [eps / 10, eps, 10 eps]) from eps to the others."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # of infinite losses, or of none: NaN
+        low, size, high = np.sqrt(((grads - grads[:, 1:2] * [1, 0, 1]) ** 2).mean(0))
+        return float(low / size), float(high / size)
+
+
+def reach(eps: float, high: float) -> float:
+    """How far along z the slope lasts: to a change by 1/4, as it grows as eps^2; at most 10 eps."""
+    return 10 * eps * min(1.0, math.sqrt(0.25 / high)) if high > 0 else eps
+
+
+class Seen(NamedTuple):
+    """One estimate on a batch."""
+
+    grads: np.ndarray  # projected gradient, example by example
+    grad: float  # of the batch, as MeZO has it
+    loss: float  # mean of the two passes
+    curvature: float  # z'Gz
+    seconds: float  # of the whole step
+
+
+class Probe:
+    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call."""
+
+    def __init__(self, model: torch.nn.Module, form: Form, seed: int):
+        adapter = getattr(model, "peft_config", None) is not None
+        rounding = "master" if adapter else "stochastic"  # as MeZOMixin
+        self.model, self.form = model, form
+        self.optimizer = MeZO(model.named_parameters(), 0.0, seed=seed, rounding=rounding)
+        self.trained: list[torch.Tensor] = [p for _, p, _ in self.optimizer.trained()]
+        self._records: list[Record] = []
+        self.optimizer.observers.append(self._records.append)
+
+    def batch(self, features: Sequence[Feature]) -> Batch:
+        return to_device(self.form.collate(features), self.model)
+
+    def loss(self, batch: Batch) -> float:
+        return float(self.form.loss(self.model, batch))
+
+    def __call__(self, batch: Batch, direction: int, eps: float) -> Seen:
+        scores: list[torch.Tensor] = []
+
+        def closure() -> torch.Tensor:  # form.loss, with the scores kept
+            scores.append(self.form.scores(self.model, batch))
+            return F.cross_entropy(scores[-1], batch["labels"])
+
+        for group in self.optimizer.param_groups:
+            group["step"], group["eps"] = direction, eps
+        began = time.perf_counter()
+        self.optimizer.step(closure)
+        seconds, record = time.perf_counter() - began, self._records.pop()
+        ends = [s.double() for s in scores[:2]]  # the first step may look once more
+        plus, minus = (F.cross_entropy(s, batch["labels"], reduction="none") for s in ends)
+        grads = ((plus - minus) / (2 * eps)).cpu().numpy()
+        grad, curvature = record.projected_grads[0], gauss_newton(ends[0], ends[1], eps)
+        return Seen(grads, grad, record.loss, curvature, seconds)
+
+
+def check(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    *,
+    eps: float = 1e-3,
+    lr: float = 1e-6,
+    batch_size: int = 16,
+    directions: int = 12,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """The numbers, "findings": {"level", "text"} each, and "next": options, as JSON can hold them.
+
+    level: "ok", "note" or "warning". A direction takes two estimates and a forward pass.
+    """
+    for name, value in {"eps": eps, "lr": lr}.items():
+        if not 0 < value < math.inf:
+            raise InputError(f"{name} must be positive, got {value}")
+    for name, count, least in (("batch_size", batch_size, 1), ("directions", directions, 2)):
+        if count < least:
+            raise InputError(f"{name} must be at least {least}, got {count}")
+    began, task = time.perf_counter(), task_of(data_args)
+    splits = load_splits(task, data_args)
+    size = min(batch_size, len(splits["train"]) // 2)
+    if size == 0:
+        raise InputError("there is 1 training example: two batches need two")
+    train = tasks.sample(splits["train"], 2 * size * directions, seed)
+    model, tokenizer = models.load(model_args, adapter_seed=seed)
+    form = form_for(model, tokenizer, task, data_args.max_length, truncate=data_args.truncate)
+    form = form.calibrate(model) if data_args.calibrate else form
+    if model_args.trainable is not None:
+        select(model, model_args.trainable)
+    layers, features = model_args.freeze_layers, [form.encode(example) for example in train]
+    found: dict[str, Any] = {"model": model_args.model_name_or_path, "task": task.name}
+    found |= {"eps": eps, "lr": lr, "batch_size": size, "asked": batch_size}
+    with FrozenLower(model, layers) if layers else nullcontext(), evaluating(model):
+        probe, dev = Probe(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
+        found |= {"trained": _trained(probe), "candidates": _candidates(form, features[:SHOWN])}
+        found["prompt"] = _prompt(form, evaluate(model, form, dev))
+        longest = sorted(features, key=lambda feature: feature["length"])[-size:]
+        found |= _repeated(probe, probe.batch(longest), eps)
+        found |= measure(probe, features, eps, size, directions)
+    found |= {"seconds": time.perf_counter() - began, "environment": environment()}
+    found = json.loads(json.dumps(found), parse_constant=lambda word: None)  # NaN is no JSON
+    found["next"] = advice(found)
+    return found | {"findings": findings(found)}
+
+
+def measure(probe: Probe, features: list[Feature], eps: float, size: int, n: int) -> dict[str, Any]:
+    """Gradient, curvature, eps and time, from two disjoint batches of `size` along n directions."""
+    rng = np.random.default_rng(probe.optimizer.param_groups[0]["seed"])
+    rows, scan = [], []
+    for d in range(n):
+        chosen = [features[i] for i in rng.permutation(len(features))[: 2 * size]]
+        one, two = probe.batch(chosen[:size]), probe.batch(chosen[size:])
+        began = time.perf_counter()
+        loss = probe.loss(one)
+        rows.append((loss, time.perf_counter() - began, probe(one, d, eps), probe(two, d, eps)))
+        if d < SCANNED:
+            low, high = (probe(one, d, other).grad for other in (eps / 10, 10 * eps))
+            scan.append([low, rows[-1][2].grad, high])
+    seconds = [seen.seconds for row in rows for seen in row[2:]]
+    found: dict[str, Any] = {"directions": n, "step_seconds": float(np.median(seconds))}
+    found["forward_seconds"] = float(np.median([row[1] for row in rows]))
+    rows = [row for row in rows if math.isfinite(row[0] + row[2].grad + row[3].grad)]
+    if len(rows) < 2:
+        lost = f"the loss is finite along {len(rows)} of {n} directions"
+        raise InputError(f"{lost}: lower eps, take bfloat16 or float32, or look at the data")
+    low, high = changes(np.array(scan))
+    found |= {"lost": n - len(rows), "eps_low": low, "eps_high": high}
+    found |= _numbers(rows, eps, size, reach(eps, high))
+    unit, dtype = last_place(probe.trained)
+    value = torch.tensor(found["loss"], dtype=unwrap(probe.model).dtype)
+    found |= {"last_place": unit, "last_place_of": str(dtype).removeprefix("torch.")}
+    found["spacing"] = last_place([value])[0]
+    if found["gap"] <= found["spacing"] or eps < unit / 2:  # what was seen is rounding
+        found["best_lr"] = math.nan
+    return found
+
+
+def _numbers(rows: list, eps: float, size: int, longest: float) -> dict[str, Any]:
+    """Of the gradient, the curvature and the best lr; from rows of loss, seconds, and two Seen."""
+    grads = np.array([[one.grad, two.grad] for _, _, one, two in rows])
+    found = gradient(np.array([[*one.grads, *two.grads] for _, _, one, two in rows]), size)
+    clear, squares = found["share"] > ERRORS * found["share_error"], (grads**2).mean(1)
+    most = min(1.0, found["share"] + ERRORS * found["share_error"])
+    used = found["signal"] if clear else most * float(squares.mean())
+    curved = np.array([(one.curvature + two.curvature) / 2 for _, _, one, two in rows])
+    losses, ends = np.array([[loss, one.loss] for loss, _, one, _ in rows]).T
+    second = 2 * (ends - losses) / eps**2  # z'Hz, as ends are means of two
+    (trace, error), (hessian, off) = mean_error(curved), mean_error(second)
+    found |= {"clear": clear, "share_at_most": most, "signal_at_most": used}
+    found |= {"mean_size": float(abs(grads).mean()), "std": float(grads.std())}
+    best, limit = best_rate(used, squares, curved), longest / max(found["mean_size"], 1e-300)
+    found |= {"trace": trace, "trace_error": error, "hessian": hessian, "hessian_error": off}
+    found |= {"gap": float(np.median(2 * eps * abs(grads))), "loss": float(np.mean(losses))}
+    return found | {"best_lr": min(best, limit), "limited": limit < best}
+
+
+def _trained(probe: Probe) -> dict[str, Any]:
+    every, adapters = list(probe.model.parameters()), getattr(probe.model, "peft_config", {})
+    part = "all weights" if len(probe.trained) == len(every) else "a part of the weights"
+    config, group = unwrap(probe.model).config.to_dict(), probe.optimizer.param_groups[0]
+    dropout = {p for key, p in config.items() if "drop" in key and isinstance(p, float)}
+    dropout |= {m.p for m in probe.model.modules() if isinstance(m, torch.nn.Dropout)}
+    kinds = [str(adapter.peft_type.value) for adapter in adapters.values()]
+    found: dict[str, Any] = {"kind": kinds[0] if kinds else part}
+    found["paper"] = PAPER.get(found["kind"], PAPER["all weights"])
+    found |= {"parameters": sum(p.numel() for p in probe.trained), "tensors": len(probe.trained)}
+    found |= {"of": sum(p.numel() for p in every), "dropout": sorted(dropout - {0.0})}
+    found |= {"dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in probe.trained})}
+    found |= {"perturbation": probe.optimizer.perturbation, "rounding": group["rounding"]}
+    return found | {"half": any(p.dtype.itemsize == 2 for p in probe.trained)}
+
+
+def _prompt(form: Form, found: Result) -> dict[str, Any]:
+    labels, chance = form.task.labels, 1 / len(form.task.labels)
+    counts = np.bincount([p for p in found.predictions if p >= 0], minlength=len(labels))
+    shown = {"accuracy": found.accuracy, "n": found.n, "chance": chance}
+    shown |= {"chance_error": math.sqrt(chance * (1 - chance) / found.n)}
+    return shown | {"favourite": labels[counts.argmax()], "share": float(counts.max() / found.n)}
+
+
+def _candidates(form: Form, features: Sequence[Feature]) -> dict[str, list[str]]:
+    """The tokens of each candidate in context: of one that names columns, the most it has."""
+    rows = [[word] for word in form.words] if isinstance(form, Masked) else []
+    texts = form.task.verbalizers
+    if isinstance(form, Causal):
+        texts = form.task.candidates
+        rows = [max((f["targets"][k] for f in features), key=len) for k in range(len(texts))]
+    words = [[str(t) for t in form.tokenizer.convert_ids_to_tokens(row)] for row in rows]
+    return dict(zip(texts, words, strict=False))  # an encoder has none
+
+
+def _repeated(probe: Probe, batch: Batch, eps: float) -> dict[str, Any]:
+    """The same forward pass and the same estimate twice, and their memory the second time."""
+    for p in probe.model.parameters():
+        p.detach().sum()  # files are mapped: a weight counts once it was read
+    loss = probe.loss(batch)
+    with PeakMemory() as inference:
+        same = probe.loss(batch) == loss
+    first = probe(batch, 0, eps)  # loads kernels and thread pools
+    with PeakMemory() as estimate:
+        second = probe(batch, 0, eps)
+    off, size = abs(first.grad - second.grad), max(abs(first.grad), abs(second.grad))
+    found = {"inference": inference.bytes, "estimate": estimate.bytes}
+    found["weights"] = sum(p.nbytes for p in probe.model.parameters())
+    found["largest"] = max(p.nbytes for p in probe.trained)
+    return {"bytes": found, "same_forward": same, "differs": off / size if size > 0 else 0.0}
+
+
+def advice(m: dict[str, Any]) -> dict[str, Any]:
+    """A part of the best lr, as the share of the gradient falls; eps, or the steadier neighbour."""
+    smaller, larger = (math.inf if m[key] is None else m[key] for key in ("eps_low", "eps_high"))
+    part, eps = m["best_lr"] and m["best_lr"] / (3 if m["clear"] else 10), m["eps"]
+    if eps < m["last_place"] / 2:
+        eps = float(f"{4 * m['last_place']:.0e}")
+    elif min(smaller, larger) > AGREES:  # to the steadier side, unless rounding would show there
+        down = smaller < larger and m["gap"] > 3 * m["spacing"]
+        eps = float(f"{eps / 3 if down else 3 * eps:.0e}")
+    return {"learning_rate": part and float(f"{part:.0e}"), "mezo_eps": eps}
+
+
+def findings(m: dict[str, Any]) -> list[dict[str, str]]:
+    """What the numbers of `check` mean, in sentences."""
+    found = (*_of_model(m), *_of_estimates(m), *_of_training(m))
+    return [{"level": level, "text": text} for level, text in found]
+
+
+def _judged(good: bool, text: str, otherwise: str, level: str = "warning") -> tuple[str, str]:
+    return ("ok", text) if good else (level, f"{text}: {otherwise}")
+
+
+def _of_model(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    t, p, words = m["trained"], m["prompt"], m["candidates"]
+    text = f"training {t['kind']}: {t['parameters']:,} of {t['of']:,} parameters, {t['tensors']} "
+    text += f"tensors of {', '.join(t['dtypes'])}, perturbed {t['perturbation']}"
+    yield "ok", text + (f", updates rounded {t['rounding']}" if t["half"] else "")
+    text = f"zero-shot accuracy {p['accuracy']:.3f} on {p['n']} dev examples, chance "
+    text += f"{p['chance']:.3f} ± {p['chance_error']:.3f} (standard error); {p['favourite']!r} is "
+    text += f"its answer to {p['share']:.0%}"
+    why = "MeZO needs a model that nearly solves the task when asked in the right words (Section 4 "
+    why += "of the paper): try other words, --calibrate, or a model pre-trained for longer"
+    yield _judged(p["accuracy"] > p["chance"] + ERRORS * p["chance_error"], text, why)
+    shown = ", ".join(f"{word!r} ({' '.join(tokens)})" for word, tokens in words.items())
+    text = f"candidates and their tokens: {shown or 'descriptions, of any length'}"
+    more = "more than one costs a row of the batch, and the score is the mean over them"
+    yield _judged(all(len(tokens) == 1 for tokens in words.values()), text, more, "note")
+    text = f"the same estimate twice differs by {m['differs'] or 0:.1g} of its size"
+    text += f"; dropout {t['dropout'] or '(none)'} is off: MeZO runs in eval mode"
+    yield _judged(m["same_forward"] and (m["differs"] or 0) < AGREES, text, "not deterministic")
+
+
+def _of_estimates(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    share, error, size = m["share"], m["share_error"], m["batch_size"]
+    text = f"projected gradient: mean size {m['mean_size']:.3g}, standard deviation {m['std']:.3g} "
+    text += f"over {m['directions'] - m['lost']} directions and twice as many batches of {size}"
+    yield _judged(not m["lost"], text, f"{m['lost']} directions gave a loss that is not finite")
+    if size < m["asked"]:
+        yield "note", f"{2 * size} training examples make two batches of {size}, not {m['asked']}"
+    if share is None:
+        yield "warning", "the loss changes along no direction: a larger --mezo_eps, or float32"
+    elif m["clear"]:
+        text = f"{share:.0%} ± {error:.0%} of its square is gradient, the rest is the batch: one 4 "
+        yield "ok", f"{text}times as large makes a step worth {4 / (1 + 3 * share):.1f} of these"
+    else:
+        text = f"the gradient is not distinguishable from noise with {m['directions']} directions, "
+        text += f"at most {m['share_at_most']:.0%} of the square ({share:.0%} ± {error:.0%})"
+        yield "note", f"{text}: a larger batch makes better steps, more --directions tell more"
+    eps, unit, paper = m["eps"], m["last_place"], m["trained"]["paper"][1]
+    low, high = (math.inf if m[key] is None else m[key] for key in ("eps_low", "eps_high"))
+    text = f"eps {eps:g}: the projected gradient changes by {low:.1%} at {eps / 10:g}, by "
+    text += f"{high:.1%} at {10 * eps:g}; the paper takes {paper}"
+    ends = eps / (10 if low <= AGREES else 1), eps * (10 if high <= AGREES else 1)
+    text += f"; it is steady from {ends[0]:g} to {ends[1]:g}"
+    yield _judged(ends[0] < ends[1], text, f"check again at {m['next']['mezo_eps']:g}")
+    text = f"half a unit in the last place of most {m['last_place_of']} weights is {unit / 2:.2g}"
+    yield _judged(eps >= unit / 2, text, f"eps {eps:g} is too small, take {4 * unit:.0e}")
+    text = f"the two losses differ by {m['gap']:.1g}, numbers of their size by {m['spacing']:.1g}"
+    yield _judged(m["gap"] > m["spacing"], text, "a larger --mezo_eps, or float32")
+
+
+def _of_training(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    t, lr, best = m["trained"], m["lr"], m["best_lr"]
+    text = f"curvature: tr H is {m['trace']:.4g} ± {m['trace_error']:.2g} (its Gauss-Newton part), "
+    text += f"{m['hessian']:.4g} ± {m['hessian_error']:.2g} by second differences"
+    clear = m["hessian"] > ERRORS * m["hessian_error"]
+    yield "ok", text + ("" if clear else ", which cannot be told from 0")
+    if best is None:
+        yield "warning", "no learning rate can be derived: no slope of the loss is seen at this eps"
+    else:
+        text = f"the best learning rate is {'about' if m['clear'] else 'at most'} {best:.1e}: take "
+        text += f"{best / 10:.0e} to {best:.0e}. A rule of thumb after Section 4 of the paper"
+        text += ", with no step longer than its slope lasts" if m["limited"] else ""
+        yield "ok", f"{text}; its own rates are {t['paper'][0]}"
+        yield _rate(lr, best, m["signal_at_most"] / m["loss"])
+    size, half = lr * m["mean_size"], m["last_place"] / 2
+    text = f"lr * |projected_grad| is {size:.1g}, half a unit in the last place {half:.1g}"
+    kept = t["half"] and t["perturbation"] == "scratch" and t["rounding"] != "nearest"
+    text += f": {t['rounding']} rounding keeps it in the mean" if kept else ""
+    yield _judged(kept or size > half, text, "it is rounded away")
+    b = {key: f"{value / 2**20:,.0f} MiB" for key, value in m["bytes"].items()}
+    text = f"memory: weights {b['weights']}, on top {b['inference']} for a pass, {b['estimate']} "
+    yield "ok", f"{text}for a step (± 20 on a CPU); the largest trained tensor is {b['largest']}"
+    step, passes = m["step_seconds"], 2 * m["forward_seconds"] / m["step_seconds"]
+    text = f"a step takes {step:.2g} s, {passes:.0%} in forward passes: {STEPS:,} steps are "
+    yield "ok", f"{text}{STEPS * step / 3600:.1f} hours, this check {m['seconds'] / step:.0f} steps"
+
+
+def _rate(lr: float, best: float, slope: float) -> tuple[str, str]:
+    """Of the lr given; slope is |grad|^2 in units of the loss."""
+    gain = lr * slope * (1 - lr / best / 2)  # of a step
+    text = f"learning_rate {lr:g} is {lr / best:.3g} times the best: "
+    if gain <= 0:
+        return "warning", f"{text}too large, a step raises the loss on average"
+    if gain * STEPS < 0.01:
+        return "warning", f"{text}{STEPS:,} steps lower the loss by {gain * STEPS:.1%}"
+    text += f"{math.ceil(0.01 / gain):,} steps lower the loss by 1 %"
+    return "ok" if 0.1 <= lr / best <= 1 else "note", text
