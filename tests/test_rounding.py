@@ -85,7 +85,7 @@ def test_rounding_bits_are_frozen():
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_stochastic_rounding_is_the_specification_in_whole_numbers(dtype):
-    """A twin on Python's fractions: down to the grid, of the number plus what the bits are worth."""
+    """A twin on fractions: down to the grid, of the number plus what the bits are worth."""
     places, smallest = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}[dtype]
     generator = random.Random(0)
     for _ in range(2000):
