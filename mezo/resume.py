@@ -51,9 +51,8 @@ class Tail:
         """As the Trainer makes it for a new run."""
         trainer = self.trainer
         known = [*trainer.callback_handler.callbacks, trainer.control]
-        state = TrainerState(
-            stateful_callbacks=[c for c in known if isinstance(c, ExportableState)]
-        )
+        stateful: Any = [one for one in known if isinstance(one, ExportableState)]
+        state = TrainerState(stateful_callbacks=stateful)
         state.train_batch_size = trainer._train_batch_size
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(state, name, getattr(trainer.args, name))
