@@ -11,7 +11,8 @@ from .errors import InputError
 from .perturbation import FORMS
 from .rounding import HALF, ROUNDINGS
 
-_ONE = "eps seed distribution num_samples perturbation rounding clip clip_quantile max_refused"
+_ONE = "eps seed distribution num_samples perturbation rank interval"
+_ONE += " rounding clip clip_quantile max_refused"
 _HISTORY, _ENOUGH = 100, 10  # projected gradients that a quantile is taken of
 _JUDGED = 20  # steps looked at before a warning: a schedule may begin near 0
 
@@ -36,7 +37,7 @@ def check_group(group: dict, first: dict) -> None:
         known = " or ".join(noise.DISTRIBUTIONS)
         raise InputError(f"distribution must be {known}, got {group['distribution']!r}")
     if group["perturbation"] not in (None, *FORMS):
-        known = " or ".join(FORMS)
+        known = ", ".join(FORMS[:-1]) + f" or {FORMS[-1]}"
         raise InputError(f"perturbation must be {known}, got {group['perturbation']!r}")
     if group["rounding"] not in ROUNDINGS:
         raise InputError(
@@ -45,6 +46,14 @@ def check_group(group: dict, first: dict) -> None:
     buffered = group["rounding"] in ("compensated", "master")
     if buffered and group["perturbation"] == "in_place":
         raise InputError(f"rounding {group['rounding']!r} keeps a buffer: perturb in scratch")
+    if buffered and group["perturbation"] == "low_rank":
+        raise InputError(
+            f"rounding {group['rounding']!r} does not go with low_rank, which writes a matrix once "
+            "an interval: take stochastic or nearest"
+        )
+    for option in ("rank", "interval"):
+        if not (isinstance(group[option], int) and group[option] >= 1):
+            raise InputError(f"{option} must be at least 1, got {group[option]}")
     if group["clip"] is not None and not group["clip"] > 0:
         raise InputError(f"clip must be positive, got {group['clip']}")
     if group["clip_quantile"] is not None and not 0 < group["clip_quantile"] < 1:

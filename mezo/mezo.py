@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from . import noise
 from .errors import Held
 from .guards import Watch, check_group, check_storage, clipped
-from .perturbation import InPlace, Scratch, form, perturb
-from .rounding import keep_float32, update_
-from .rules import sgd
+from .low_rank import together, update_, write_all_, write_now_
+from .perturbation import InPlace, Scratch, form, perturb, trained
+from .rounding import keep_dtypes
+from .rules import Record, sgd
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
 
@@ -35,23 +35,16 @@ class Estimate:
     loss: float  # (loss_plus + loss_minus) / 2 = L(theta) + O(eps^2)
 
 
-@dataclass(frozen=True)
-class Record:
-    """What one step did to the weights; with the settings in force, all that a replay needs."""
-
-    step: int
-    projected_grads: tuple[float, ...]  # one a probe; nothing was applied unless all are finite
-    loss: float
-    cycles: tuple[int, ...]  # walks a probe: 1, or more where losses were accumulated
-
-
 @torch.no_grad()
 def spsa(closure: Closure, perturbed: InPlace | Scratch) -> Estimate:
     """Definition 1: two forward passes. In place, it leaves the weights at theta - eps z."""
-    with perturbed.at(+1):
-        loss_plus = float(closure())  # waits for the device: the only two syncs of a step
-    with perturbed.at(-1):
-        loss_minus = float(closure())
+    if (both := together(closure, perturbed)) is not None:  # one pass: low-rank directions alone
+        loss_plus, loss_minus = both
+    else:
+        with perturbed.at(+1):
+            loss_plus = float(closure())  # waits for the device: the only two syncs of a step
+        with perturbed.at(-1):
+            loss_minus = float(closure())
     return Estimate((loss_plus - loss_minus) / (2 * perturbed.eps), (loss_plus + loss_minus) / 2)
 
 
@@ -69,6 +62,8 @@ class MeZO(torch.optim.Optimizer):
             `torch.manual_seed` was given; torch's generators are neither used nor changed.
         distribution: of z: "gaussian", or "rademacher" (signs; the same variance, cheaper).
         perturbation: "in_place", "scratch" (weights untouched); None: scratch for 16-bit weights.
+            "low_rank": z of a matrix is a product of thin ones. Fastest; see `write`.
+        rank, interval: of low_rank: columns of a direction, steps between writings of a matrix.
         rounding: of 16-bit weights' updates: "stochastic", "compensated", "master" or "nearest".
         clip, clip_quantile: bounds on |projected_grad|: a value, a quantile of the last 100.
         max_refused: updates in a row that may be refused for a loss that is not finite.
@@ -88,6 +83,8 @@ class MeZO(torch.optim.Optimizer):
         seed: int | None = None,
         distribution: str = "gaussian",
         perturbation: str | None = None,
+        rank: int = 1,
+        interval: int = 50,
         rounding: str = "stochastic",
         clip: float | None = None,
         clip_quantile: float | None = None,
@@ -96,8 +93,9 @@ class MeZO(torch.optim.Optimizer):
         seed = torch.initial_seed() if seed is None else seed
         defaults: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "step": 0}
         defaults |= {"num_samples": num_samples, "distribution": distribution, "seed": seed}
-        defaults |= {"perturbation": perturbation, "rounding": rounding, "max_refused": max_refused}
-        defaults |= {"clip": clip, "clip_quantile": clip_quantile}
+        defaults |= {"perturbation": perturbation, "rank": rank, "interval": interval}
+        defaults |= {"rounding": rounding, "clip": clip, "clip_quantile": clip_quantile}
+        defaults["max_refused"] = max_refused
         self.observers: list[Callable[[Record], None]] = []  # told of every step, refused ones too
         self._seen: dict[int, InPlace | Scratch] = {}  # by probe: what was estimated for a step()
         self._watch = Watch()
@@ -110,21 +108,15 @@ class MeZO(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        keep_float32(self, state_dict)
+        keep_dtypes(self, state_dict)
 
     def trained(self) -> list[tuple[str, torch.nn.Parameter, dict]]:
         """(canonical name, parameter, its group) of everything that is perturbed, in order."""
-        rows, position = [], 0
-        for group in self.param_groups:
-            names = group.get("param_names") or map(str, range(position, 2**31))
-            position += len(group["params"])
-            named = zip(names, group["params"], strict=False)
-            rows += [(noise.canonical_name(n), p, group) for n, p in named if p.requires_grad]
-        return rows
+        return trained(self.param_groups)
 
     @property
     def perturbation(self) -> str:
-        """The form in use: "in_place" or "scratch"."""
+        """The form in use: "in_place", "scratch" or "low_rank"."""
         return form(self.trained(), self.param_groups[0])
 
     def estimate(self, closure: Closure, probe: int = 0, *, restore: bool = True) -> Estimate:
@@ -137,7 +129,7 @@ class MeZO(torch.optim.Optimizer):
             raise ValueError(f"the probes of a step are estimated in order: {probe} comes too late")
         self._move()
         if probe not in self._seen:
-            self._seen[probe] = perturb(self.trained(), self.param_groups[0], probe)
+            self._seen[probe] = perturb(self.trained(), self.param_groups[0], probe, self.state)
         perturbed, before = self._seen[probe], len(self._seen[probe].estimates)
         try:
             perturbed.estimates.append(spsa(closure, perturbed))
@@ -164,6 +156,10 @@ class MeZO(torch.optim.Optimizer):
         self._watch.stop(self.param_groups[0])
         return loss
 
+    def write(self) -> None:
+        """Low-rank directions: bring the matrices up to date, before they are read or saved."""
+        write_now_(self.trained(), self.param_groups[0], self.state)
+
     def _update(self) -> float:
         """theta <- theta - lr * (projected_grad z, averaged over the probes); home first."""
         first, seen = self.param_groups[0], {i: p.estimates for i, p in self._seen.items()}
@@ -179,6 +175,9 @@ class MeZO(torch.optim.Optimizer):
         self._seen = {}
         for group in self.param_groups:
             group["step"] = step + 1
+        if first["perturbation"] == "low_rank" and (step + 1) % first["interval"] == 0:
+            with interrupt:
+                write_all_(self.trained(), first, self.state)
         for observer in self.observers:
             observer(Record(step, tuple(grads.values()), loss, tuple(map(len, seen.values()))))
         interrupt.release()
@@ -190,9 +189,9 @@ class MeZO(torch.optim.Optimizer):
         for i, (name, p, group) in enumerate(self.trained()):
             moves = [move for perturbed in self._seen.values() for move in perturbed.way_home(i)]
             moves += sgd(first["step"], grads, group) if grads else []
-            key, state = noise.tensor_key(first["seed"], name), self.state.get(p, {})
+            state = self.state.get(p, {})
             with interrupt:  # it arrives when a tensor is done: the others follow first
-                update_(p, key, moves, first["rounding"], first["distribution"], state)
+                update_(p, name, moves, first, state)
             if state:
                 self.state[p] = state
         torch.clear_autocast_cache()

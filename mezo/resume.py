@@ -5,6 +5,7 @@ them is replayed, without forward passes, when training begins. The Trainer is s
 a trainer_state.json of the log's last step, so that schedule and data go on from there.
 """
 
+import logging
 import math
 import tempfile
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from . import trajectory
 from .errors import InputError
@@ -38,7 +40,8 @@ class Tail:
         state = self._fresh() if found is None else TrainerState.load_from_json(f"{found}/{STATE}")
         saved = state.global_step
         steps = trajectory.resumable(trajectory.read(log)) if log.exists() else 0
-        end = int(min(steps, _next_stop(args, saved) - 1))
+        last = args.max_steps if args.max_steps > 0 else float("inf")
+        end = int(min(steps, _next_stop(args, saved) - 1, last - 1))  # the last one ends the run
         if end <= saved:
             return found
         self._checkpoint, self._steps = found, (saved, end)
@@ -46,6 +49,22 @@ class Tail:
         state.global_step = end
         state.save_to_json(f"{self._folder.name}/{STATE}")
         return self._folder.name
+
+    def ended(self, checkpoint: str) -> TrainOutput | None:
+        """What a run that has made all its steps returns: the Trainer would make one more."""
+        trainer = self.trainer
+        if not Path(checkpoint, STATE).is_file() or trainer.args.max_steps <= 0:
+            return None
+        state = TrainerState.load_from_json(f"{checkpoint}/{STATE}")
+        if state.global_step < trainer.args.max_steps:
+            return None
+        message = "%s: the run has made its %d steps: nothing is trained"
+        logging.getLogger("mezo").warning(message, checkpoint, state.global_step)
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+        if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+            trainer._load_best_model()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _fresh(self) -> TrainerState:
         """As the Trainer makes it for a new run."""

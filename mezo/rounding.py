@@ -60,14 +60,14 @@ def update_(
             cut.copy_(wide - kept.float())
 
 
-def keep_float32(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """After `load_state_dict`: torch has cast the masters to the dtype of their weights."""
-    saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """After `load_state_dict`: torch has cast every buffer to the dtype of its weight."""
+    numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    for i, p in zip(saved, params, strict=True):
-        master = state_dict["state"].get(i, {}).get("master")
-        if master is not None:
-            optimizer.state[p]["master"] = master.to(p.device, torch.float32, copy=True)
+    for i, p in zip(numbers, params, strict=True):
+        for name, saved in state_dict["state"].get(i, {}).items():
+            if isinstance(saved, torch.Tensor):
+                optimizer.state[p][name] = saved.to(p.device, copy=True)
 
 
 def last_rounding(rounding: str) -> int:

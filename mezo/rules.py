@@ -1,10 +1,21 @@
 """What is done with projected_grad * z: a rule turns a step's numbers into moves of a weight."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from . import noise
 from .noise import Move
 from .rounding import last_rounding
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step did to the weights; with the settings in force, all that a replay needs."""
+
+    step: int
+    projected_grads: tuple[float, ...]  # one a probe; nothing was applied unless all are finite
+    loss: float
+    cycles: tuple[int, ...]  # walks a probe: 1, or more where losses were accumulated
 
 
 def sgd(step: int, grads: dict[int, float], group: dict[str, Any]) -> list[Move]:

@@ -73,7 +73,8 @@ class TaskMixin:
 
 
 class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
-    pass
+    def pair_loss(self, model, inputs, both):
+        return self.form.pair_loss(model, inputs, both)
 
 
 class AdamTaskTrainer(TaskMixin, Trainer):

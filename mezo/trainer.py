@@ -12,8 +12,10 @@ theta with all micro-batches evaluated at either end.
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers.utils import PushToHubMixin
 from . import trajectory
 from .distributed import broadcast_, mean_over_processes
 from .errors import InputError
+from .low_rank import Both, Paired
 from .mezo import Estimate, MeZO
 from .resume import Tail
 
@@ -58,7 +61,13 @@ class MeZOConfig(TrainingArguments):
     )
     perturbation: str | None = field(
         default=None,
-        metadata={"help": "in_place, or scratch: the default for 16-bit weights."},
+        metadata={
+            "help": "in_place; scratch: the default for 16-bit weights; low_rank: the fastest."
+        },
+    )
+    rank: int = field(default=1, metadata={"help": "Of low_rank: columns of a direction."})
+    interval: int = field(
+        default=50, metadata={"help": "Of low_rank: steps between two writings of a matrix."}
     )
     rounding: str | None = field(
         default=None,
@@ -94,6 +103,7 @@ class MeZOMixin(_Host):
 
     optimizer: Any  # MeZO; while training, in Accelerate's wrapper
     run_config: dict[str, Any] | None = None  # for the run log; None: the changed arguments
+    pair_loss: Any = None  # (model, inputs, both) -> a micro-batch's two losses: low_rank.Paired
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -112,9 +122,12 @@ class MeZOMixin(_Host):
         try:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = self._tail.begin()
+            if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
+                return ended
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:  # whatever ended it: the log is complete up to the last step
             self._window = []
+            self._write()
             self._tail.end()
             self._run_log.close()
 
@@ -125,6 +138,24 @@ class MeZOMixin(_Host):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
+
+    def _write(self) -> None:
+        """Low-rank directions: bring the matrices up to date."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MeZO):
+            optimizer.write()
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._write()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args, **kwargs):
+        self._write()
+        super().save_model(*args, **kwargs)
+
+    def _load_best_model(self):
+        self._write()  # or what is summed up would be added to what is loaded
+        super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
@@ -140,10 +171,12 @@ class MeZOMixin(_Host):
             if isinstance(args, MeZOConfig):
                 options |= {"eps": args.mezo_eps, "num_samples": args.num_samples}
                 adapter = getattr(model, "peft_config", None) is not None
-                options |= {"rounding": args.rounding or ("master" if adapter else "stochastic")}
-                for name in ("distribution", "perturbation", "clip", "clip_quantile"):
+                master = adapter and args.perturbation != "low_rank"
+                options |= {"rounding": args.rounding or ("master" if master else "stochastic")}
+                for name in ("distribution", "perturbation", "rank", "interval"):
                     options[name] = getattr(args, name)
-                options["max_refused"] = args.max_refused
+                for name in ("clip", "clip_quantile", "max_refused"):
+                    options[name] = getattr(args, name)
             self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
         return self.optimizer
 
@@ -170,11 +203,26 @@ class MeZOMixin(_Host):
         self.model.training = isinstance(self.model, PushToHubMixin)  # transformers' and peft's
         optimizer = self.optimizer.optimizer
         self._estimates = [  # weights restored: callbacks may save before optimizer.step()
-            optimizer.estimate(lambda: self._window_loss(model, window), probe)
+            optimizer.estimate(self._closure(model, window), probe)
             for probe in range(optimizer.param_groups[0]["num_samples"])
         ]
         loss = sum(estimate.loss for estimate in self._estimates) / len(self._estimates)
         return torch.tensor(loss, device=self.args.device)
+
+    def _closure(self, model, window) -> Callable[[], float | torch.Tensor]:
+        alone = partial(self._window_loss, model, window)
+        if self.pair_loss is None or self.args.world_size > 1:  # each process decides for itself
+            return alone
+        return Paired(alone, partial(self._window_pair, model, window))
+
+    def _window_pair(self, model, window, both: Both) -> tuple[float, float]:
+        """Both losses of an update, each micro-batch and its copy in one forward pass."""
+        losses = [0.0, 0.0]
+        for inputs, _, divisor in window:
+            with self.compute_loss_context_manager():
+                pair = self.pair_loss(model, self._prepare_inputs(inputs), both)
+            losses = [loss + float(x) / divisor for loss, x in zip(losses, pair, strict=True)]
+        return losses[0], losses[1]
 
     def _window_loss(self, model, window) -> float:
         """The loss over all micro-batches of an update and all processes."""

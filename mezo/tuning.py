@@ -39,6 +39,8 @@ class Recipe:
     distribution: str = "gaussian"
     trainable: str = ""  # regular expression on parameter names; "" is all
     perturbation: str | None = None
+    rank: int = 1  # of low_rank, as the next one
+    interval: int = 50
     rounding: str = "stochastic"
 
 
@@ -119,6 +121,8 @@ def tune(
             if on_step is not None:
                 on_step(step, tuned.losses[-1])
             if step % every == 0 or step == recipe.steps:
+                if isinstance(optimizer, MeZO):
+                    optimizer.write()
                 tuned.points.append(_point(model, form, held_out, step, recipe, tuned.seconds))
     finally:
         if writer is not None:
@@ -148,6 +152,8 @@ def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.o
             num_samples=recipe.num_samples,
             distribution=recipe.distribution,
             perturbation=recipe.perturbation,
+            rank=recipe.rank,
+            interval=recipe.interval,
             rounding=recipe.rounding,
             seed=seed,
         )
@@ -166,7 +172,7 @@ def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.o
 
 def _forward_only(model, form: Form, optimizer: MeZO, batch: Batch) -> float:
     with evaluating(model):
-        return optimizer.step(lambda: form.loss(model, batch))
+        return optimizer.step(form.closure(model, batch))
 
 
 def _backward(

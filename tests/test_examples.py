@@ -6,22 +6,37 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from mezo import cli
+from mezo import MeZO, cli, trajectory
 from mezo.arguments import DataArguments, ModelArguments
 from mezo.models import causal_lm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_the_python_of_the_readme_runs(capsys):
-    (code,) = [text for language, text in BLOCKS if language == "python"]
+    code, _ = PYTHON
     assert '"facebook/opt-125m"' in code
     exec(code.replace('"facebook/opt-125m"', repr(str(causal_lm()))), {})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 10
+
+
+def test_the_run_of_the_readme_is_rebuilt(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(causal_lm()).eval()
+    optimizer = MeZO(model.named_parameters(), lr=1e-4, seed=1)
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
+        optimizer.step(lambda: model(input_ids=torch.arange(9).view(1, 9)).logits.mean())
+    code = PYTHON[1].replace('"facebook/opt-1.3b"', repr(str(causal_lm())))
+    found = {}
+    exec(code.replace('"runs/sst2/run.mezo"', repr(str(tmp_path / "run.mezo"))), found)
+    rebuilt = dict(found["model"].named_parameters())
+    assert all(torch.equal(p, rebuilt[name]) for name, p in model.named_parameters())
 
 
 def test_the_commands_of_the_readme_have_the_options_they_use():
@@ -29,7 +44,8 @@ def test_the_commands_of_the_readme_have_the_options_they_use():
 
     kinds = {"train": (ModelArguments, DataArguments, TrainArguments)}
     kinds |= {"eval": (ModelArguments, DataArguments), "replay": (ModelArguments,)}
-    own = {"replay": {"log": {}, "output_dir": {}}, "train": {}, "eval": {}}
+    own = {"replay": {"log": {}, "output_dir": {}, "by_tensor": {"action": "store_true"}}}
+    own |= {"train": {}, "eval": {}}
     lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("mezo ")]
     assert {command[1] for command in commands} >= {"train", "eval", "replay", "log"}

@@ -22,7 +22,7 @@ from mezo.guards import last_place
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"seed": 2**64}, "seed must be in"),
         ({"distribution": "normal"}, "distribution must be gaussian or rademacher, got 'normal'"),
-        ({"perturbation": "low"}, "perturbation must be in_place or scratch, got 'low'"),
+        ({"perturbation": "low"}, "perturbation must be in_place, scratch or low_rank, got 'low'"),
         ({"rounding": "up"}, "rounding must be one of stochastic, .* got 'up'"),
         ({"rounding": "master", "perturbation": "in_place"}, "'master' keeps a buffer"),
         ({"clip": 0.0}, "clip must be positive, got 0.0"),

@@ -25,6 +25,7 @@ FORMS = [
     (torch.bfloat16, {}),
     (torch.bfloat16, {"rounding": "compensated", "weight_decay": 0.1}),
     (torch.float16, {"rounding": "master"}),
+    (torch.bfloat16, {"perturbation": "low_rank", "rank": 2, "interval": 4, "weight_decay": 0.1}),
 ]
 
 
@@ -198,6 +199,7 @@ class Passes:
         {"rounding": "compensated", "dtype": torch.bfloat16},
         {"num_samples": 2, "gradient_accumulation_steps": 2},
         {"train_sampling_strategy": "random", "num_train_epochs": 3},
+        {"perturbation": "low_rank", "interval": 3, "dtype": torch.bfloat16},
     ],
 )
 @pytest.mark.parametrize(("stop", "kept", "made"), [(7, 4, 4), (3, 0, 8), (10, 8, 1), (8, 4, 4)])
@@ -219,6 +221,20 @@ def test_a_trainers_run_goes_on_where_its_log_ends(tmp_path, options, stop, kept
     assert again.lr_scheduler.get_last_lr() == whole.lr_scheduler.get_last_lr()
     assert again.state.global_step == 11
     assert (path / "checkpoint-8").is_dir()
+
+
+@pytest.mark.parametrize("save_steps", [4, 100])
+def test_a_run_that_has_ended_is_not_trained_on(tmp_path, save_steps):
+    """The Trainer makes one step more; a log without a checkpoint makes the last one again."""
+    options = {"save_steps": save_steps, "max_steps": 8}
+    whole = trainer_run(tmp_path / "run", steps=8, **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-8") if save_steps == 100 else None
+    model = llama()
+    passes = Passes(model)
+    again = trainer_run(tmp_path / "run", steps=8, model=model, resume=True, **options)
+    assert torch.equal(trained_weights(again.model), trained_weights(whole.model))
+    assert passes.count == (0 if save_steps == 4 else 2)
+    assert (again.state.global_step, len(grads(tmp_path / "run"))) == (8, 8)
 
 
 def test_nothing_to_go_on_from_is_one_clear_line(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import InputError
+from ..low_rank import Both
 from ..tasks.task import Example, fill
 from .form import Batch, Feature, Form
 from .tokens import Tokens, stack, tokenize
@@ -91,24 +92,41 @@ class Causal(Form):
         return replace(self, demonstrations=tuple(demonstrations))
 
     def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        log_probs = self._log_probs(model, batch, batch["row"], batch["targets"])
+        log_probs = self._log_probs(model, batch)
         return log_probs.sum(-1) / (batch["targets"] != IGNORED).sum(-1)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         if self.objective == "candidates":
             return super().loss(model, batch)
+        right = self._right(batch)
+        return _mean_loss(self._log_probs(model, right), right["targets"])
+
+    def pair_loss(
+        self, model: torch.nn.Module, batch: Batch, both: Both
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.objective == "candidates":
+            return super().pair_loss(model, batch, both)
+        right = self._right(batch)
+        with both(len(right["input_ids"])):
+            plus, minus = self._log_probs(model, self._double(right)).chunk(2)
+        return _mean_loss(plus, right["targets"]), _mean_loss(minus, right["targets"])
+
+    def _double(self, batch: Batch) -> Batch:
+        doubled = super()._double(batch)
+        doubled["row"][len(batch["row"]) :] += len(batch["input_ids"])  # the copy's rows
+        return doubled
+
+    def _right(self, batch: Batch) -> Batch:
+        """The right candidates alone, each with a row of its own."""
         examples = torch.arange(len(batch["labels"]), device=batch["labels"].device)
-        targets = batch["targets"][examples, batch["labels"]]  # (B, L)
         rows = batch["row"][examples, batch["labels"]]
         right = {key: batch[key][rows] for key in ("input_ids", "attention_mask")}
-        log_probs = self._log_probs(model, right, examples, targets)
-        return -log_probs.sum() / (targets != IGNORED).sum()
+        return right | {"row": examples, "targets": batch["targets"][examples, batch["labels"]]}
 
-    def _log_probs(
-        self, model: torch.nn.Module, batch: Batch, row: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def _log_probs(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Of targets (..., L), read in row (...) of the batch; 0 for padding. float32."""
-        length, mask = targets.shape[-1], batch["attention_mask"]
+        row, targets, mask = (batch[key] for key in ("row", "targets", "attention_mask"))
+        length = targets.shape[-1]
         optional = {
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),  # padding is on the left
             "logits_to_keep": length,
@@ -121,3 +139,7 @@ class Causal(Form):
         chosen = logits[row[..., None], place, targets.clamp(min=0)].float()
         log_probs = chosen - logits.float().logsumexp(-1)[row]
         return log_probs.masked_fill(targets == IGNORED, 0.0)
+
+
+def _mean_loss(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -log_probs.sum() / (targets != IGNORED).sum()

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..low_rank import Both, double
 from ..tasks.task import Example, fill
 from .form import Batch, Feature, Form, evaluating, to_device
 
@@ -75,7 +76,14 @@ class Encoder(Form):
         return replace(self, anchors=F.normalize(anchors, dim=-1))
 
     def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        embeddings, texts = embed(model, batch), len(batch["labels"])
+        return self._compare(embed(model, batch), len(batch["labels"]))
+
+    def _pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+        with both(len(batch["input_ids"])):
+            embeddings = embed(model, double(batch))
+        return [self._compare(half, len(batch["labels"])) for half in embeddings.chunk(2)]
+
+    def _compare(self, embeddings: torch.Tensor, texts: int) -> torch.Tensor:
         anchors = embeddings[texts:] if self.anchors is None else self.anchors
         return SCALE * embeddings[:texts] @ anchors.T
 

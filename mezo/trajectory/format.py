@@ -41,6 +41,7 @@ class Step:
     eps: float
     lrs: tuple[float, ...]  # one a parameter group
     weight_decays: tuple[float, ...]
+    written: bool = False  # low-rank updates were written to the matrices before it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Segment:
         grads, cycles = tuple(self.grads[i].tolist()), tuple(header["cycles"])
         seen = Record(self.start + i, grads, float(self.losses[i]), cycles)
         lrs = tuple(self.lrs[i].tolist()) or tuple(header["lr"])
-        return Step(seen, header["eps"], lrs, tuple(header["weight_decay"]))
+        written = i == 0 and header.get("written", False)
+        return Step(seen, header["eps"], lrs, tuple(header["weight_decay"]), written)
 
 
 class Steps(Sequence[Step]):

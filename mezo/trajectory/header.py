@@ -69,6 +69,9 @@ def check_version(header: dict[str, Any]) -> None:
 def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
     """Damage, naming the key, unless `header` is one; `first` is the file's first, if another."""
     check_keys(header, _EVERY if first is not None else _EVERY | _FIRST)
+    check_keys(header, dict.fromkeys({"written"} & header.keys(), _WRITTEN))
+    if first is None and header["perturbation"] == "low_rank":
+        check_keys(header, _LOW_RANK)
     groups = len((first or header)["lr"])
     for key in ("lr", "weight_decay"):
         if len(header[key]) != groups:
@@ -149,6 +152,11 @@ _FIRST: Keys = {
 } | {
     key: (lambda x, known=known: x in known, f"one of {', '.join(known)}")
     for key, known in _KNOWN.items()
+}
+_WRITTEN = (lambda x: type(x) is bool, "true or false")
+_LOW_RANK: Keys = {
+    "rank": (lambda x: is_count(x, 2**16, 1), "from 1 to 65535"),
+    "interval": (lambda x: is_count(x, 2**32, 1), "a number of steps"),
 }
 _SIZES = are(lambda x: is_count(x, 2**63))
 _TENSOR: Keys = {

@@ -12,7 +12,7 @@ from .format import Log, Segment, Step, Steps, encode, read, save
 from .header import Damage, places
 from .resume import resumable
 
-_OF_A_RUN = ("seed", "distribution", "rule", "rounding", "perturbation")
+_OF_A_RUN = ("seed", "distribution", "rule", "rounding", "perturbation", "rank", "interval")
 _OF_A_SEGMENT = ("start", "eps", "lr", "weight_decay", "cycles", "lr_in_records")
 
 
@@ -71,8 +71,8 @@ def _check_run(path: str | Path, log: Log, other_path: str | Path, other: Log) -
     """InputError unless both are logs of one run, as far as their first headers tell."""
     one, two, told = log.header, other.header, f"{path} and {other_path} are not logs of one run: "
     for key in _OF_A_RUN:
-        if one[key] != two[key]:
-            raise InputError(f"{told}their {key} is {one[key]} and {two[key]}")
+        if one.get(key) != two.get(key):
+            raise InputError(f"{told}their {key} is {one.get(key)} and {two.get(key)}")
     if places(one["tensors"]) != places(two["tensors"]):
         raise InputError(f"{told}their tensors differ")
     if log.start == other.start:
@@ -97,7 +97,7 @@ def _told(step: Step, losses: bool) -> tuple[Any, ...]:
     seen = step.record
     numbers = [*seen.projected_grads, *step.lrs, *step.weight_decays, step.eps]
     numbers += [seen.loss] if losses else []
-    return seen.cycles, [float(x).hex() for x in numbers]
+    return seen.cycles, step.written, [float(x).hex() for x in numbers]
 
 
 def _before(segments: list[Segment], step: int) -> list[Segment]:
@@ -111,6 +111,7 @@ def _from(segment: Segment, step: int) -> Segment:
     """What the segment has from a step on, under a header that is not a file's first."""
     header, skipped = {key: segment.header[key] for key in _OF_A_SEGMENT}, step - segment.start
     if skipped <= 0:
+        header |= {key: segment.header[key] for key in {"written"} & segment.header.keys()}
         return replace(segment, header=header)
     return Segment(header | {"start": step}, *(c[skipped:] for c in _columns(segment)))
 

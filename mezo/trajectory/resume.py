@@ -31,7 +31,7 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
         raise InputError(f"{path}: with clip_quantile a run goes on from a checkpoint alone")
     _check(path, log, optimizer)
     where: dict[int, int] = {id(g): i for i, g in enumerate(optimizer.param_groups)}
-    tables = {i: moves_of(log.header, steps, i) for i in set(where.values())}
+    tables = {i: moves_of(log.header, steps, i, finish=False) for i in set(where.values())}
     for name, p, group in optimizer.trained():
         state = optimizer.state.get(p, {})
         make_(p, name, log.header, tables[where[id(group)]], state)
@@ -61,6 +61,11 @@ def _check(path: str | Path, log: Log, optimizer: MeZO) -> None:
     if header["perturbation"] != optimizer.perturbation:
         here = optimizer.perturbation
         raise InputError(f"{path}: the run was perturbed {header['perturbation']}, not {here}")
+    if optimizer.perturbation == "low_rank":
+        for option in ("rank", "interval"):
+            if header[option] != first[option]:
+                here = f"{header[option]}, not {first[option]}"
+                raise InputError(f"{path}: the run's {option} is {here}")
     index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
     groups = {name: index[id(group)] for name, _, group in optimizer.trained()}
     if groups != {entry["name"]: entry["group"] for entry in header["tensors"]}:

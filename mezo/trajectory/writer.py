@@ -54,6 +54,7 @@ class Writer:
         self._step = first["step"]  # of the next record
         self._logged = self._step  # the file has the records before it
         self._first = self._step if header else 0
+        self._written = -1  # the last step before which matrices are said to be written
         settings = self._current([1] * first["num_samples"])
         data = self._segment(header, settings)  # nothing was changed up to here
         try:
@@ -75,6 +76,8 @@ class Writer:
 
     def _segment(self, header: dict[str, Any], settings: dict[str, Any]) -> bytes:
         whole = header | {"start": self._step} | settings
+        if self.optimizer.param_groups[0].get("written") == self._step:  # MeZO.write was called
+            whole["written"], self._written = True, self._step
         try:
             check(whole, None if header else {"lr": [0.0] * self._groups})
             return frame(whole)
@@ -91,7 +94,8 @@ class Writer:
         settings["lr_in_records"] |= settings["lr"] != before["lr"]
         moving = settings["lr_in_records"]  # each record has its own: no change to announce
         same = settings | {"lr": before["lr"]} if moving else settings
-        data = b"" if same == before else self._segment({}, settings)
+        written = self.optimizer.param_groups[0].get("written") == record.step != self._written
+        data = b"" if same == before and not written else self._segment({}, settings)
         with np.errstate(over="ignore"):  # a float64 model's loss may be infinite in float32
             values = [*record.projected_grads, float(np.float32(record.loss))]
         lrs = settings["lr"] if moving else []
@@ -167,6 +171,7 @@ def record(
         step = optimizer.param_groups[0]["step"]
         if step and not resume:
             raise InputError(f"{path}: no log to continue, and the run is at step {step}")
+        optimizer.write()  # what the log begins with is what the matrices are
         return Writer(optimizer, path, file, 0, _header(optimizer, model, config))
     except BaseException:
         file.close()
@@ -204,10 +209,16 @@ def _header(
     header: dict[str, Any] = {"format": FORMAT, "noise": noise.CONTRACT, "seed": group["seed"]}
     header |= {"distribution": group["distribution"], "perturbation": optimizer.perturbation}
     header |= {"rounding": group["rounding"], "rule": "sgd"}
+    header |= {key: group[key] for key in _low_rank(optimizer)}
     header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
     header["frozen"] = None if model is None else frozen_fingerprint(model, names)
     tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
     return header | {"tensors": tensors}
+
+
+def _low_rank(optimizer: MeZO) -> tuple[str, ...]:
+    """What else says how a run is perturbed."""
+    return ("rank", "interval") if optimizer.perturbation == "low_rank" else ()
 
 
 def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
@@ -238,7 +249,7 @@ def _end_of(path: str | Path, optimizer: MeZO) -> int:
     log, step = read(path), optimizer.param_groups[0]["step"]
     if log.compact:
         raise InputError(f"{path} is compact, and complete: mezo log merge makes a log to continue")
-    for key in ("seed", "distribution", "rounding", "perturbation"):
+    for key in ("seed", "distribution", "rounding", "perturbation", *_low_rank(optimizer)):
         here = optimizer.perturbation if key == "perturbation" else optimizer.param_groups[0][key]
         if log.header[key] != here:
             raise InputError(

@@ -1,0 +1,203 @@
+"""Scratch perturbation: the forward pass sees theta + eps z, and theta is untouched, to the bit.
+
+Whatever reads a parameter during the forward pass gets theta + eps z, made for that one operation
+and freed after it. It is the form for 16-bit weights, which moving there and back would destroy
+(docs/numerics.md).
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from . import noise
+from .errors import InputError
+from .noise import Move
+
+Rows = Sequence[tuple[str, torch.Tensor, tuple[int, int]]]  # name, tensor and key of z, each
+
+
+class Scratch:
+    """Within `at(sign)`, torch's functions are given theta + sign eps z for a trained parameter.
+
+    It holds for any model: tied weights, weights read outside of their module's forward, experts,
+    adapters. Memory: what one operation reads; of an embedding, the rows looked up. The perturbed
+    weights are rounded stochastically, or a weight near 1 in bfloat16 would never move by 1e-3.
+    Not seen is what does not pass through torch's functions; `check` finds it.
+    """
+
+    def __init__(self, rows: Rows, eps: float, step: int, probe: int, distribution: str):
+        self.rows, self.eps, self.distribution = rows, eps, distribution
+        self.step, self.probe = step, probe
+        self.estimates: list = []
+        self.read: set[int] = set()  # ids of the parameters that were asked for
+
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        move = Move(self.step, self.probe, 1.0, sign * self.eps, noise.ROUND_PERTURBED)
+        with eager(), Moved(self.rows, move, self.distribution, self.read):
+            yield
+
+    def way_home(self, i: int) -> list[Move]:
+        return []
+
+    @torch.no_grad()
+    def check(self, closure) -> None:
+        """InputError if the loss depends on a parameter that no function of torch was seen to read.
+
+        One more forward pass with NaN in those parameters; none if all were read.
+        """
+        unread = [(name, p) for name, p, _ in self.rows if id(p) not in self.read]
+        if not unread:
+            return
+        with self.at(-1):
+            before = float(closure())
+        if not math.isfinite(before):
+            return
+        saved = [p.clone() for _, p in unread]
+        try:
+            for _, p in unread:
+                p.fill_(torch.nan)
+            with self.at(-1):
+                after = float(closure())
+        finally:
+            for (_, p), values in zip(unread, saved, strict=True):
+                p.copy_(values)
+        if not abs(after - before) <= 1e-3 * abs(before):
+            names = ", ".join(name for name, _ in unread)
+            raise InputError(
+                f"the model reads {names} past torch's functions (a compiled or scripted module, a "
+                'view made earlier): perturb a float32 model in place, perturbation="in_place"'
+            )
+
+
+def eager():
+    """Compiled code reads parameters directly: it is run uncompiled, if anything was compiled."""
+    compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+
+
+def _of_tensors(names: str) -> set:
+    found = [getattr(torch.Tensor, name) for name in names.split()]
+    return {f if callable(f) else f.__get__ for f in found}
+
+
+# What asks for no element; `device` and the like are properties.
+_METADATA = _of_tensors(
+    "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_sparse"
+    " is_quantized is_mkldnn is_nested grad grad_fn _version itemsize nbytes retains_grad size dim"
+    " ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex"
+    " is_signed element_size get_device requires_grad_ __len__ __hash__"
+) | {torch.is_floating_point, torch.is_complex, torch.numel}
+_POINTERS = _of_tensors("data_ptr untyped_storage storage __dlpack__ __cuda_array_interface__")
+_ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+LOOKUP = torch.nn.functional.embedding
+
+
+class Reads(TorchFunctionMode):
+    """While it is entered, `call` makes the calls of torch's functions that read a parameter."""
+
+    def __init__(self, rows: Rows, read: set[int]):
+        super().__init__()
+        self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(row[1]): row for row in rows}
+        self.read = read
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in _METADATA or not (self._reads(args) or self._reads(kwargs.values())):
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__set__":
+            return function(*args, **kwargs)
+        self._refuse(function, name, self.rows.get(id(args[0])) if args else None, kwargs)
+        return self.call(function, args, kwargs)
+
+    def call(self, function, args: tuple, kwargs: dict):
+        """What the function makes of theta + eps z where it is given theta."""
+        raise NotImplementedError
+
+    def _reads(self, given) -> bool:
+        return any(
+            id(x) in self.rows or (type(x) in (tuple, list) and self._reads(x)) for x in given
+        )
+
+    def embedding(self, weight: torch.Tensor, max_norm: float | None) -> tuple:
+        """Its row. InputError if a lookup changes it."""
+        if max_norm is not None:
+            name, *_ = self.rows[id(weight)]
+            raise InputError(f"the embedding {name} has max_norm and rescales itself: freeze it")
+        return self.rows[id(weight)]
+
+    def _refuse(self, function, name: str, first, kwargs: dict) -> None:
+        """InputError for what would get an address, or write to what is thrown away."""
+        in_place = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+        written = first if in_place else self.rows.get(id(kwargs.get("out")))
+        if written:
+            raise InputError(
+                f"the forward pass writes to the trained parameter {written[0]} ({name}): freeze it"
+            )
+        if first and function in _POINTERS:
+            raise InputError(
+                f"the model reads {first[0]} by its address ({name}), where scratch perturbation "
+                'cannot reach: perturb a float32 model in place, perturbation="in_place"'
+            )
+
+
+class Moved(Reads):
+    """Torch's functions get theta + eps z where they are given theta."""
+
+    def __init__(self, rows: Rows, move: Move, distribution: str, read: set[int]):
+        super().__init__(rows, read)
+        self.how: dict[str, Any] = {"moves": noise.table([move]), "distribution": distribution}
+
+    def call(self, function, args: tuple, kwargs: dict):
+        first = self.rows.get(id(args[0])) if args else None
+        if function is torch.Tensor.__getitem__ and first and _is_index(args[1]):
+            return self.slice(*first, int(args[1]))
+        if function is LOOKUP:
+            return self.lookup(*args, **kwargs)
+        return function(*self.perturbed(args), **self.perturbed(kwargs))
+
+    def perturbed(self, given):
+        """`given` with theta + eps z in the place of every trained parameter in it."""
+        if id(given) in self.rows:
+            return self.moved(*self.rows[id(given)])
+        if type(given) is dict:
+            return {key: self.perturbed(value) for key, value in given.items()}
+        if type(given) in (tuple, list):
+            return type(given)(map(self.perturbed, given))
+        return given
+
+    def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
+        self.read.add(id(tensor))
+        out = torch.empty_like(tensor, requires_grad=False)
+        noise.apply_(out, key, source=tensor.detach(), **self.how)
+        return out
+
+    def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
+        """tensor[index]: of all experts' weights, those of one."""
+        out = tensor.detach()[index].clone()
+        self.read.add(id(tensor))
+        noise.apply_(out, key, offset=index % len(tensor) * out.numel(), **self.how)
+        return out
+
+    def lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+        """Of an embedding, the rows looked up, unless they are more than it has."""
+        name, tensor, key = self.embedding(weight, max_norm)
+        if input.numel() > len(tensor):
+            weight = self.moved(name, tensor, key)
+            return LOOKUP(input, weight, padding_idx, None, *args, **kwargs)
+        out = LOOKUP(input, tensor.detach(), padding_idx, None, *args, **kwargs)
+        self.read.add(id(tensor))
+        noise.apply_(out.view(-1, out.shape[-1]), key, rows=input.reshape(-1), **self.how)
+        return out
+
+
+def _is_index(given) -> bool:
+    """An int, or a tensor that stands for one."""
+    whole = isinstance(given, torch.Tensor) and given.dim() == 0 and given.dtype == torch.int64
+    return whole or type(given) is int
