@@ -8,7 +8,7 @@ median over turns of the ratio to two plain forward passes within a turn.
 
     forwards    two forward passes with all logits: the plain cost
     reference   torch.normal, p = p + s * z * eps, four sweeps, all logits, written out naively
-    in place, scratch   this library's step; logits at the labelled position alone
+    in place, scratch, low rank   this library's step; logits at the labelled position alone
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO
+from mezo.low_rank import Paired, double
 from mezo.run import environment
 
 SHAPES = {  # hidden size, layers, heads
@@ -94,6 +95,15 @@ def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
         found[name] = lambda o=optimizer: o.step(labelled)
         if form == forms[0]:
             found[f"{name}, all logits"] = lambda o=optimizer: o.step(full)
+
+    def halves(both):
+        with both(batch_size=batch):
+            logits = model(**double(inputs), use_cache=False, logits_to_keep=1).logits[:, -1]
+        return F.cross_entropy(logits[:batch], target), F.cross_entropy(logits[batch:], target)
+
+    low = MeZO(model.named_parameters(), lr=LR, eps=EPS, perturbation="low_rank", seed=0)
+    found["low rank, two passes"] = lambda: low.step(labelled)
+    found["low rank, one pass"] = lambda: low.step(Paired(labelled, halves))
     return found
 
 

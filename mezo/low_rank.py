@@ -27,9 +27,9 @@ from . import noise, rounding
 from .errors import Held
 from .noise import Move
 from .noise.definition import round_stochastically, rounding_bits
-from .products import Factors, Half, Products, Unpaired
+from .products import Factors, Products, Unpaired
 from .rounding import HALF, last_rounding
-from .scratch import Rows, Scratch, eager
+from .scratch import Moved, Rows, Scratch, eager
 
 __all__ = ["LowRank", "Paired", "Unpaired", "double"]
 State = dict[str, Any]  # of a tensor: "low_rank" is A, "decay" what W is to be scaled by
@@ -180,8 +180,8 @@ class LowRank(Scratch):
         super().__init__(rows, *how)
         self.settings, self.state = settings, state
         self.dtypes: set[torch.dtype] = set()  # in which products were computed
-        self._right: dict[str, torch.Tensor] = {}
-        self._shift: dict[tuple[int, int], torch.Tensor] = {}  # by key: eps U, or eps z of a vector
+        self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
+        self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -198,23 +198,26 @@ class LowRank(Scratch):
             yield
 
     def _products(self, batch: int, *signs: int) -> Products:
-        return Products(self, [_Half(self, sign) for sign in signs], batch)
+        return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
 
-    def factors(self, name: str, tensor: torch.Tensor, sign: int) -> Factors:
-        """V (n, rank) and (A + sign eps U) / sqrt(rank) (m, rank)."""
-        if name not in self._right:
-            self._right[name] = _right(tensor, name, self.settings, self.step)
-        key = _key(name, "U", self.settings)
-        if key not in self._shift:
-            self._shift[key] = self._drawn(key, _zeros(tensor, len(tensor), self.settings))
-        left = sign * self._shift[key] + self.state.get(tensor, {}).get("low_rank", 0.0)
-        return self._right[name], left * _scale(self.settings)
+    def factors(self, name: str, tensor: torch.Tensor, signs: Sequence[int]) -> Factors:
+        """V / sqrt(rank), and A + sign eps U of each sign. The draws are made once."""
+        if name not in self._made:
+            right = _right(tensor, name, self.settings, self.step) * _scale(self.settings)
+            u = self._drawn(
+                _key(name, "U", self.settings), _zeros(tensor, len(tensor), self.settings)
+            )
+            self._made[name] = right, u
+        right, u = self._made[name]
+        a = self.state.get(tensor, {}).get("low_rank")
+        left = [sign * u if a is None else a.add(u, alpha=sign) for sign in signs]
+        return right, torch.stack(left)
 
     def vector(self, tensor: torch.Tensor, key: tuple[int, int], sign: int) -> torch.Tensor:
         """theta + sign eps z, of 32 or 64 bits: what a move makes, drawn once for both signs."""
-        if key not in self._shift:
-            self._shift[key] = self._drawn(key, torch.zeros_like(tensor, requires_grad=False))
-        return tensor.detach() + sign * self._shift[key]
+        if key not in self._shifts:
+            self._shifts[key] = self._drawn(key, torch.zeros_like(tensor, requires_grad=False))
+        return tensor.detach().add(self._shifts[key], alpha=sign)
 
     def _drawn(self, key: tuple[int, int], zeros: torch.Tensor) -> torch.Tensor:
         moves = [Move(self.step, self.probe, 1.0, self.eps)]
@@ -222,14 +225,13 @@ class LowRank(Scratch):
         return zeros
 
 
-class _Half(Half):
+class _Half(Moved):
+    """One sign, for all that is no product: torch's functions get the weights as they would be."""
+
     def __init__(self, of: LowRank, sign: int):
         move = Move(of.step, of.probe, 1.0, sign * of.eps, noise.ROUND_PERTURBED)
         super().__init__(of.rows, move, of.distribution, of.read)
         self.of, self.sign = of, sign
-
-    def factors(self, name: str, tensor: torch.Tensor) -> Factors:
-        return self.of.factors(name, tensor, self.sign)
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         if key is None:  # made of parameters that are perturbed already
@@ -240,7 +242,7 @@ class _Half(Half):
         if tensor.dim() < 2:
             return self.of.vector(tensor, key, self.sign)
         out = torch.empty_like(tensor, requires_grad=False)
-        right, left = self.factors(name, tensor)
+        right, (left,) = self.of.factors(name, tensor, (self.sign,))
         how = {"step": self.of.step, "probe": self.of.probe, "stream": noise.ROUND_PERTURBED}
         add_(out, tensor.detach(), left, right, key, **how)
         return out

@@ -21,7 +21,7 @@ from .scratch import LOOKUP, Moved, Reads
 if TYPE_CHECKING:
     from .low_rank import LowRank
 
-Factors = tuple[torch.Tensor, torch.Tensor]  # right (n, rank) and left (m, rank)
+Factors = tuple[torch.Tensor, torch.Tensor]  # right (n, rank), and left (signs, m, rank)
 _MATMUL = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
 
@@ -29,23 +29,17 @@ class Unpaired(InputError):
     """It cannot be told which rows of a tensor see theta + eps z, and which theta - eps z."""
 
 
-class Half(Moved):
-    """One sign of a direction: torch's functions get what the model's weights would be."""
-
-    def factors(self, name: str, tensor: torch.Tensor) -> Factors:
-        """Of what is added to a matrix, left @ right'."""
-        raise NotImplementedError
-
-
 class Products(Reads):
     """Linear layers, `x @ W`, Conv1D and embeddings by factors; all else as the halves have it.
 
-    `batch` is the number of rows of both halves together, if there are two.
+    There is a half for each sign; of two, `batch` is the number of rows together.
     """
 
-    def __init__(self, perturbed: "LowRank", halves: Sequence[Half], batch: int):
+    def __init__(
+        self, perturbed: "LowRank", halves: Sequence[Moved], signs: Sequence[int], batch: int
+    ):
         super().__init__(perturbed.rows, perturbed.read)
-        self.halves, self.batch, self.dtypes = halves, batch, perturbed.dtypes
+        self.perturbed, self.halves, self.signs, self.batch = perturbed, halves, signs, batch
 
     def call(self, function, args: tuple, kwargs: dict):
         found = _product(function, args, kwargs)
@@ -83,13 +77,12 @@ class Products(Reads):
         return known and vector and id(weight) in self.rows and weight.dim() == 2
 
     def _factors(self, weight: torch.Tensor, dtype: torch.dtype):
-        """right (n, rank), the halves' left (halves, m, rank), and the matrix: of that dtype."""
+        """right (n, rank), left (halves, m, rank) and the matrix, of that dtype."""
         name, tensor, _ = self.rows[id(weight)]
         self.read.add(id(tensor))
-        self.dtypes.add(dtype)
-        pairs = [half.factors(name, tensor) for half in self.halves]
-        left = torch.stack([left for _, left in pairs])
-        return pairs[0][0].to(dtype), left.to(dtype), tensor.detach().to(dtype)
+        self.perturbed.dtypes.add(dtype)
+        right, left = self.perturbed.factors(name, tensor, self.signs)
+        return right.to(dtype), left.to(dtype), tensor.detach().to(dtype)
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """x W' + b (transposed) or x W + b."""
@@ -103,7 +96,7 @@ class Products(Reads):
         if bias is None:
             out = torch.matmul(inner, second)
         else:
-            biases = torch.stack([half.perturbed(bias).detach() for half in self.halves])
+            biases = torch.stack([half.perturbed(bias) for half in self.halves])
             second = second.expand(halves, *second.shape[-2:])
             out = torch.baddbmm(biases[:, None].to(dtype), inner, second)
         out = out.reshape(rows, w.shape[1]).addmm_(flat, w)  # in place: logits are large
