@@ -125,8 +125,8 @@ class MeZO(torch.optim.Optimizer):
         Calls for one probe share z and are averaged. If one raises, theta is restored, and the step
         counts as taken, without update. restore=False leaves theta - eps z to `step()`.
         """
-        if probe < max(self._seen, default=0):  # a replay counts on their order
-            raise ValueError(f"the probes of a step are estimated in order: {probe} comes too late")
+        if not max(self._seen, default=0) <= probe <= len(self._seen):  # a replay counts on it
+            raise ValueError(f"the probes of a step are estimated in order from 0: not {probe} now")
         self._move()
         if probe not in self._seen:
             self._seen[probe] = perturb(self.trained(), self.param_groups[0], probe, self.state)

@@ -354,6 +354,9 @@ def test_a_step_without_an_estimate_and_probes_out_of_order_are_refused():
     optimizer = MeZO(model.named_parameters())
     with pytest.raises(RuntimeError, match="step\\(\\) needs a closure"):
         optimizer.step()
-    optimizer.estimate(model, probe=1)
+    with pytest.raises(ValueError, match="in order from 0: not 1 now"):
+        optimizer.estimate(model, probe=1)  # a log would replay it as probe 0
+    for probe in (0, 0, 1, 1):
+        optimizer.estimate(model, probe)
     with pytest.raises(ValueError, match="in order"):
         optimizer.estimate(model, probe=0)
