@@ -7,6 +7,7 @@ Methods take turns in one process on one model; a figure is the median of its tu
 median over turns of the ratio to two plain forward passes within a turn.
 
     forwards    two forward passes with all logits: the plain cost
+    forwards, labelled logits   the least that a step with two passes can take
     reference   torch.normal, p = p + s * z * eps, four sweeps, all logits, written out naively
     in place, scratch, low rank   this library's step; logits at the labelled position alone
 """
@@ -78,6 +79,7 @@ def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
 
     found: dict[str, Callable[[], object]] = {
         "forwards": lambda: (full(), full()),
+        "forwards, labelled logits": lambda: (labelled(), labelled()),
         "reference": lambda: reference_step(model, full),
     }
     forms = ("in_place", "scratch") if model.dtype == torch.float32 else ("scratch",)
@@ -140,7 +142,7 @@ def plot(rows: list[dict], path: Path) -> None:
         1, len(rows), figsize=(1.5 + 4.2 * len(rows), 4.2), sharey=True, squeeze=False
     )
     for axis, row in zip(axes[0], rows, strict=True):
-        names = [name for name in row["methods"] if name != "forwards"]
+        names = [name for name in row["methods"] if not name.startswith("forwards")]
         values = [row["methods"][name]["of_two_forwards"] for name in names]
         colours = ["#888888" if name == "reference" else "#0072b2" for name in names]
         bars = axis.barh(names, values, color=colours)
