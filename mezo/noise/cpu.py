@@ -9,6 +9,7 @@ second thread pool that aborts when two Python threads meet in it.
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -50,8 +51,7 @@ _float_bits = _bitcast(types.float32, types.int32, ir.IntType(32))
 _bits_float = _bitcast(types.int32, types.float32, ir.FloatType())
 
 
-@intrinsic
-def _wide(typingctx):
+def _prefer_wide(typingctx):
     """The function it is called in gets vectors of 512 bits where the processor has them.
 
     LLVM by itself takes 256: normals take 1.6 times as long.
@@ -64,6 +64,9 @@ def _wide(typingctx):
         return context.get_dummy_value()
 
     return types.none(), codegen
+
+
+_wide: Any = intrinsic(_prefer_wide)
 
 
 @numba.njit(inline="always")
