@@ -43,8 +43,10 @@ KEPT = (
 )
 
 
-def data_of(task: str, k: int, folder: Path, work: Path) -> DataArguments:
-    shared = DataArguments(task=task, num_test=1000, truncate=True)
+def data_of(task: str, k: int, args: argparse.Namespace) -> DataArguments:
+    folder, work = args.data_dir, args.output_dir
+    limits = {"num_test": args.num_test, "num_dev": args.num_dev, "max_length": args.max_length}
+    shared = DataArguments(task=task, truncate=True, **limits)
     if task == "snli":
         own = str(folder / "k-shot-1k-test" / "SNLI" / f"{k}-{{seed}}")
         return replace(shared, data_dir=own, num_train=SNLI_LABELS * k)
@@ -69,7 +71,7 @@ def one(
 ) -> dict:
     """The summary of a task, without curves: they are in the cells' result.json."""
     place = args.output_dir / model / f"{task}-k{k}"
-    data = data_of(task, k, args.data_dir, args.output_dir)
+    data = data_of(task, k, args)
     if args.quick:
         data = replace(data, num_test=50, num_dev=32)
     train = TrainArguments(str(place), disable_tqdm=True, use_cpu=True)
@@ -91,27 +93,31 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=recipes.DEFAULT)
     parser.add_argument("--seeds", nargs="+", type=int, default=(13, 21, 42))
     parser.add_argument("--max_steps", type=int, default=1000)
+    parser.add_argument("--num_test", type=int, default=1000)
+    parser.add_argument("--num_dev", type=int, help="at most so many dev examples")
+    parser.add_argument("--max_length", type=int, help="in tokens; longer examples are cut")
+    parser.add_argument("--adam_steps", type=int, help="default: a tenth of MeZO's")
     parser.add_argument("--grid", default="none")
     parser.add_argument("--output_dir", type=Path, default=RESULTS / "classification")
     parser.add_argument("--quick", action="store_true", help="one seed, ten steps, 50 to test")
     args = parser.parse_args()
-    shared = {"methods": tuple(args.methods), "grid": args.grid}
+    shared = {"methods": tuple(args.methods), "grid": args.grid, "adam_steps": args.adam_steps}
     settings = compare.Settings(**shared, seeds=tuple(args.seeds), max_steps=args.max_steps)
     if args.quick:
         settings = replace(settings, seeds=settings.seeds[:1], max_steps=10)
     for model in args.models:
         name = f"classification-{model}" + ("-quick" if args.quick else "")
         path = (args.output_dir if args.quick else RESULTS) / f"{name}.json"
-        summary = json.loads(path.read_text()) if path.exists() else {}
         for task in args.tasks:
             for k in args.k:
                 began = time.perf_counter()
                 try:
-                    summary[f"{task} k={k}"] = one(model, task, k, args, settings)
+                    found = one(model, task, k, args, settings)
                 except InputError as error:  # the model has no form for the task
-                    summary[f"{task} k={k}"] = {"refused": str(error)}
+                    found = {"refused": str(error)}
                     print(f"{model} {task} k={k} was refused: {error}", flush=True)
-                path.write_text(json.dumps(summary, indent=1))
+                summary = json.loads(path.read_text()) if path.exists() else {}  # others write too
+                path.write_text(json.dumps(summary | {f"{task} k={k}": found}, indent=1))
                 print(f"{model} {task} k={k}: {time.perf_counter() - began:.0f} s", flush=True)
 
 
