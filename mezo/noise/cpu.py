@@ -83,9 +83,10 @@ def _philox(block, step, probe, k0, k1):
 
 @numba.njit(inline="always")
 def _radius(word):
-    u = np.float32(np.int32((word >> np.uint64(9)) * np.uint64(2) + np.uint64(1))) * _STEP_U
+    mantissa = np.int32(word >> np.int32(9)) & np.int32(0x7FFFFF)
+    u = np.float32(np.int32(np.int32(mantissa) * np.int32(2) + np.int32(1))) * _STEP_U
     bits = _float_bits(u)
-    exponent = np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23)
+    exponent = np.int32(np.int32(bits - np.int32(0x3F3504F3)) >> np.int32(23))
     f = _bits_float(np.int32(bits - np.int32(exponent << np.int32(23)))) - _ONE
     q = ((((((_Q7 * f + _Q6) * f + _Q5) * f + _Q4) * f + _Q3) * f + _Q2) * f + _Q1) * f + _Q0
     log = np.float32(exponent) * _LN2 + (f + (f * f) * q)
@@ -95,40 +96,39 @@ def _radius(word):
 @numba.njit(inline="always")
 def _angle(word):
     """cos and sin of the angle, in the bits of int32: a sign is an exclusive or."""
-    mantissa = np.int32((word >> np.uint64(7)) & np.uint64(0x7FFFFF))
-    t = np.float32(np.int32(2) * mantissa + np.int32(1 - 2**23)) * _STEP_U
+    mantissa = np.int32(np.int32(word >> np.int32(7)) & np.int32(0x7FFFFF))
+    t = np.float32(np.int32(np.int32(2) * mantissa + np.int32(1 - 2**23))) * _STEP_U
     x = t * t
     sine = t * (((_S3 * x + _S2) * x + _S1) * x + _S0)
     cosine = ((_C3 * x + _C2) * x + _C1) * x + _C0
-    quadrant = np.int32(word >> np.uint64(30))
-    swap = np.int32(-(quadrant & np.int32(1)))  # all ones where sine and cosine change places
-    s, c = _float_bits(sine), _float_bits(cosine)
-    across, up = (s & swap) | (c & ~swap), (c & swap) | (s & ~swap)
-    across ^= np.int32(((quadrant + np.int32(1)) & np.int32(2)) << np.int32(30))
-    up ^= np.int32((quadrant & np.int32(2)) << np.int32(30))
+    quadrant = np.int32(np.int32(word >> np.int32(30)) & np.int32(3))
+    swap = (quadrant & np.int32(1)) != 0
+    across, up = (sine, cosine) if swap else (cosine, sine)
+    negative = np.int32(np.int32(np.int32(quadrant + np.int32(1)) & np.int32(2)) << np.int32(30))
+    below = np.int32(np.int32(quadrant & np.int32(2)) << np.int32(30))
+    across, up = _float_bits(across) ^ negative, _float_bits(up) ^ below
     return _bits_float(np.int32(across)), _bits_float(np.int32(up))
 
 
 @numba.njit(nogil=True, cache=True)
-def _gaussian(z, block, step, probe, k0, k1):
-    """One group of 1,024 normals into `z`, from the 256 blocks that start at `block`."""
-    _wide()
-    for lane in range(_LANES):
-        w0, w1, w2, w3 = _philox(block + np.uint64(lane), step, probe, k0, k1)
-        r, (c, s) = _radius(w0), _angle(w1)
-        z[lane], z[lane + _LANES] = r * c, r * s
-        r, (c, s) = _radius(w2), _angle(w3)
-        z[lane + 2 * _LANES], z[lane + 3 * _LANES] = r * c, r * s
-
-
-@numba.njit(nogil=True, cache=True)
 def _words(words, block, step, probe, k0, k1):
-    """The 256 x 4 words of one group: 32,768 signs, or 2,048 times 16 bits to round with."""
+    """The 256 x 4 words of one group: 1,024 normals, 32,768 signs, or 2,048 times 16 bits."""
     _wide()
     for lane in range(_LANES):
         w0, w1, w2, w3 = _philox(block + np.uint64(lane), step, probe, k0, k1)
         words[lane], words[lane + _LANES] = np.int32(w0), np.int32(w1)
         words[lane + 2 * _LANES], words[lane + 3 * _LANES] = np.int32(w2), np.int32(w3)
+
+
+@numba.njit(nogil=True, cache=True)
+def _gaussian(z, words):
+    """1,024 normals of one group's words. (From Philox's 64 bits it takes 1.3 times as long.)"""
+    _wide()
+    for half in range(0, _ROW, 2 * _LANES):
+        here, word = z[half : half + 2 * _LANES], words[half : half + 2 * _LANES]
+        for lane in range(_LANES):
+            r, (c, s) = _radius(word[lane]), _angle(word[lane + _LANES])
+            here[lane], here[lane + _LANES] = r * c, r * s
 
 
 @numba.njit(inline="always")
@@ -242,13 +242,14 @@ def _round(x, kind, rounding, row, words, step, probe, k0, k1):
 
 
 @numba.njit(nogil=True, cache=True)
-def _add_normals(x, z, begin, row, scale, coefficient, drawn, step, probe, k0, k1):
+def _add_normals(x, z, words, begin, row, scale, coefficient, drawn, step, probe, k0, k1):
     """x <- x * scale + coefficient * z, element `begin` of row `row` on; `drawn`: z is there."""
     _wide()
     if not drawn:
         for k in range(0, z.size, _ROW):
             block = np.uint64(row + k // _ROW) * np.uint64(_LANES)
-            _gaussian(z[k : k + _ROW], block, step, probe, k0, k1)
+            _words(words, block, step, probe, k0, k1)
+            _gaussian(z[k : k + _ROW], words)
     noise = z[begin : begin + x.size]
     for j in range(x.size):
         x[j] = x[j] * scale + coefficient * noise[j]
@@ -306,7 +307,7 @@ def _apply(out, source, kind, in_place, offset, rademacher, moves, k0, k1):
                 group = group if alone or same else -1
                 group = _add_signs(part, words, begin, row, *how, group, step, probe, k0, k1)
             else:
-                _add_normals(part, z[:size], begin, row, *how, same, step, probe, k0, k1)
+                _add_normals(part, z[:size], words, begin, row, *how, same, step, probe, k0, k1)
             if kind != 0 and move.rounding != 0:
                 _round(x[:size], kind, move.rounding, row, bits, step, probe, k0, k1)
         _store(out[i : i + count], part, kind)
