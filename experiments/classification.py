@@ -45,7 +45,7 @@ KEPT = (
 
 def data_of(task: str, k: int, args: argparse.Namespace) -> DataArguments:
     folder, work = args.data_dir, args.output_dir
-    limits = {"num_test": args.num_test, "num_dev": args.num_dev, "max_length": args.max_length}
+    limits = {"num_test": args.num_test, "num_dev": args.num_dev}
     shared = DataArguments(task=task, truncate=True, **limits)
     if task == "snli":
         own = str(folder / "k-shot-1k-test" / "SNLI" / f"{k}-{{seed}}")
@@ -95,7 +95,6 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=1000)
     parser.add_argument("--num_test", type=int, default=1000)
     parser.add_argument("--num_dev", type=int, help="at most so many dev examples")
-    parser.add_argument("--max_length", type=int, help="in tokens; longer examples are cut")
     parser.add_argument("--adam_steps", type=int, help="default: a tenth of MeZO's")
     parser.add_argument("--grid", default="none")
     parser.add_argument("--output_dir", type=Path, default=RESULTS / "classification")
