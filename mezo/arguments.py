@@ -103,7 +103,7 @@ class RewardArguments:
     split_seed: int = _option(42, "Of the choice of prompts.")
 
 
-def read_options(path: str, told: str, expected: str) -> dict[Any, Any]:
+def read_options(path: str | Path, told: str, expected: str) -> dict[Any, Any]:
     """A YAML file that has what is `expected`; `told` names it in an InputError, if it is none."""
     import yaml
 

@@ -22,12 +22,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import models, tasks
+from . import models, rates, tasks
 from .arguments import DataArguments, ModelArguments
 from .errors import InputError
 from .evaluate import Result, evaluate
 from .findings import ERRORS, advice, findings
 from .frozen import FrozenLower
+from .grids import GRIDS
 from .guards import last_place
 from .mezo import MeZO, Record
 from .objectives import Batch, Causal, Feature, Form, Masked, evaluating, to_device
@@ -38,11 +39,24 @@ from .tuning import select
 
 SHOWN = 200  # dev examples for the zero-shot accuracy
 SCANNED = 4  # directions that are estimated at eps / 10 and 10 eps too
-PAPER = {  # kind of tuning -> lr, eps: docs/paper.md, MeZOConfig
-    "all weights": ("1e-7 to 1e-6 for all weights, 1e-5 for RoBERTa-large (Tables 15, 16)", "1e-3"),
-    "LORA": ("1e-5 to 1e-4 for LoRA", "1e-2"),
-    "PREFIX_TUNING": ("not known here for prefixes", "1e-1"),
+IN_PAPER = {  # kind of tuning -> the end of its grids' names
+    "all weights": "mezo",
+    "a part of the weights": "mezo",
+    "LORA": "mezo-lora",
+    "PREFIX_TUNING": "mezo-prefix",
 }
+
+
+def of_paper(kind: str) -> tuple[str, str] | None:
+    """The learning rates and eps of Tables 15 and 16; None for what they do not train."""
+    if kind not in IN_PAPER:
+        return None
+    tables = {"RoBERTa-large": "table15", "OPT": "table16"}
+    grids = {model: GRIDS[f"{table}-{IN_PAPER[kind]}"] for model, table in tables.items()}
+    ends = {m: (min(g["learning_rate"]), max(g["learning_rate"])) for m, g in grids.items()}
+    text = ", ".join(f"{low:.0e} to {high:.0e} for {m}" for m, (low, high) in ends.items())
+    eps = dict.fromkeys(f"{grid['mezo_eps']:.0e}" for grid in grids.values())
+    return f"{text} (Tables 15, 16)".replace("e-0", "e-"), " or ".join(eps).replace("e-0", "e-")
 
 
 def mean_error(values: np.ndarray) -> tuple[float, float]:
@@ -141,18 +155,19 @@ def check(
     model_args: ModelArguments,
     data_args: DataArguments,
     *,
-    eps: float = 1e-3,
-    lr: float = 1e-6,
+    eps: float | None = None,
+    lr: float | None = None,
     batch_size: int = 16,
     directions: int = 12,
     seed: int = 42,
 ) -> dict[str, Any]:
     """The numbers, "findings": {"level", "text"} each, and "next": options, as JSON can hold them.
 
-    level: "ok", "note" or "warning". A direction takes two estimates and a forward pass.
+    level: "ok", "note" or "warning". A direction takes two estimates and a forward pass. eps and lr
+    are those of `mezo train` where they are None.
     """
     for name, value in {"eps": eps, "lr": lr}.items():
-        if not 0 < value < math.inf:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be positive, got {value}")
     for name, count, least in (("batch_size", batch_size, 1), ("directions", directions, 2)):
         if count < least:
@@ -165,6 +180,8 @@ def check(
     if size == 0:
         raise InputError("there is 1 training example: two batches need two")
     train = tasks.sample(splits["train"], 2 * size * directions, seed)
+    rate, own = rates.mezo(models.parameters_of(model_args), rates.part_of(model_args))
+    lr, eps = (rate if lr is None else lr), (own if eps is None else eps)
     model, tokenizer = models.load(model_args, adapter_seed=seed)
     form = form_of(model, tokenizer, task, model_args, data_args)
     if model_args.trainable is not None:
@@ -244,7 +261,7 @@ def _trained(probe: Probe) -> dict[str, Any]:
     dropout |= {m.p for m in probe.model.modules() if isinstance(m, torch.nn.Dropout)}
     kinds = [str(adapter.peft_type.value) for adapter in adapters.values()]
     found: dict[str, Any] = {"kind": kinds[0] if kinds else part}
-    found["paper"] = PAPER.get(found["kind"], PAPER["all weights"])
+    found["paper"] = of_paper(found["kind"])
     found |= {"parameters": sum(p.numel() for p in probe.trained), "tensors": len(probe.trained)}
     found |= {"of": sum(p.numel() for p in every), "dropout": sorted(dropout - {0.0})}
     found |= {"dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in probe.trained})}

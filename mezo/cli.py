@@ -52,9 +52,9 @@ mezo COMMAND --help lists the options of a command.
 TRAIN_HELP = """
 training, named as transformers' TrainingArguments (--help_all lists every one):
   --output_dir DIR                    default runs/<task>
-  --learning_rate LR                  default 1e-6: all weights of 1B and more, 100 times below
-                                      Adam's; LoRA 50, a prefix 1000 to 10000 times more; the
-                                      smaller the model the larger (mezo check measures it)
+  --learning_rate LR                  default: by the model's size N and by what is trained, for
+                                      all weights 3000 / N, 1e-3 for causal-lm and 2e-7 for 13B
+                                      (docs/methods.md; mezo check measures it)
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
@@ -234,7 +234,7 @@ def _train(argv: list[str]) -> None:
         return search(own, options, model, data, args)
     try:
         with redirect_stdout(sys.stderr):  # the Trainer prints its logs
-            result = run.train(model, data, args)
+            result = run.train(model, data, args, (lambda _: None) if args.process_index else _say)
     except KeyboardInterrupt:
         again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
         _say(f"\nto go on where it stopped:\n  {again}")
@@ -268,8 +268,8 @@ def _default_output_dir(argv: list[str]) -> list[str]:
 
 def _check(argv: list[str]) -> None:
     tail = (
-        "  --mezo_eps EPS                      default 1e-3\n"
-        "  --learning_rate LR                  default 1e-6\n"
+        "  --mezo_eps EPS                      default: as mezo train's\n"
+        "  --learning_rate LR                  default: as mezo train's, by the model's size\n"
         "  --per_device_train_batch_size N     default 16\n"
         "  --directions N                      more tell more, default 12\n"
         "  --json                              one line of JSON, with every number\n"
@@ -280,8 +280,7 @@ def _check(argv: list[str]) -> None:
     from . import check
 
     _quiet()
-    options = {"mezo_eps": {"type": float, "default": 1e-3}, "json": JSON}
-    options |= {"learning_rate": {"type": float, "default": 1e-6}}
+    options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
     options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
     options |= {"directions": {"type": int, "default": 12}}
     given = _with_config(argv)

@@ -110,7 +110,7 @@ def applied(
     if group.get("estimator") == "one_point":
         group["before"] = [e.losses[0] for e in means.values()]
     if group.get("shaping") and len(seen) > 1:
-        grads = shaped(grads, seen, group["shaping"], group["eps"])
+        grads = shaped(means, group["shaping"], group["eps"])
     grads, group["history"] = clipped(grads, group)
     if group["rule"]["name"] == "scalar_adam":
         grads = _scaled(grads, group)
@@ -138,20 +138,17 @@ def merged(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(grad, loss, tuple(map(mean, losses)), sum(weights))
 
 
-def shaped(
-    grads: Mapping[int, float], seen: Mapping[int, Sequence[Estimate]], kind: str, eps: float
-) -> dict[int, float]:
-    """Projected gradients of a population, from its losses; 0 where all losses are the same."""
-    losses = [x for es in seen.values() for x in merged(es).losses]
-    flat = torch.tensor(losses, dtype=torch.float64)
-    both = len(flat) == 2 * len(seen)
+def shaped(means: Mapping[int, Estimate], kind: str, eps: float) -> dict[int, float]:
+    """Projected gradients of a population, one estimate a direction; 0 where all losses are the
+    same."""
+    flat = torch.tensor([x for e in means.values() for x in e.losses], dtype=torch.float64)
     if kind == "z_scores":
         spread = float(flat.std())
-        return {i: g * eps / spread if spread > 0 else 0.0 for i, g in grads.items()}
+        return {i: e.projected_grad * eps / spread if spread > 0 else 0.0 for i, e in means.items()}
     ranks = _ranks(flat)
-    if both:
-        return {i: (ranks[2 * k] - ranks[2 * k + 1]) / 2 for k, i in enumerate(grads)}
-    return dict(zip(grads, ranks, strict=True))
+    if len(flat) == 2 * len(means):
+        return {i: (ranks[2 * k] - ranks[2 * k + 1]) / 2 for k, i in enumerate(means)}
+    return dict(zip(means, ranks, strict=True))
 
 
 def _ranks(values: torch.Tensor) -> list[float]:

@@ -67,10 +67,11 @@ def _of_estimates(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
         text = f"the gradient is not distinguishable from noise with {m['directions']} directions, "
         text += f"at most {m['share_at_most']:.0%} of the square ({share:.0%} ± {error:.0%})"
         yield "note", f"{text}: a larger batch makes better steps, more --directions tell more"
-    eps, unit, paper = m["eps"], m["last_place"], m["trained"]["paper"][1]
+    eps, unit, paper = m["eps"], m["last_place"], m["trained"]["paper"]
     low, high = (math.inf if m[key] is None else m[key] for key in ("eps_low", "eps_high"))
     text = f"eps {eps:g}: the projected gradient changes by {low:.1%} at {eps / 10:g}, by "
-    text += f"{high:.1%} at {10 * eps:g}; the paper takes {paper}"
+    text += f"{high:.1%} at {10 * eps:g}"
+    text += f"; the paper takes {paper[1]}" if paper else ""
     ends = eps / (10 if low <= AGREES else 1), eps * (10 if high <= AGREES else 1)
     text += f"; it is steady from {ends[0]:g} to {ends[1]:g}"
     yield _judged(ends[0] < ends[1], text, f"check again at {m['next']['mezo_eps']:g}")
@@ -92,7 +93,7 @@ def _of_training(m: dict[str, Any]) -> Iterator[tuple[str, str]]:
         text = f"the best learning rate is {'about' if m['clear'] else 'at most'} {best:.1e}: take "
         text += f"{best / 10:.0e} to {best:.0e}. A rule of thumb after Section 4 of the paper"
         text += ", with no step longer than its slope lasts" if m["limited"] else ""
-        yield "ok", f"{text}; its own rates are {t['paper'][0]}"
+        yield "ok", text + (f"; its own rates are {t['paper'][0]}" if t["paper"] else "")
         yield _rate(lr, best, m["signal_at_most"] / m["loss"])
     size, half = lr * m["mean_size"], m["last_place"] / 2
     text = f"lr * |projected_grad| is {size:.1g}, half a unit in the last place {half:.1g}"

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import rates
 from .arguments import DataArguments, ModelArguments, read_options
 from .errors import InputError
 from .resume import last_checkpoint
@@ -180,6 +181,7 @@ def finish(
     `told` is called before it runs, with "run", "resumed" or "found". InputError if the folder's
     result is of other options.
     """
+    args = rates.resolved(model_args, args)
     result, what = _finished(model_args, data_args, args), "found"
     if result is None:
         going_on = Path(args.output_dir, "run.mezo").exists() or last_checkpoint(args.output_dir)

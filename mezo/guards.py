@@ -181,8 +181,9 @@ class Watch:
         size = float(np.median(self._sizes))
         if size == 0:
             self._log.warning(
-                "in most of the first %d steps both losses were the same number: compute the loss "
-                "in float32 (logits.float()), take a larger batch, or raise eps",
+                "in most of the first %d steps both losses were the same number, and moved no "
+                "weight: take a larger batch (for rewards more prompts a step, or a reward with "
+                "more values), raise eps, or compute the loss in float32 (logits.float())",
                 _JUDGED,
             )
         update, rounded = float(group["lr"]) * size, perturbation == "in_place"

@@ -142,7 +142,7 @@ class MeZO(torch.optim.Optimizer):
                 self._move()
         except BaseException:
             perturbed.estimates[before:] = [FAILED]
-            self._update()
+            self._update(raised=True)
             raise
         return found
 
@@ -164,11 +164,12 @@ class MeZO(torch.optim.Optimizer):
         """Low-rank directions: bring the matrices up to date, before they are read or saved."""
         self.weights.write_(self)
 
-    def _update(self) -> float:
+    def _update(self, raised: bool = False) -> float:
         """theta <- theta - lr * (projected_grad z, averaged over the probes); home first."""
         first, (seen, cycles) = self.param_groups[0], self.processes.joined(self._seen, self)
         grads, loss, finite = applied(seen, first)
-        self._watch.step(finite, grads, loss, self)
+        if not raised:  # else the exception says it
+            self._watch.step(finite, grads, loss, self)
         interrupt, step = Held(), first["step"]
         if finite:
             remember(first, step, grads.values())

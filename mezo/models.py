@@ -62,14 +62,7 @@ def load(
     A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
     new adapter's initial weights. Raises InputError if there is no such model, or no safetensors.
     """
-    name = args.model_name_or_path
-    if name in EMBEDDED:
-        name = str(EMBEDDED[name]())
-    adapter = None
-    if is_adapter(name):
-        adapter, name = name, _base_of(Path(name, "adapter_config.json"))
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise InputError(f"model {name}: no such folder")
+    name, adapter = _sought(args.model_name_or_path)
     model, tokenizer = _load(name, args)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,11 +75,31 @@ def load(
     return model.eval(), tokenizer
 
 
+def _sought(name: str) -> tuple[str, str | None]:
+    """The folder or hub name of a model, and the folder of its adapter if `name` is one."""
+    name = str(EMBEDDED[name]()) if name in EMBEDDED else name
+    adapter = name if is_adapter(name) else None
+    if adapter is not None:
+        name = _base_of(Path(adapter, "adapter_config.json"))
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(f"model {name}: no such folder")
+    return name, adapter
+
+
 def _base_of(config: Path) -> str:
     try:
         return str(json.loads(config.read_text())["base_model_name_or_path"])
     except (ValueError, KeyError):
         raise InputError(f"{config} does not name the adapter's base model") from None
+
+
+def _auto(name: str, config: Any) -> Any:
+    """The class that loads such a model. InputError for one that no task can use."""
+    import transformers
+
+    if config.is_encoder_decoder:
+        raise InputError(f"model {name} is an encoder-decoder, which no task here can use")
+    return getattr(transformers, AUTO[kind_of(config.architectures)])
 
 
 def _load(name: str, args: ModelArguments):
@@ -99,10 +112,8 @@ def _load(name: str, args: ModelArguments):
     }
     try:
         config = transformers.AutoConfig.from_pretrained(name, **shared)
-        if config.is_encoder_decoder:
-            raise InputError(f"model {name} is an encoder-decoder, which no task here can use")
+        auto = _auto(name, config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
-        auto = getattr(transformers, AUTO[kind_of(config.architectures)])
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
         shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
         return auto.from_pretrained(name, **shared), tokenizer
@@ -169,17 +180,17 @@ def parameters_of(args: ModelArguments) -> int:
     """How many weights the model has, from its config alone; of an adapter's folder its base's."""
     import transformers
 
-    name = args.model_name_or_path
-    name = str(EMBEDDED[name]()) if name in EMBEDDED else name
-    name = _base_of(Path(name, "adapter_config.json")) if is_adapter(name) else name
+    name, _ = _sought(args.model_name_or_path)
     shared = {"trust_remote_code": args.trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(
             name, revision=args.model_revision, **shared
         )
-        auto = getattr(transformers, AUTO[kind_of(config.architectures)])
+        auto = _auto(name, config)
         with torch.device("meta"):
             model = auto.from_config(config, **shared)
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"model {name}: {' '.join(str(error).splitlines()[:2])}") from None
     return sum(p.numel() for p in model.parameters())

@@ -5,18 +5,14 @@
     mezo, mezo-head, mezo-lora, ...          forward passes alone, on the same
     ft-checkpointing, lora-checkpointing     Adam with activation checkpointing
 
-Learning rates fall with the number N of the model's weights. They are from causal-lm (3.0 M;
-docs/methods.md), minilm (22.7 M; the demo) and the paper's Tables 15 and 16 (355 M, 13 B). For MeZO
-on all weights 3000 / N meets all four: 1e-3, 1.3e-4, 8.5e-6 (Table 15: 1e-7 to 1e-5), 2.3e-7 (Table
-16: 1e-7 to 1e-6). The others are through fewer points: starting values, for `--grid default` to
-search around.
+Learning rates fall with the number N of the model's weights: rates.py.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from . import rates
 from .errors import InputError
 from .grids import GRIDS, Grid
 
@@ -27,35 +23,6 @@ DEFAULT = (*UNTRAINED, "ft", "lora", "prefix", "mezo", "mezo-lora", "mezo-prefix
 KNOWN = (*DEFAULT, "head", "prompt", "mezo-head", "mezo-prompt", *CHECKPOINTING)
 AROUND = (1 / 3, 1.0, 3.0)  # of the rate, in the default grid
 SHOWN = 32  # demonstrations, as in the paper
-
-
-@dataclass(frozen=True)
-class Rate:
-    """scale * N ** -power, and not less than `least`."""
-
-    scale: float
-    power: float
-    least: float = 0.0
-
-    def of(self, parameters: int) -> float:
-        """With two digits."""
-        return float(f"{max(self.least, self.scale * parameters**-self.power):.2g}")
-
-
-_MEZO = {  # part -> rate and eps; eps is the paper's
-    "": (Rate(3e3, 1.0), 1e-3),
-    "head": (Rate(3e3, 1.0), 1e-3),
-    "lora": (Rate(5.2, 0.5), 1e-2),
-    "prefix": (Rate(170.0, 0.5), 1e-1),
-    "prompt": (Rate(170.0, 0.5), 1e-1),
-}
-_ADAM = {
-    "": Rate(0.5, 0.5, 1e-5),
-    "head": Rate(1.7, 0.5, 1e-4),
-    "lora": Rate(1.7, 0.5, 1e-4),
-    "prefix": Rate(17.0, 0.5, 1e-3),
-    "prompt": Rate(17.0, 0.5, 1e-3),
-}
 
 
 def parts_of(method: str) -> tuple[str, str, bool]:
@@ -106,14 +73,14 @@ def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
     elif part:
         made |= {"use_peft": True, "peft_type": part}
     if trained == "mezo":
-        rate, eps = _MEZO.get(part, _MEZO["lora"])
+        rate, eps = rates.mezo(parameters, part)
         made |= {"mezo_eps": eps, "max_steps": steps, "per_device_train_batch_size": 16}
     else:
-        rate = _ADAM.get(part, _ADAM["lora"])
+        rate = rates.adam(parameters, part)
         made |= {"max_steps": adam_steps, "per_device_train_batch_size": 8}
         made |= {"lr_scheduler_type": "linear"}
     made |= {"activation_checkpointing": True} if checkpointing else {}
-    return made | {"learning_rate": [rate.of(parameters)], "eval_steps": 0.1, "save_steps": 0.1}
+    return made | {"learning_rate": [rate], "eval_steps": 0.1, "save_steps": 0.1}
 
 
 def searched(made: Grid) -> Grid:

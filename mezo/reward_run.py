@@ -30,6 +30,8 @@ class RewardTrainArguments(task_run.TrainArguments, MeZOPolicyConfig):
     """TrainArguments and the options of generation, with defaults for the command line."""
 
     output_dir: str = "runs/reward"
+    learning_rate: float = MeZOPolicyConfig.learning_rate  # the recipes' are for cross-entropy
+    mezo_eps: float = MeZOPolicyConfig.mezo_eps
     remove_unused_columns: bool = False
     max_steps: int = 1000
     eval_steps: float = 100

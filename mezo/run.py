@@ -11,7 +11,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,10 +23,11 @@ import transformers
 from torch.nn import functional as F
 from transformers import Trainer
 
-from . import __version__, methods, models, tasks, tuners
+from . import __version__, methods, models, rates, tasks, tuners
 from .adapter import rebuilt
 from .arguments import DataArguments, ModelArguments
 from .errors import InputError
+from .evaluate import Result
 from .evaluate import evaluate as evaluate_form
 from .frozen import FrozenLower
 from .objectives import Form, Generated, form_for
@@ -44,6 +45,12 @@ class TrainArguments(MeZOConfig):
     """MeZOConfig with the defaults of the command line: the paper's batch, evaluation by steps."""
 
     output_dir: str = "runs/mezo"  # type: ignore[assignment]
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
+    )
+    mezo_eps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
+    )
     method: str = field(
         default="mezo",
         metadata={
@@ -162,12 +169,22 @@ def _at_most(examples: list[Example], limit: int | None, seed: int) -> list[Exam
     return tasks.sample(examples, limit, seed)
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments) -> dict:
-    """Tune a model on a task; returns and writes the result. Resumes where told to."""
+def train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainArguments,
+    on_rate: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Tune a model on a task; returns and writes the result. Resumes where told to.
+
+    `on_rate` is told in a line, before the first step, of a learning rate or an eps that were taken
+    because none was given.
+    """
     began = time.perf_counter()
     task = task_of(data_args)
     splits = load_splits(task, data_args)
     check_arguments(args, model_args)
+    given, args = args, rates.resolved(model_args, args)
     if args.method == "icl" and data_args.demonstrations < 1:
         raise InputError("method icl shows training examples: say how many, --demonstrations 32")
     checkpoint = _checkpoint(args)
@@ -178,6 +195,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgum
         models.refuse_quantised(model)
     form = form_of(model, tokenizer, task, model_args, data_args)
     config = config_of(model_args, data_args, args)
+    if line := rates.told(model_args, given, args):
+        on_rate(line)
     with trained_part(model, model_args):
         before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
         if args.method == "icl":
@@ -190,23 +209,27 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainArgum
             found = methods.by_trainer(trainer, splits, checkpoint)
             if args.process_index == 0:
                 tokenizer.save_pretrained(args.output_dir)
+    result = _result(task, model_args.model_name_or_path, before, found)
+    result["method"] = args.method + tuners.method_of(model_args)
+    result |= {"seconds": time.perf_counter() - began, "config": config}
+    result["environment"] = environment()
+    return write_result(args.output_dir, result) if args.process_index == 0 else result
+
+
+def _result(task: Task, model: str, before: Result, found: dict[str, Any]) -> dict[str, Any]:
+    """What was measured: of the model as it was, and by a method (methods.py)."""
     test = found.pop("test")
-    result = {
+    return {
         "task": task.name,
         "metric": task.metric,
-        "model": model_args.model_name_or_path,
-        "method": args.method + tuners.method_of(model_args),
+        "model": model,
         "zero_shot": before.metrics | {"loss": before.loss},
         "test": test.metrics | {"loss": test.loss, "n": test.n},
         "demonstrations_dropped": test.dropped,
         "steps": 0,
         "kept_step": 0,
         **found,
-        "seconds": time.perf_counter() - began,
-        "config": config,
-        "environment": environment(),
     }
-    return write_result(args.output_dir, result) if args.process_index == 0 else result
 
 
 def write_result(output_dir: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +267,6 @@ def check_arguments(args: TrainArguments, model_args: ModelArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if args.method == "adam" and args.learning_rate == MeZOConfig.learning_rate:
-        raise InputError("--method adam needs a --learning_rate of its own, 1e-5 to 5e-5 as a rule")
     if args.max_steps == 0:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
 

@@ -327,8 +327,10 @@ def test_candidates_and_examples_are_as_they_are_found(place, found):
 def test_what_is_trained_is_what_was_asked_for(place):
     lora = checked(place, model={"use_peft": True}, directions=2)
     assert lora["trained"]["kind"] == "LORA"
-    assert "1e-5 to 1e-4 for LoRA" in said(lora, "best learning rate")[1]
-    assert "the paper takes 1e-2" in said(lora, "eps 0.001")[1]
+    assert "1e-5 to 1e-4 for RoBERTa-large, 5e-5 to" in said(lora, "best learning rate")[1]
+    assert "the paper takes 1e-3 or 1e-2" in said(lora, "eps 0.01")[1]
+    other = lora["trained"] | {"paper": None}
+    assert "its own" not in said(lora, "best learning rate", trained=other)[1]
     part = checked(place, "encoder", model={"trainable": "bias"}, directions=2)
     assert part["trained"]["parameters"] < part["trained"]["of"]
     assert "descriptions" in said(part, "candidates")[1]

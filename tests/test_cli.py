@@ -75,7 +75,7 @@ def test_the_training_options_of_the_help_exist():
     shown = {word.strip("(") for word in cli.TRAIN_HELP.split() if word.strip("(").startswith("--")}
     assert shown <= known
     defaults = TrainArguments("x", use_cpu=True)
-    assert (defaults.learning_rate, defaults.mezo_eps, defaults.max_steps) == (1e-6, 1e-3, 20000)
+    assert (defaults.max_steps, defaults.per_device_train_batch_size) == (20000, 16)
 
 
 def test_no_command_is_a_mistake_with_the_usage(capsys):

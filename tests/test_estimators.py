@@ -196,20 +196,19 @@ def test_the_oracle_of_a_small_eps_is_the_directional_derivative():
 
 def test_shaping_by_hand():
     """z-scores over the standard deviation of all losses; ranks from -1/2 to 1/2, ties shared."""
-    seen = {
-        i: [Estimate((p - m) / 2e-3, (p + m) / 2, (p, m))]
+    means = {
+        i: Estimate((p - m) / 2e-3, (p + m) / 2, (p, m))
         for i, (p, m) in enumerate([(3.0, 1.0), (5.0, 1.0)])
     }
-    grads = {i: es[0].projected_grad for i, es in seen.items()}
     spread = torch.tensor([3.0, 1.0, 5.0, 1.0]).double().std().item()
-    found = shaped(grads, seen, "z_scores", 1e-3)
+    found = shaped(means, "z_scores", 1e-3)
     assert found == pytest.approx({0: 1 / spread, 1: 2 / spread}, rel=1e-12)
     # ranks of 3, 1, 5, 1 are 2, 0.5, 3, 0.5 of 0..3
-    found = shaped(grads, seen, "ranks", 1e-3)
+    found = shaped(means, "ranks", 1e-3)
     assert found == pytest.approx({0: 1.5 / 3 / 2, 1: 2.5 / 3 / 2}, rel=1e-12)
-    flat = {i: [Estimate(0.0, 1.0, (1.0, 1.0))] for i in range(2)}
+    flat = {i: Estimate(0.0, 1.0, (1.0, 1.0)) for i in range(2)}
     for kind in ("z_scores", "ranks"):
-        assert shaped({0: 0.0, 1: 0.0}, flat, kind, 1e-3) == {0: 0.0, 1: 0.0}
+        assert shaped(flat, kind, 1e-3) == {0: 0.0, 1: 0.0}
 
 
 @pytest.mark.parametrize("kind", ["z_scores", "ranks"])

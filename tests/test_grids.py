@@ -6,7 +6,7 @@ import pytest
 from folders import mezo, model_folder, reviews, training
 from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
-from mezo import grids
+from mezo import check, grids
 from mezo.arguments import DataArguments, ModelArguments
 from mezo.errors import InputError
 from mezo.run import TrainArguments
@@ -46,6 +46,17 @@ def test_the_grid_is_the_paper_s(name):
     assert (grid["mezo_eps"], grid["per_device_train_batch_size"]) == (eps, batch)
     assert (grid["max_steps"], grid["method"]) == (steps, "mezo")
     assert grid.get("peft_type") == {"prefix": "prefix", "lora": "lora"}.get(name.split("-")[-1])
+
+
+def test_mezo_check_names_the_rates_of_these_tables():
+    """And none for what the paper did not train."""
+    every = "1e-7 to 1e-5 for RoBERTa-large, 1e-7 to 1e-6 for OPT (Tables 15, 16)"
+    assert check.of_paper("all weights") == (every, "1e-3")
+    lora = "1e-5 to 1e-4 for RoBERTa-large, 5e-5 to 1e-4 for OPT (Tables 15, 16)"
+    assert check.of_paper("LORA") == (lora, "1e-3 or 1e-2")
+    prefix = "1e-3 to 1e-2 for RoBERTa-large, 1e-3 to 1e-2 for OPT (Tables 15, 16)"
+    assert check.of_paper("PREFIX_TUNING") == (prefix, "1e-1")
+    assert check.of_paper("PROMPT_TUNING") is None
 
 
 @pytest.mark.parametrize("name", grids.GRIDS)

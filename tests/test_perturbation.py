@@ -86,12 +86,17 @@ ARCHITECTURES = {  # what is unlike the six above
     "mixtral": EXPERTS,  # experts' weights in three dimensions
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "gpt_oss": EXPERTS,  # and their biases; attention sinks
-    "gemma3_text": {},  # norms by 1 + weight, a scaled embedding
+    "gemma": {},  # norms by 1 + weight, a scaled embedding
+    "gemma3_text": {},
+    "mistral": {},
+    "phi": {},  # a bias of the head
+    "phi3": {},  # one matrix for query, key and value, another for gate and up
     "mamba": {"state_size": 4},  # parameters that are no layer's weight
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-    "bloom": {"n_head": 4, "n_layer": 2},  # one matrix for query, key and value
+    "bloom": {"n_head": 4, "n_layer": 2},
     "gptj": HEADS,
     "albert": {"embedding_size": 16},  # one layer, used twice
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "t5": DIMENSIONS | {"decoder_start_token_id": 0},  # a bias shared between layers
 }
@@ -100,7 +105,7 @@ ARCHITECTURES = {  # what is unlike the six above
 def architecture(name, dtype):
     config = AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
     kind = {"t5": AutoModelForSeq2SeqLM, "albert": AutoModelForMaskedLM}
-    kind |= {"deberta-v2": AutoModelForMaskedLM}
+    kind |= {"deberta": AutoModelForMaskedLM, "deberta-v2": AutoModelForMaskedLM}
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         made = kind.get(name, AutoModelForCausalLM).from_config(config)

@@ -118,6 +118,17 @@ def test_several_functions_have_weights_and_may_leave_samples_out(tmp_path):
     assert trainer.ties.ties == trainer.ties.estimates == 1  # it does not depend on the text
 
 
+def test_rewards_that_tie_are_warned_of_once(tmp_path, caplog):
+    """By the optimizer, which sees any two losses that are equal; it names what helps a reward."""
+    trainer = made(tmp_path, lambda prompts, **kw: [1.0 for _ in prompts], max_steps=21)
+    trainer.train()
+    assert trainer.ties.ties == 21
+    told = [record.message for record in caplog.records if record.name == "mezo"]
+    assert len(told) == 1
+    assert "both losses were the same number" in told[0]
+    assert "more prompts a step, or a reward with more values" in told[0]
+
+
 def test_conversations_data_sets_and_adapters_go_in_as_in_trl(tmp_path):
     tokenizer = tiny.byte_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"

@@ -18,8 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # of datasets, after an error
 ]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<s>' if m.role == 'user' else '' }}{{ m.content }}"
-    "{{ '</s>' if m.role == 'assistant' else '' }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<s>{{ m.content }}{% else %}"
+    "{% generation %}{{ m.content }}</s>{% endgeneration %}{% endif %}{% endfor %}"
 )
 PAIRS = [(" no wit , only", " labored gags"), ("a charming", " journey . It was great")] * 6
 
@@ -65,6 +65,7 @@ RUNS = [
     ("sft", "pairs.parquet", ["--use_peft", "--peft_type=prefix"]),
     ("sft", "text.jsonl", ["--packing=true", "--max_length=32"]),
     ("sft", "chats.jsonl", ["--trainable=head"]),
+    ("sft", "chats.jsonl", ["--assistant_only_loss=true", "--packing=true", "--max_length=32"]),
     ("sft", "turns.jsonl", ["--use_peft", "--peft_type=prompt"]),
     ("dpo", "preferences.jsonl", []),
     ("dpo", "preferences.jsonl", ["--use_peft"]),
@@ -101,6 +102,20 @@ def test_a_file_is_its_rows_whatever_its_format(place, tmp_path, capsys):
         steps = trajectory.read(tmp_path / file / "run.mezo").steps
         losses.append([step.record.loss for step in steps])
     assert losses[0] == losses[1] == losses[2] != losses[3]
+
+
+def test_of_messages_the_loss_may_be_the_answers_alone(place, tmp_path, capsys):
+    """By the template's marks: then it is that of the same turns as prompt and completion."""
+    losses = {}
+    for name, file, more in [
+        ("all", "chats.jsonl", []),
+        ("answers", "chats.jsonl", ["--assistant_only_loss=true"]),
+        ("turns", "turns.jsonl", []),
+    ]:
+        assert mezo(capsys, *command(place, "sft", file, tmp_path / name, *more))[0] == 0
+        steps = trajectory.read(tmp_path / name / "run.mezo").steps
+        losses[name] = [step.record.loss for step in steps]
+    assert losses["answers"] == losses["turns"] != losses["all"]
 
 
 def test_rows_to_evaluate_on_are_evaluated(place, tmp_path, capsys):

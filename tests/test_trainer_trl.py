@@ -1,5 +1,6 @@
 """The same mixin over TRL's trainers: zeroth-order SFT, DPO and reward modelling for two lines."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from mezo import MeZOConfig, MeZOMixin, trajectory
 
 trl = pytest.importorskip("trl")
+sft = pytest.importorskip("mezo.sft")
 
 # peft 0.21 and TRL 1.16 still read a name that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -34,10 +36,6 @@ class DPO(MeZOMixin, trl.DPOTrainer):
     pass
 
 
-class Reward(MeZOMixin, trl.RewardTrainer):
-    pass
-
-
 @dataclass
 class SFTSettings(MeZOConfig, trl.SFTConfig):
     pass
@@ -48,16 +46,13 @@ class DPOSettings(MeZOConfig, trl.DPOConfig):
     pass
 
 
-@dataclass
-class RewardSettings(MeZOConfig, trl.RewardConfig):
-    pass
-
-
 def tokenizer():
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    made = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    made.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return made
 
 
 def rows(**columns):
@@ -170,13 +165,37 @@ def test_dpo_trains(tmp_path, lora):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
 
 
-def test_reward_modelling_trains(tmp_path):
+def chats():
+    """The same preferences as messages."""
+    user, assistant = ({"role": role} for role in ("user", "assistant"))
+    made = [
+        {
+            "prompt": [user | {"content": row["prompt"]}],
+            "chosen": [assistant | {"content": row["chosen"]}],
+            "rejected": [assistant | {"content": row["rejected"]}],
+        }
+        for row in preferences()
+    ]
+    return Dataset.from_list(made)
+
+
+@pytest.mark.parametrize("lora", ["SEQ_CLS", None])
+@pytest.mark.parametrize("data", [preferences, chats])
+def test_reward_modelling_trains_and_replays(tmp_path, data, lora):
+    """Of a model with one score; the score's layer is trained beside an adapter."""
     config = llama().config
     config.num_labels, config.pad_token_id = 1, 0
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         model = LlamaForSequenceClassification(config)
-    trainer = trainer_at(tmp_path, Reward, RewardSettings, preferences(), model=model)
+    kinds = (sft.MeZORewardTrainer, sft.MeZORewardConfig)
+    trainer = trainer_at(tmp_path, *kinds, data(), model=model, lora=lora)
+    base = copy.deepcopy(trainer.model)
     trainer.train()
     assert all(math.isfinite(g) and g for (g,) in grads(tmp_path))
     assert "margin" in trainer.state.log_history[0]
+    assert any("score" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    before = weights(base)
+    trajectory.replay(tmp_path / "run.mezo", base)
+    assert torch.equal(weights(base), weights(trainer.model))
+    assert not torch.equal(weights(base), before)

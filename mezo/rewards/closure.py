@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Columns = Mapping[str, Sequence[Any]]
-_JUDGED = 20  # estimates before a larger batch is suggested
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,7 @@ def closure(
 
 
 class Ties:
-    """Counts estimates whose two rewards were equal; `optimizer.observers.append(Ties())`.
-
-    Suggests a larger batch, once, if more than half of the first 20 were.
-    """
+    """Counts estimates whose two rewards were equal; `optimizer.observers.append(Ties())`."""
 
     def __init__(self) -> None:
         self.estimates = self.ties = 0
@@ -118,12 +114,6 @@ class Ties:
     def add(self, projected_grad: float) -> None:
         self.estimates += 1
         self.ties += projected_grad == 0
-        if self.estimates == _JUDGED and 2 * self.ties > _JUDGED:
-            logging.getLogger("mezo").warning(
-                "%d of the first %d pairs of rewards were equal, and changed no weight: take more "
-                "prompts a step, a larger eps, or a reward with more values",
-                *(self.ties, _JUDGED),
-            )
 
 
 def _functions(

@@ -3,6 +3,9 @@
 from .formats import headless_sentences, headless_texts, label_first, trec
 from .task import Hub, Task
 
+GLUE = "nyu-mll/glue"  # parquet
+GLUE_AT = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+
 # SST-2 (Stanford Sentiment Treebank, phrases of film reviews; GLUE)
 # -> "that loves ... human nature It was" + " great"
 SST2 = Task(
@@ -18,7 +21,7 @@ SST2 = Task(
     verbalizers=("terrible", "great"),
     text="{sentence}",
     descriptions=("a terrible, awful, boring movie", "a great, wonderful, enjoyable movie"),
-    hub=Hub("nyu-mll/glue", "sst2"),
+    hub=Hub(GLUE, "sst2", revision=GLUE_AT),
     shown={
         "sentence": "that loves its characters and communicates something rather beautiful about "
         "human nature ",
@@ -47,7 +50,9 @@ SST5 = Task(
         "a good, pleasant movie",
         "a great, wonderful movie",
     ),
-    hub=Hub("SetFit/sst5", test="test"),  # JSONL, seen at e51bdcd: text, label, label_text
+    hub=Hub(  # JSONL: text, label, label_text
+        "SetFit/sst5", test="test", revision="e51bdcd8cd3a30da231967c1a249ba59361279a3"
+    ),
     aliases={"sentence": ("text",)},
     files={
         "train": ("stsa.fine.train",),
@@ -90,7 +95,11 @@ TREC = Task(
         "a number: a count, a date, a distance, money",
     ),
     hub=Hub(  # JSONL: text, label (fine), label_coarse_original ("DESC"), and others
-        "SetFit/TREC-QC", dev="", test="test", columns={"label": "label_coarse_original"}
+        "SetFit/TREC-QC",
+        dev="",
+        test="test",
+        revision="0a34640b3cac3affef6f0abdfb81e3d0ecffcf92",
+        columns={"label": "label_coarse_original"},
     ),
     label_aliases={"0": "DESC", "1": "ENTY", "2": "ABBR", "3": "HUM", "4": "LOC", "5": "NUM"},
     files={"train": ("train_5500.label",), "test": ("TREC_10.label",)},

@@ -6,11 +6,12 @@ the second begins in lower case, as in LM-BFF, whose templates the paper takes.
 
 from dataclasses import replace
 
+from .classification import GLUE, GLUE_AT
 from .reading import read_tsv
 from .task import Hub, Task
 
 SUPER_GLUE = "aps/super_glue"  # parquet; configurations are named after the tasks
-SUPER_GLUE_AT = "3de24cf8022e94f4ee4b9d55a6f539891524d646"  # there the files are known to be
+SUPER_GLUE_AT = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
 PAIR = {"premise": ("sentence1",), "hypothesis": ("sentence2",), "label": ("gold_label",)}
 MASK_PROMPT = "{premise:but_last}? {mask}, {hypothesis:lower_first}"
 SUPPOSE = 'Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?\n'
@@ -29,7 +30,11 @@ SNLI = Task(
     candidates=("Yes", "Maybe", "No"),  # they begin a line: no leading space
     mask_prompt=MASK_PROMPT,
     verbalizers=("Yes", "Maybe", "No"),
-    hub=Hub("stanfordnlp/snli", labels=("entailment", "neutral", "contradiction")),  # parquet
+    hub=Hub(  # parquet
+        "stanfordnlp/snli",
+        revision="cdb5c3d5eed6ead6e5a341c8e56e669bb666725b",
+        labels=("entailment", "neutral", "contradiction"),
+    ),
     aliases=PAIR,
     unlabelled=("-", "-1"),  # annotators disagreed
     files={
@@ -53,8 +58,9 @@ MNLI = replace(
     SNLI,
     name="mnli",
     hub=Hub(
-        "nyu-mll/glue",  # parquet
+        GLUE,
         "mnli",
+        revision=GLUE_AT,
         dev="validation_matched",
         test="validation_matched",
         labels=("entailment", "neutral", "contradiction"),
@@ -72,8 +78,9 @@ MNLI_MM = replace(
     MNLI,
     name="mnli_mm",
     hub=Hub(
-        "nyu-mll/glue",
+        GLUE,
         "mnli",
+        revision=GLUE_AT,
         dev="validation_mismatched",
         test="validation_mismatched",
         labels=("entailment", "neutral", "contradiction"),

@@ -24,6 +24,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..arguments import read_options
 from ..errors import InputError
 from .task import Hub, Row, Task, custom_task
 
@@ -63,16 +64,7 @@ def read(path: str | Path) -> Task:
 
 
 def _fields(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"task {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:  # a tag such as !function among them
-        raise InputError(f"task {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(given, dict):
-        raise InputError(f"task {path}: expected lines 'field: value'")
+    given = read_options(path, f"task {path}", "lines 'field: value'")  # no tag: !function is none
     for name, value in given.items():
         if name in FIELDS | WITHOUT_EFFECT or value in (None, "", [], {}):
             continue

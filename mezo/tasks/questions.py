@@ -22,7 +22,9 @@ SQUAD = Task(
     completion=" {answer:whole}\n",
     max_new_tokens=50,
     stop=("\n",),
-    hub=Hub("rajpurkar/squad"),  # parquet: title, context, question, answers {text, answer_start}
+    hub=Hub(  # parquet: title, context, question, answers {text, answer_start}
+        "rajpurkar/squad", revision="7b6d24c440a36b6815f21b70d25016731768db1f"
+    ),
     files={
         "train": ("train-v1.1*.json",),
         "dev": ("dev-v1.1*.json",),
@@ -57,7 +59,9 @@ DROP = Task(
     completion=" {answer:whole}\n",
     max_new_tokens=50,
     stop=("\n",),
-    hub=Hub("ucinlp/drop"),  # parquet: passage, question, answers_spans {spans, types}
+    hub=Hub(  # parquet: passage, question, answers_spans {spans, types}
+        "ucinlp/drop", revision="95cda593fae71b60b5b19f82de3fcf3298c1239c"
+    ),
     files={
         "train": ("drop_dataset_train.json",),
         "dev": ("drop_dataset_dev.json", "drop_v0_dev.jsonl.gz"),

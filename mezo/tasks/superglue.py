@@ -14,7 +14,9 @@ BOOLQ = Task(
     labels=("true", "false"),
     prompt="{passage} {question:asked}\n",
     candidates=("Yes", "No"),
-    hub=Hub("google/boolq"),  # parquet: question, answer (a boolean), passage
+    hub=Hub(  # parquet: question, answer (a boolean), passage
+        "google/boolq", revision="35b264d03638db9f4ce671b711558bf7ff0f80d5"
+    ),
     aliases={"label": ("answer",)},
     label_aliases={"1": "true", "0": "false"},
     shown={
