@@ -55,12 +55,18 @@ def kind_of(architectures: list[str] | None) -> str:
 
 
 def load(
-    args: ModelArguments, adapter_seed: int = 0
+    args: ModelArguments,
+    adapter_seed: int = 0,
+    *,
+    offload: bool = False,
+    folder: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """(model, tokenizer): weights from safetensors only, in eval mode, adapters added.
 
     A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
-    new adapter's initial weights. Raises InputError if there is no such model, or no safetensors.
+    new adapter's initial weights. With `offload` they stay in their files, mapped; `folder` is for
+    what the files have in another form. Raises InputError if there is no such model, or no
+    safetensors.
     """
     name = args.model_name_or_path
     if name in EMBEDDED:
@@ -70,7 +76,7 @@ def load(
         adapter, name = name, _base_of(Path(name, "adapter_config.json"))
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise InputError(f"model {name}: no such folder")
-    model, tokenizer = _load(name, args)
+    model, tokenizer = _load(name, args, offload, folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:
@@ -89,7 +95,7 @@ def _base_of(config: Path) -> str:
         raise InputError(f"{config} does not name the adapter's base model") from None
 
 
-def _load(name: str, args: ModelArguments):
+def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
     import transformers
     from safetensors import SafetensorError
 
@@ -104,6 +110,12 @@ def _load(name: str, args: ModelArguments):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
         auto = getattr(transformers, AUTO[kind_of(config.architectures)])
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        if offload:
+            if args.load_in_4bit or args.load_in_8bit:
+                raise InputError("offload does not go with load_in_4bit and load_in_8bit")
+            from .mapped import load_mapped  # reads files by trajectory/, which reads models here
+
+            return load_mapped(name, auto, dtype, folder, **shared), tokenizer
         shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
         return auto.from_pretrained(name, **shared), tokenizer
     except InputError:
