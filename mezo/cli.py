@@ -67,6 +67,11 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --seed N                            of the directions and the order of the data
   --eval_steps N  --save_steps N      default 500
   --resume_from_checkpoint true       go on after an interruption
+  --offload                           the model stays on the CPU, and comes block by block: for
+                                      models larger than the device's memory
+  --offload_folder DIR                with it, weights wait in a file: for models larger than the
+                                      host's memory
+  --offload_write_every N             the file is written every N updates; 0: never
   --probe_groups N                    under torchrun -m mezo train: -1 is a direction a process
   --report_to tensorboard
   --json                              the result as one line of JSON
@@ -252,6 +257,7 @@ def _train(argv: list[str]) -> None:
     if args.method == "mezo":
         then = ["mezo", "replay", "--model", model.model_name_or_path]
         then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+        then += [] if args.offload_write_every else ["--by_tensor"]  # there is no other model
         if result["kept_step"] != result["steps"]:  # what is saved is the best on the dev examples
             then += ["--until", str(result["kept_step"])]
     _say(f"next: {shlex.join(then)}")

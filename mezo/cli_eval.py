@@ -12,6 +12,7 @@ HELP = """
   --replay LOG                        first rebuild the weights of a run
   --until N                           only its first N steps
   --batch_size N                      default 32
+  --offload                           weights stay in their files, and come block by block
   --tasks NAME,NAME                   of lm-evaluation-harness, in place of --task
     --include_path DIR                with task files of your own
     --limit N                         so many examples of each
@@ -26,6 +27,7 @@ OWN: dict[str, Any] = {
     "include_path": {},
     "limit": {"type": int},
     "num_fewshot": {"type": int},
+    "offload": {"action": "store_true"},
     "json": JSON,
 }
 
@@ -44,8 +46,10 @@ def main(argv: list[str]) -> None:
             if getattr(own, name) is not None:
                 raise InputError(f"--{name} goes with --tasks")
         with redirect_stdout(sys.stderr):
-            result = run.evaluate(model, data, **shared)
+            result = run.evaluate(model, data, **shared, offload=own.offload)
         return _print(result, own.json)
+    if own.offload:
+        raise InputError("--offload does not go with --tasks")
     from . import harness
 
     names = [name.strip() for name in own.tasks.split(",") if name.strip()]

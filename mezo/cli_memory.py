@@ -64,6 +64,8 @@ def memory(argv: list[str]) -> None:
     _say(f"{planner.parameters / 1e9:.3g} B parameters, weights {_size(planner.weights)}")
     for line in _table(plans):
         print(line)
+    if "offload" in (own.method or METHODS):
+        _say("offload: mezo train --offload; --offload_folder DIR keeps the weights in a file")
     if machine is not None:
         _say(
             f"time: {machine.flops / 1e12:.3g} Tflop/s, {machine.draws / 1e9:.3g} G draws/s, "

@@ -23,6 +23,7 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
   --per_device_train_batch_size N     prompts a step, default 16; more if rewards tie
   --eval_steps N  --save_steps N      default 100
   --log_completions                   to output_dir/completions.jsonl
+  --offload                           the model stays on the CPU, and comes block by block
   --resume_from_checkpoint true       go on after an interruption
   --json                              the result as one line of JSON
 """
@@ -61,4 +62,5 @@ def train(argv: list[str]) -> None:
             _say(f"    {when:<6} {sample[when]!r}")
     then = ["mezo", "replay", "--model", model.model_name_or_path]
     then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+    then += [] if args.offload_write_every else ["--by_tensor"]
     _say(f"next: {shlex.join(then)}")

@@ -17,7 +17,8 @@ training, named as TRL's {config} and transformers' (--help_all lists every one)
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
   --max_length N                      tokens of a row; longer ones are cut
-{own}  --resume_from_checkpoint true       go on after an interruption
+{own}  --offload                           the model stays on the CPU, and comes block by block
+  --resume_from_checkpoint true       go on after an interruption
   --json                              the result as one line of JSON
 """
 OWN = {
@@ -56,4 +57,5 @@ def main(kind: str, argv: list[str]) -> None:
     _print(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
     then = ["mezo", "replay", "--model", model.model_name_or_path]
     then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+    then += [] if args.offload_write_every else ["--by_tensor"]
     _say(f"next: {shlex.join(then)}")

@@ -119,6 +119,32 @@ class MeZOConfig(TrainingArguments):
     max_refused: int = field(
         default=10, metadata={"help": "Stop after so many losses in a row that are not finite."}
     )
+    offload: bool = field(
+        default=False,
+        metadata={
+            "help": "The model stays on the CPU, and comes to the device block by block: for "
+            "models larger than the device's memory."
+        },
+    )
+    offload_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "With offload: weights wait in a file there, of the model's size: for models "
+            "larger than the host's memory. Scratch paper, to be deleted afterwards."
+        },
+    )
+    offload_write_every: int = field(
+        default=1,
+        metadata={
+            "help": "With offload: write a block back after so many updates, which spares the "
+            "disk; 0: never, the result is the run log (save_strategy no)."
+        },
+    )
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """The Trainer's question, whether it is to move the model to the device; None: as ever."""
+        return False if self.offload else super().place_model_on_device
 
 
 def mezo_options(
@@ -128,10 +154,7 @@ def mezo_options(
     names = "num_samples distribution perturbation rank interval estimator shaping"
     names += " clip clip_quantile max_refused"
     options = {name: getattr(args, name) for name in names.split()}
-    adapter = getattr(model, "peft_config", None) is not None
-    master = adapter and args.perturbation != "low_rank"
-    options |= {"eps": args.mezo_eps, "rule": rule_of(args)}
-    options |= {"rounding": args.rounding or ("master" if master else "stochastic")}
+    options |= {"eps": args.mezo_eps, "rule": rule_of(args), "rounding": rounding_of(args, model)}
     if args.modified is not None:
         make = {
             "variance": layers.variance_modified,
@@ -144,6 +167,12 @@ def mezo_options(
         options["layers"] = options.get("layers", {}) | layers.small(named, args.keep)
         options["perturbation"] = args.perturbation or "scratch"
     return options
+
+
+def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
+    adapter = getattr(model, "peft_config", None) is not None
+    master = adapter and args.perturbation != "low_rank"
+    return args.rounding or ("master" if master else "stochastic")
 
 
 def rule_of(args: MeZOConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from .errors import InputError
 from .estimators import FAILED, Closure, Estimate, Mean, merged
 from .link import Link
 from .noise.shards import is_sharded
-from .perturbation import InPlace, perturb, sides
+from .perturbation import InPlace, Resident, perturb, sides
 from .sharding import Sharded
 
 if TYPE_CHECKING:
@@ -219,6 +219,8 @@ def join(
     if not (dist.is_available() and dist.is_initialized()):
         return optimizer.processes
     size = dist.get_world_size(group)
+    if size > 1 and not isinstance(optimizer.weights, Resident):
+        raise InputError(f"a run of {size} processes does not go with offload")
     if mesh is not None:
         probes, place = mesh["probe"].size(), mesh.get_local_rank("probe")
     else:

@@ -15,6 +15,7 @@ from . import models
 from .adapter import rebuilt
 from .arguments import ModelArguments
 from .errors import InputError
+from .placement import place
 
 
 def evaluate(
@@ -61,6 +62,7 @@ def evaluate(
         raise InputError(
             f"model {model_args.model_name_or_path} is not causal: the harness is for these"
         )
+    place(model)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's
     try:
         found = lm_eval.simple_evaluate(

@@ -7,6 +7,7 @@ for.
 import json
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,7 +101,9 @@ def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **k
     """The model that transformers loads with everything "on disk", parameters mapped from there.
 
     transformers says where each one is and by what name, and writes to `folder` what the files have
-    in another form (experts one by one). Memory: none. Raises InputError for what it cannot load.
+    in another form (experts one by one). What they have in another dtype is converted, in memory
+    or, with a folder, in files without names there. Memory: none else. Raises InputError for what
+    it cannot load.
     """
     from accelerate.hooks import remove_hook_from_submodules
 
@@ -119,7 +122,7 @@ def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **k
     for own, p in list(model.named_parameters(remove_duplicate=False)):
         if p.is_meta:
             if id(p) not in mapped:
-                tensor = _stored(*places[own], p)
+                tensor = _stored(*places[own], p, folder)
                 mapped[id(p)] = torch.nn.Parameter(tensor, requires_grad=p.requires_grad)
             module, _, leaf = own.rpartition(".")
             model.get_submodule(module).register_parameter(leaf, mapped[id(p)])
@@ -134,15 +137,31 @@ def _place(model: torch.nn.Module, name: str) -> tuple[str, str]:
     return entry["safetensors_file"], entry["weight_name"]
 
 
-def _stored(path: str, key: str, p: torch.Tensor) -> torch.Tensor:
+def _stored(path: str, key: str, p: torch.Tensor, folder: str | Path | None) -> torch.Tensor:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(size))[key]
-        found = getattr(torch, FLOATS.get(entry["dtype"], ""), None)
-        if found != p.dtype or tuple(entry["shape"]) != tuple(p.shape):
-            kind = str(p.dtype).removeprefix("torch.")
+        dtype = getattr(torch, FLOATS.get(entry["dtype"], ""), None)
+        if dtype is None or tuple(entry["shape"]) != tuple(p.shape):
             raise InputError(
-                f"{path}: {key} is {entry['dtype']} {entry['shape']}, the model's is {kind} "
-                f'{list(p.shape)}: take dtype="auto", or convert the files first'
+                f"{path}: {key} is {entry['dtype']} {entry['shape']}, the model's is {p.dtype} "
+                f"{list(p.shape)}"
             )
-        return _map(file, 8 + size + entry["data_offsets"][0], p, p.shape, mmap.ACCESS_COPY)[0]
+        like = torch.empty(0, dtype=dtype)
+        start = 8 + size + entry["data_offsets"][0]
+        found = _map(file, start, like, p.shape, mmap.ACCESS_COPY)[0]
+    return found if dtype == p.dtype else _converted(found, p.dtype, folder)
+
+
+def _converted(tensor: torch.Tensor, dtype: torch.dtype, folder: str | Path | None) -> torch.Tensor:
+    if folder is None:
+        return tensor.to(dtype)
+    like = torch.empty(0, dtype=dtype)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, tensor.numel() * like.element_size())
+            home = _map(file, 0, like, tensor.shape, mmap.ACCESS_WRITE)[0]
+    except OSError as error:
+        raise InputError(f"offload_folder {folder}: {error.strerror or error}") from None
+    return home.copy_(tensor)

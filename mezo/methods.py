@@ -46,6 +46,8 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
         raise InputError(f"method {args.method!r} is unknown; {hint}")
     if args.method in WITHOUT_TRAINING and model_args.use_peft:
         raise InputError(f"method {args.method} trains no adapter: leave out --use_peft")
+    if args.offload and args.method != "mezo":
+        raise InputError(f"offload is for the method mezo, not for {args.method}")
     check_adapter(model_args)
     prompt = tuners.is_prompt(model_args)
     if model_args.freeze_layers and prompt:
@@ -92,7 +94,8 @@ def by_trainer(
     test = evaluate(model, trainer.form, splits["test"], size)
     if dev is None or not args.greater_is_better:  # of a loss
         dev = evaluate(model, trainer.form, splits["dev"], size).value
-    trainer.save_model(args.output_dir)
+    if args.offload_write_every:
+        trainer.save_model(args.output_dir)
     weights = list(folder.glob("*.safetensors"))
     stored = [folder / "run.mezo"] if args.method == "mezo" else weights
     return {

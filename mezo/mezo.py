@@ -152,6 +152,7 @@ class MeZO(torch.optim.Optimizer):
         Returns the mean loss. One not finite refuses the update; InputError after max_refused.
         """
         own, clean = self.processes.own(self.param_groups[0]["num_samples"]), None
+        self.weights.together(self, own if closure else ())
         for probe in own if closure else ():  # the last one is restored by the update
             clean = self.estimate(closure, probe, restore=probe < own[-1], clean=clean).loss  # type: ignore
         if not self._seen:
@@ -161,7 +162,7 @@ class MeZO(torch.optim.Optimizer):
         return loss
 
     def write(self) -> None:
-        """Low-rank directions: bring the matrices up to date, before they are read or saved."""
+        """Low-rank directions, offload: bring the weights up to date, to be read or saved."""
         self.weights.write_(self)
 
     def _update(self, raised: bool = False) -> float:

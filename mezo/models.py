@@ -55,15 +55,21 @@ def kind_of(architectures: list[str] | None) -> str:
 
 
 def load(
-    args: ModelArguments, adapter_seed: int = 0
+    args: ModelArguments,
+    adapter_seed: int = 0,
+    *,
+    offload: bool = False,
+    folder: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """(model, tokenizer): weights from safetensors only, in eval mode, adapters added.
 
     A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
-    new adapter's initial weights. Raises InputError if there is no such model, or no safetensors.
+    new adapter's initial weights. With `offload` they stay in their files, mapped; `folder` is for
+    what the files have in another form. Raises InputError if there is no such model, or no
+    safetensors.
     """
     name, adapter = _sought(args.model_name_or_path)
-    model, tokenizer = _load(name, args)
+    model, tokenizer = _load(name, args, offload, folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:
@@ -102,7 +108,7 @@ def _auto(name: str, config: Any) -> Any:
     return getattr(transformers, AUTO[kind_of(config.architectures)])
 
 
-def _load(name: str, args: ModelArguments):
+def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
     import transformers
     from safetensors import SafetensorError
 
@@ -115,6 +121,12 @@ def _load(name: str, args: ModelArguments):
         auto = _auto(name, config)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
         dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        if offload:
+            if args.load_in_4bit or args.load_in_8bit:
+                raise InputError("offload does not go with load_in_4bit and load_in_8bit")
+            from .mapped import load_mapped  # reads files by trajectory/, which reads models here
+
+            return load_mapped(name, auto, dtype, folder, **shared), tokenizer
         shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
         return auto.from_pretrained(name, **shared), tokenizer
     except InputError:

@@ -15,30 +15,32 @@ it: torch's functions are given what is on the device wherever they read a param
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 
 from . import low_rank, noise
 from .errors import InputError
+from .interleaved import Interleaved, Walked
+from .link import Link
 from .mapped import Homes, load_mapped, move_to_file
 from .mezo import MeZO
 from .noise import Move
-from .perturbation import Resident, Scratch, perturb, walk
+from .perturbation import Resident, Scratch, perturb
+from .present import Present
 from .relay import Relay
 from .rules import is_linear
-from .scratch import METADATA, Rows, eager, of_tensors
-from .streaming import Block, Loaded, Streams, blocks_of
-from .trajectory.moves import written_after
+from .streaming import Block, Streams, blocks_of
+from .trajectory.moves import Program, split_at_writing, written_after
 from .updates import Update
 
 __all__ = ["Offload", "load_offloaded", "offload"]
-_PLACE = of_tensors("device is_cuda is_cpu get_device")
+_CACHE = ["past_key_values"]  # stays on the device, from one call to the next
 
 
 def load_offloaded(
@@ -55,8 +57,9 @@ def load_offloaded(
     weights are read. Writing to a weight takes memory for good; the files are never written.
 
     Args:
-        dtype: the files' own, or an InputError.
-        folder: for experts' weights, that files have one by one and the model has joined.
+        dtype: of the model; weights that the files have in another one are converted.
+        folder: for what is converted (without: memory), and for experts' weights, that files have
+            one by one and the model has joined.
         auto: transformers.AutoModelForCausalLM, or another such class.
         kwargs: of its `from_pretrained`.
     """
@@ -72,7 +75,7 @@ def offload(
     *,
     device: str | torch.device | None = None,
     folder: str | Path | None = None,
-    write_every: int | None = 1,
+    write_every: int = 1,
 ) -> "Offload":
     """A context in which `model`, on the CPU, is computed with on `device`, block by block.
 
@@ -81,12 +84,13 @@ def offload(
         device: None: the accelerator, if there is one, else the CPU.
         folder: where the weights go, to a file of the model's size, mapped: for models larger than
             the host's memory. It is scratch paper: the run is in its log.
-        write_every: write a block back after so many updates. None: never, and `folder` is not
+        write_every: write a block back after so many updates. 0: never, and `folder` is not
             needed. Each visit makes all updates again, which costs a draw of z for each; nothing
             is written but the run log, from which `mezo replay --by_tensor` makes the tuned model.
 
     Within the context weights lie still where they were, behind by the updates that wait:
-    `flush()` before they are read or saved. Leaving it flushes. Calls of the model see them all.
+    `optimizer.write()`, or `flush()`, before they are read or saved. Leaving it flushes. Calls of
+    the model see them all, with inputs anywhere; outputs come to where the inputs were.
     """
     return Offload(model, optimizer, device=device, folder=folder, write_every=write_every)
 
@@ -101,76 +105,62 @@ class Offload:
         *,
         device: str | torch.device | None = None,
         folder: str | Path | None = None,
-        write_every: int | None = 1,
+        write_every: int = 1,
         copies: bool = False,
     ):
         self.model, self.optimizer = model, optimizer
         found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
         self.device = torch.device("cpu") if found is None else found
-        if write_every is not None and write_every < 1:
-            raise InputError(f"write_every must be at least 1, or None, got {write_every}")
-        if write_every is None and folder is not None:
-            raise InputError(
-                "folder is for weights that are written: with write_every=None none is"
-            )
+        if write_every < 0:
+            raise InputError(f"write_every must be at least 1, or 0 for never, got {write_every}")
+        if not write_every and folder is not None:
+            raise InputError("folder is for weights that are written: with write_every=0 none is")
         self.folder, self.write_every, self.copies = folder, write_every, copies
-        self._check()
+        self.pins = self.device.type == "cuda" and folder is None and write_every > 0
+        self._homes: Homes | None = None
+        for name, p in model.named_parameters():
+            _check_parameter(name, p)
+        if optimizer is not None:
+            self._check(optimizer)
 
-    def _check(self) -> None:
-        for name, p in self.model.named_parameters():
-            if p.is_meta or p.device.type != "cpu":
-                where = "the meta device" if p.is_meta else str(p.device)
-                raise InputError(
-                    f"parameter {name} is on {where}: offload takes a model on the CPU, or one "
-                    "from load_offloaded; leave device_map away"
-                )
-        if self.optimizer is None:
-            return
-        first = self.optimizer.param_groups[0]
-        if not is_linear(first["rule"]):
-            raise InputError(f"rule {first['rule']['name']} does not go with offload: take sgd")
-        if first["estimator"] != "two_point":
-            raise InputError(f"estimator {first['estimator']} does not go with offload: two_point")
-        if first["layers"]:
-            raise InputError("layers does not go with offload")
+    def _check(self, optimizer: MeZO) -> None:
+        trained = optimizer.trained()
+        half = any(p.element_size() == 2 for _, p, _ in trained)
+        check_settings(optimizer.param_groups[0], half=half)
+        if isinstance(optimizer.processes, Link) and optimizer.processes.size > 1:
+            raise InputError(
+                f"a run of {optimizer.processes.size} processes does not go with offload"
+            )
         mine = {id(p) for p in self.model.parameters()}
-        for name, p, group in self.optimizer.trained():
+        for name, p, _ in trained:
             if id(p) not in mine:
                 raise InputError(f"the optimizer's {name} is not a parameter of the model")
-            if group["rounding"] in ("compensated", "master") and p.element_size() == 2:
-                raise InputError(
-                    f"rounding {group['rounding']!r} keeps a buffer as large as the weights: with "
-                    "offload take stochastic"
-                )
 
     def __enter__(self) -> "Offload":
         with ExitStack() as stack:
-            self._homes: Homes | None = None
-            if self.folder is not None:
+            if self.folder is not None and self._homes is None:
                 self._homes = move_to_file(self.model, Path(self.folder))
-            elif self.device.type == "cuda":
+            elif self.pins:
                 for p in self.model.parameters():
                     p.data = p.data.pin_memory()
-            settings = self.optimizer.param_groups[0] if self.optimizer else {}
             self.streams = Streams(
                 blocks_of(self.model),
                 self.device,
                 self.write_every,
-                settings,
+                lambda: self.optimizer.param_groups[0] if self.optimizer else {},
                 self._given_up,
                 self.copies,
             )
             stack.callback(self.streams.close)
-            self._second = ThreadPoolExecutor(1)
-            stack.callback(self._second.shutdown)
+            self.threads = ThreadPoolExecutor(2**16)  # as many as there are halves; they wait
+            stack.callback(self.threads.shutdown)
+            self._ahead: dict[tuple[int, int], Interleaved] = {}  # by step and probe
             self._summed: dict[int, list[Move]] = {}  # low rank: the updates of this interval
             self._local = threading.local()
             stack.enter_context(self._hooks())
+            stack.callback(self._release)
             if self.optimizer is not None:
-                if not isinstance(self.optimizer.weights, Resident):
-                    raise InputError("the optimizer's model is offloaded already")
-                self.optimizer.weights = self
-                stack.callback(setattr, self.optimizer, "weights", Resident())
+                self.take(self.optimizer)
             self._stack = stack.pop_all()
         return self
 
@@ -180,33 +170,64 @@ class Offload:
                 self.optimizer.write()
             self.flush()
 
+    def take(self, optimizer: MeZO) -> None:
+        """The optimizer's weights are those here, until the context is left."""
+        if optimizer.weights is self:
+            return
+        self._check(optimizer)
+        if not isinstance(optimizer.weights, Resident):
+            raise InputError("the optimizer's model is offloaded already")
+        self._release()
+        self.optimizer, optimizer.weights = optimizer, self
+
+    def _release(self) -> None:
+        if self.optimizer is not None and self.optimizer.weights is self:
+            self.optimizer.weights = Resident()
+
     def flush(self) -> None:
         """The weights are, where they lie, those after the last step: to be read or saved."""
-        if self.write_every is not None:
+        if self.write_every:
             self.streams.flush()
 
     @contextmanager
     def reading(self, relay: Relay | None = None, number: int = 0) -> Iterator[None]:
         """Whatever reads a parameter in this thread gets it from the device, as `model(...)` does.
 
-        With a relay, this is one of two that take turns.
+        With a relay, this is one of several that take turns.
         """
         before = getattr(self._local, "mode", None)
-        if before is not None:
+        if before is not None and relay is None:
             yield
             return
-        mode = _Present(self.streams, relay, number)
+        mode = Present(self.streams, relay, number)
         self._local.mode = mode
         try:
             with mode:
                 yield
         finally:
-            self._local.mode = None
+            self._local.mode = before
 
     # what MeZO asks of `perturbation.Resident`
 
-    def perturb(self, optimizer: MeZO, probe: int) -> "Interleaved":
+    def together(self, optimizer: MeZO, probes: Iterable[int]) -> None:
+        """One pass over the weights for all, unless each walks them from where the last one ended.
+
+        The closure of the first one's estimate is that of all of them.
+        """
+        self._ahead = {}
+        if optimizer.perturbation == "in_place" or optimizer.param_groups[0].get("paired"):
+            return
+        step = optimizer.param_groups[0]["step"]
+        found = {(step, probe): self.perturb(optimizer, probe) for probe in probes}
+        group = list(found.values())
+        for one in group:
+            one.group = group
+        self._ahead = found
+
+    def perturb(self, optimizer: MeZO, probe: int) -> Interleaved:
         group = optimizer.param_groups[0]
+        if (made := self._ahead.pop((group["step"], probe), None)) is not None:
+            return made
         inner = perturb(optimizer.trained(), group, probe, optimizer.state)
         if not isinstance(inner, Scratch):
             inner = Walked(inner.rows, inner.eps, group["step"], probe, inner.distribution)
@@ -236,6 +257,24 @@ class Offload:
         if (settings["step"] + 1) % settings["interval"] == 0:
             self._write_sum(p, settings["step"], state)
 
+    def queue(self, optimizer: MeZO, p: torch.Tensor, name: str, program: Program) -> bool:
+        """The moves of a replay, too, are made when the block is there."""
+        settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
+        if not low_rank.is_factored(p, settings):
+            self.streams.update(p, program.table)
+            return True
+        before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.table)
+        if len(written):
+            self.streams.update(p, np.concatenate([noise.table(before), written]))
+            before = []
+            state.clear()
+        with self.reading():
+            low_rank.update_(p, name, rest, settings, state)
+        if state:
+            optimizer.state[p] = state
+            self._summed[id(p)] = [*before, *(Move(*row) for row in rest.tolist())]
+        return True
+
     def write_(self, optimizer: MeZO) -> None:
         group = optimizer.param_groups[0]
         trained = {id(p): p for _, p, _ in optimizer.trained()}
@@ -243,6 +282,7 @@ class Offload:
             group["written"] = group["step"]
         for key in [*self._summed]:
             self._write_sum(trained[key], group["step"] - 1, optimizer.state[trained[key]])
+        self.flush()
 
     def _write_sum(self, p: torch.Tensor, step: int, state: dict) -> None:
         moves = [*self._summed.pop(id(p)), written_after(step)]
@@ -252,27 +292,34 @@ class Offload:
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         """The model's calls read from the device, where its inputs and buffers are too."""
-        entered: list[ExitStack] = []
+        from accelerate.utils import find_device, send_to_device
 
         def enter(module, args, kwargs):
-            stack = ExitStack()
+            stack, came = ExitStack(), find_device((args, kwargs))
             if getattr(self._local, "mode", None) is None:
                 stack.enter_context(self.reading())
-            entered.append(stack)
-            if self.device.type != "cpu":
-                from accelerate.utils import send_to_device
+            self._local.entered = [*getattr(self._local, "entered", ()), (stack, came)]
+            return move(args, self.device), move(kwargs, self.device)
 
-                return send_to_device(args, self.device), send_to_device(kwargs, self.device)
-            return None
+        def leave(module, args, output):
+            *self._local.entered, (stack, came) = self._local.entered
+            stack.close()
+            return move(output, came)
 
-        def leave(module, args, output) -> None:
-            entered.pop().close()
+        def move(given: Any, to: torch.device | None) -> Any:
+            if self.device.type == "cpu" or to is None:
+                return given
+            return send_to_device(given, to, skip_keys=_CACHE)
 
         buffers = [(b, b.data) for b in self.model.buffers()]
-        hooks = [
-            self.model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            self.model.register_forward_hook(leave, always_call=True),
-        ]
+        whole: Any = self.model
+        called = [whole]
+        if hasattr(whole, "get_base_model"):  # peft's wrapper generates by what it wraps
+            called.append(whole.get_base_model())
+        hooks = []
+        for module in called:
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
         try:
             for b, home in buffers:
                 b.data = home.to(self.device)
@@ -288,109 +335,29 @@ class Offload:
             self._homes.give_up([p for _, p in block.named])
 
 
-class _Present(TorchFunctionMode):
-    """Torch's functions are given what is on the device for a parameter of the model.
-
-    Under it, `Moved` makes theta + eps z of that. A parameter of another block than the last one's
-    is a point to take turns at.
-    """
-
-    def __init__(self, streams: Streams, relay: Relay | None, number: int):
-        super().__init__()
-        self.streams, self.relay, self.number = streams, relay, number
-        self.block: Block | None = None
-        self.loaded: dict[Block, Loaded] = {}  # the block read last, and those always kept
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in _PLACE and id(args[0]) in self.streams.home:
-            return function(torch.empty(0, device=self.streams.device))
-        if function in METADATA or not (self._reads(args) or self._reads(kwargs.values())):
-            return function(*args, **kwargs)
-        return function(*self._present(args), **self._present(kwargs))
-
-    def _reads(self, given) -> bool:
-        known = self.streams.home
-        return any(
-            id(x) in known or (type(x) in (tuple, list, dict) and self._reads(_values(x)))
-            for x in given
+def _check_parameter(name: str, p: torch.Tensor) -> None:
+    if p.is_meta or p.device.type != "cpu":
+        where = "the meta device" if p.is_meta else str(p.device)
+        raise InputError(
+            f"parameter {name} is on {where}: offload takes a model on the CPU, or one "
+            "from load_offloaded; leave device_map away"
         )
-
-    def _present(self, given: Any) -> Any:
-        if id(given) in self.streams.home:
-            return self._of(given)
-        if type(given) is dict:
-            return {key: self._present(value) for key, value in given.items()}
-        if type(given) in (tuple, list):
-            return type(given)(map(self._present, given))
-        return given
-
-    def _of(self, p: torch.Tensor) -> torch.Tensor:
-        block = self.streams.home[id(p)]
-        if block not in self.loaded:
-            if not block.kept:
-                if self.relay is not None:
-                    self.relay.pass_on(self.number)
-                self.loaded.pop(self.block, None)  # type: ignore[arg-type]
-                self.block = block
-            self.loaded[block] = self.streams.need(block)
-        return self.loaded[block].tensors[id(p)]
+    if not p.is_floating_point():
+        raise InputError(f"parameter {name} is quantised ({p.dtype}): offload does not take it")
 
 
-def _values(given: Any) -> Any:
-    return given.values() if type(given) is dict else given
-
-
-class Walked(Scratch):
-    """The weights that perturbation in place would walk by, each made for what reads it.
-
-    theta + eps z, and from there theta - eps z, with the roundings on the way; theta stays, until
-    the walk is repeated on it with the update.
-    """
-
-    def __init__(self, rows: Rows, eps: float, step: int, probe: int, distribution: str):
-        super().__init__(rows, eps, step, probe, distribution)
-        self.walked = [True] * len(rows)
-
-    def moves(self, sign: int) -> list[Move]:
-        return walk(self.step, self.probe, self.eps)[: 1 if sign > 0 else 2]
-
-    def way_home(self, i: int) -> list[Move]:
-        moves = [] if self.walked[i] else walk(self.step, self.probe, self.eps)
-        self.walked[i] = True
-        return moves
-
-
-class Interleaved:
-    """Both losses from one pass over the weights, by forward passes that take turns."""
-
-    def __init__(self, inner: Scratch, offload: Offload):
-        self.inner, self.offload = inner, offload
-        self.eps, self.estimates = inner.eps, inner.estimates
-        self.rows = inner.rows[:: len(inner.rows) // 16 + 1]  # to be looked at: all would be read
-
-    def losses(self, closure: Callable) -> tuple[float, float]:
-        with self.offload.reading():
-            both = self.inner.losses(closure)  # low rank: in one forward pass, perhaps
-        if both is not None:
-            return both
-        if isinstance(self.inner, Walked):
-            self.inner.walked = [False] * len(self.inner.rows)
-
-        def half(sign: int) -> Callable[[Relay, int], float]:
-            def run(relay: Relay, number: int) -> float:
-                with self.offload.reading(relay, number), self.inner.at(sign):
-                    return float(closure())
-
-            return run
-
-        with eager():  # for both: each would undo it for the other
-            return Relay(self.offload._second).both(half(+1), half(-1))
-
-    def way_home(self, i: int) -> list[Move]:
-        return self.inner.way_home(i)
-
-    def check(self, closure: Callable) -> None:
-        """InputError if the loss depends on a weight that is read past torch's functions."""
-        with self.offload.reading():
-            self.inner.check(closure)
+def check_settings(settings: Mapping[str, Any], half: bool) -> None:
+    """InputError for a parameter group's settings that do not go with it; half: 16-bit weights."""
+    if not is_linear(settings["rule"]):
+        raise InputError(f"rule {settings['rule']['name']} does not go with offload: take sgd")
+    if settings["estimator"] != "two_point":
+        raise InputError(
+            f"estimator {settings['estimator']} does not go with offload: take two_point"
+        )
+    if settings["layers"]:
+        raise InputError("layers (modified, keep) does not go with offload")
+    if half and settings["rounding"] in ("compensated", "master"):
+        raise InputError(
+            f"rounding {settings['rounding']!r} keeps a buffer as large as the weights: with "
+            "offload take stochastic"
+        )

@@ -5,7 +5,7 @@ scratch    leaves the weights as they are, and gives theta + eps z to what reads
 low_rank   leaves them too: z of a matrix is a product of small factors, which are multiplied apart
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -132,6 +132,13 @@ class Resident:
         finally:
             if state:
                 optimizer.state[p] = state
+
+    def together(self, optimizer: Any, probes: Iterable[int]) -> None:
+        """These directions of a step are estimated next, with the same closure."""
+
+    def queue(self, optimizer: Any, p, name: str, program: Any) -> bool:
+        """Whether the moves of a replay are taken, to be made later; else the caller makes them."""
+        return False
 
     def write_(self, optimizer: Any) -> None:
         """Whatever is not in the weights yet."""

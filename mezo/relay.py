@@ -1,72 +1,92 @@
-"""Two calls that take turns: each runs until it needs what is not there, then the other does.
+"""Calls that take turns: each runs until it needs what is not there, then the next one does.
 
 A forward pass cannot be stopped half-way and gone on with later, unless it has a thread of its own.
-Here two threads run, of which one waits at any time: nothing happens at once, and what is called
-needs no locks. Which of the two goes on is decided by `Relay.pass_on` alone.
+Here each has one, and all but one wait at any time: nothing happens at once, and what is called
+needs no locks. Which of them goes on is decided by `Relay.pass_on` alone.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 
 import torch
 
+Call = Callable[["Relay", int], float]  # given the relay, and its number for `pass_on`
+
 
 class _Stopped(BaseException):
-    """Ends the second call when the first has failed; no `except Exception` catches it."""
+    """Ends the other calls when one has failed; no `except Exception` catches it."""
 
 
 class Relay:
-    """`both(one, other)` -> (float, float): calls that take turns wherever they `pass_on()`.
+    """`run(calls)` -> a float each: calls that take turns wherever they `pass_on()`.
 
-    `one` runs in this thread. `other` runs in a thread of `pool`, under what torch keeps for each
-    thread: autocast, default device, the stream of kernels. An exception of one ends both.
+    The first one runs in this thread, the others in threads of `pool`, which must have enough of
+    them, under what torch keeps for each thread: autocast, default device, the stream of kernels.
+    An exception of one ends all.
     """
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool = pool
-        self._batons = [threading.Semaphore(0), threading.Semaphore(0)]
-        self._done = [False, False]
+        self._batons: list[threading.Semaphore] = []
+        self._done: list[bool] = []
+        self._turn = 0  # whose it is
         self._failed = False
 
-    def both(
-        self, one: Callable[["Relay", int], float], other: Callable[["Relay", int], float]
-    ) -> tuple[float, float]:
-        """Both are given the relay, and their number for `pass_on`."""
-        run = copy_context().run
-        second = self._pool.submit(run, self._second, other, state_of_thread())
+    def run(self, calls: Sequence[Call]) -> list[float]:
+        self._batons = [threading.Semaphore(0) for _ in calls]
+        self._done = [False] * len(calls)
+        state = state_of_thread()
+        others = [
+            self._pool.submit(copy_context().run, self._other, call, number, state)
+            for number, call in enumerate(calls[1:], start=1)
+        ]
         try:
-            first = one(self, 0)
+            first = calls[0](self, 0)
             self._end(0)
-            return first, second.result()
+            wait(others)
         except BaseException as error:
             self._failed = True
             self._end(0)
-            ended = second.exception()  # it ends at its next turn
-            if isinstance(error, _Stopped) and ended is not None:
-                raise ended from None
-            raise
+            wait(others)  # each ends at its next turn
+            if not isinstance(error, _Stopped):
+                raise
+        for ended in [other.exception() for other in others]:
+            if ended is not None and not isinstance(ended, _Stopped):
+                raise ended
+        return [first, *(other.result() for other in others)]
 
-    def _second(self, call: Callable[["Relay", int], float], context) -> float:
-        self._batons[1].acquire()
+    def _other(self, call: Call, number: int, context) -> float:
+        self._batons[number].acquire()
         try:
             self._go_on()
             with context():
-                return call(self, 1)
+                return call(self, number)
         except BaseException:
             self._failed = True
             raise
         finally:
-            self._end(1)
+            self._end(number)
 
     def pass_on(self, number: int) -> None:
-        """Let the other call run until it passes on, or ends; called by call `number`."""
-        if not self._done[1 - number]:
-            self._batons[1 - number].release()
+        """Let the others run until they pass on, or end; called by call `number`."""
+        self._go_on()
+        if (following := self._following(number)) is not None:
+            self._hand(following)
             self._batons[number].acquire()
         self._go_on()
+
+    def _following(self, number: int) -> int | None:
+        """The next call that is not done."""
+        n = len(self._done)
+        order = ((number + i) % n for i in range(1, n))
+        return next((other for other in order if not self._done[other]), None)
+
+    def _hand(self, number: int) -> None:
+        self._turn = number
+        self._batons[number].release()
 
     def _go_on(self) -> None:
         if self._failed:
@@ -74,7 +94,8 @@ class Relay:
 
     def _end(self, number: int) -> None:
         self._done[number] = True
-        self._batons[1 - number].release()
+        if self._turn == number and (following := self._following(number)) is not None:
+            self._hand(following)
 
 
 def state_of_thread() -> Callable:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import methods, models, rewards, tasks
+from . import methods, models, placement, rewards, tasks
 from . import run as task_run
 from .arguments import ModelArguments, RewardArguments
 from .errors import InputError
@@ -55,7 +55,7 @@ def train(
     checkpoint = task_run.checkpoint_of(args)
     task_run.make_folder(args.output_dir)
     begins = methods.started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = models.load(begins, adapter_seed=args.seed)
+    model, tokenizer = placement.load(begins, args)
     models.refuse_quantised(model)
     if not model.can_generate():
         raise InputError(f"model {model_args.model_name_or_path} generates no text")
@@ -63,13 +63,15 @@ def train(
     with task_run.trained_part(model, model_args):
         trainer = MeZOPolicyTrainer(model, functions, args, train_rows, dev_rows, tokenizer)
         trainer.run_config = asdict(model_args) | asdict(data) | (trainer.run_config or {})
-        before, texts = trainer.evaluate(), _texts(trainer, dev_rows)
-        if not checkpoint:
-            methods.keep_start(model, args.output_dir)
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-        after = trainer.evaluate()
-    rows = zip(dev_rows, texts, _texts(trainer, dev_rows), strict=False)
-    trainer.save_model(args.output_dir)
+        with trainer.offloaded():
+            before, texts = trainer.evaluate(), _texts(trainer, dev_rows)
+            if not checkpoint:
+                methods.keep_start(model, args.output_dir)
+            output = trainer.train(resume_from_checkpoint=checkpoint)
+            after, written = trainer.evaluate(), _texts(trainer, dev_rows)
+    rows = zip(dev_rows, texts, written, strict=False)
+    if args.offload_write_every:
+        trainer.save_model(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     result = {
         "reward": data.reward,

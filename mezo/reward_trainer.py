@@ -157,16 +157,17 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         """Completions of rows of a data set, and their rewards."""
         prompts, columns = _columns(rows)
         tokenizer: Any = self.processing_class
-        sampled = sample(
-            self.accelerator.unwrap_model(self.model if model is None else model),
-            tokenizer,
-            prompts,
-            self.reward_funcs,
-            self.generation,
-            columns=columns,
-            draw=draw,
-            trainer_state=self.state,
-        )
+        with self._placement.reading():
+            sampled = sample(
+                self.accelerator.unwrap_model(self.model if model is None else model),
+                tokenizer,
+                prompts,
+                self.reward_funcs,
+                self.generation,
+                columns=columns,
+                draw=draw,
+                trainer_state=self.state,
+            )
         if self.log_completions and self.is_world_process_zero():
             self._append(sampled, draw)
         return sampled

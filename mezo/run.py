@@ -23,7 +23,7 @@ import transformers
 from torch.nn import functional as F
 from transformers import Trainer
 
-from . import __version__, methods, models, rates, tasks, tuners
+from . import __version__, methods, models, placement, rates, tasks, tuners
 from .adapter import rebuilt
 from .arguments import DataArguments, ModelArguments
 from .errors import InputError
@@ -190,15 +190,17 @@ def train(
     checkpoint = _checkpoint(args)
     make_folder(args.output_dir)
     begins = methods.started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = models.load(begins, adapter_seed=args.seed)
+    model, tokenizer = placement.load(begins, args)
     if args.method not in methods.WITHOUT_TRAINING:
         models.refuse_quantised(model)
-    form = form_of(model, tokenizer, task, model_args, data_args)
+    with placement.inference(model, args.device, args.offload):
+        form = form_of(model, tokenizer, task, model_args, data_args)
     config = config_of(model_args, data_args, args)
     if line := rates.told(model_args, given, args):
         on_rate(line)
     with trained_part(model, model_args):
-        before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
+        with placement.inference(model, args.device, args.offload):
+            before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
         if args.method == "icl":
             shown = tasks.sample(splits["train"], data_args.demonstrations, data_args.split_seed)
             form = form_of(model, tokenizer, task, model_args, data_args, shown)
@@ -206,7 +208,8 @@ def train(
             found = methods.without_training(model, form, splits, args)
         else:
             trainer = _trainer(model, form, splits, args, config)
-            found = methods.by_trainer(trainer, splits, checkpoint)
+            with trainer.offloaded() if args.offload else nullcontext():
+                found = methods.by_trainer(trainer, splits, checkpoint)
             if args.process_index == 0:
                 tokenizer.save_pretrained(args.output_dir)
     result = _result(task, model_args.model_name_or_path, before, found)
@@ -264,6 +267,7 @@ def config_of(
 def check_arguments(args: TrainArguments, model_args: ModelArguments) -> None:
     """What the Trainer would not refuse, or not in words."""
     methods.check(args, model_args)
+    placement.check_arguments(args)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -286,7 +290,7 @@ def trained_part(model, args: ModelArguments) -> AbstractContextManager:
     return FrozenLower(model, args.freeze_layers) if args.freeze_layers else nullcontext()
 
 
-def _trainer(model, form: Form, splits: Splits, args: TrainArguments, config: dict) -> Trainer:
+def _trainer(model, form: Form, splits: Splits, args: TrainArguments, config: dict) -> Any:
     args.remove_unused_columns, args.label_names = False, ["labels"]
     args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
     data = {
@@ -344,6 +348,7 @@ def evaluate(
     log: str | None = None,
     until: int | None = None,
     batch_size: int = 32,
+    offload: bool = False,
 ) -> dict:
     """Metrics on the test examples: zero-shot, in context, or after replaying a run log."""
     if data_args.demonstrations < 0:
@@ -357,11 +362,14 @@ def evaluate(
         train = _read(task, data_args, "train")
         shown = tasks.sample(train, data_args.demonstrations, data_args.split_seed)
     if log is None:
-        model, tokenizer = models.load(model_args)
+        model, tokenizer = models.load(model_args, offload=offload)
+    elif offload:
+        raise InputError("offload is for a model in files: `mezo replay --by_tensor` makes it")
     else:
         model, tokenizer, _ = rebuilt(model_args, log, until)
-    form = form_of(model, tokenizer, task, model_args, data_args, shown)
-    found = evaluate_form(model, form, examples, batch_size)
+    with placement.inference(model, offload=offload):
+        form = form_of(model, tokenizer, task, model_args, data_args, shown)
+        found = evaluate_form(model, form, examples, batch_size)
     result = {"task": task.name, "model": model_args.model_name_or_path} | found.metrics
     result |= {"loss": found.loss, "n": found.n, "demonstrations": len(shown)}
     return result | {"demonstrations_dropped": found.dropped, "log": log}

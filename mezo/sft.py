@@ -29,6 +29,7 @@ from . import models, tuners
 from .arguments import ModelArguments, TextArguments
 from .errors import InputError
 from .methods import check_adapter, keep_start, passes_of_a_step, started_with
+from .placement import load
 from .profile import PeakMemory
 from .run import checkpoint_of, environment, make_folder, write_result
 from .trainer import MeZOConfig, MeZOMixin, changed
@@ -47,6 +48,10 @@ class MeZOSFTTrainer(MeZOMixin, SFTTrainer):
 
 class MeZODPOTrainer(MeZOMixin, DPOTrainer):
     """TRL's direct preference optimization by forward passes alone."""
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        with self._placement.reading():
+            return super()._precompute_ref_logps(*args, **kwargs)
 
 
 class MeZORewardTrainer(MeZOMixin, RewardTrainer):
@@ -120,7 +125,7 @@ def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args:
             "have: merge it into its model first (merge_and_unload)"
         )
     begins = started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = models.load(begins, adapter_seed=args.seed)
+    model, tokenizer = load(begins, args)
     models.refuse_quantised(model)
     if not model.can_generate():
         raise InputError(f"{kind} is for causal language models, {type(model).__name__} is none")
@@ -129,14 +134,18 @@ def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args:
     if held_out is not None and args.eval_strategy == "no":
         args.eval_strategy = type(args.eval_strategy)("steps")
     args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
-    trainer = _trainer(kind, model, tokenizer, data, held_out, args)
+    reference = None  # None: TRL loads it, where it needs one
+    if args.offload and kind == "dpo" and not hasattr(model, "peft_config"):
+        reference = None if args.precompute_ref_log_probs else load(begins, args)[0]
+    trainer = _trainer(kind, model, tokenizer, (data, held_out), args, reference)
     config = asdict(model_args) | asdict(data_args) | changed(args)
     trainer.run_config = config
     if not checkpoint:
         keep_start(model, args.output_dir)
     with PeakMemory() as peak:
         output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
+    if args.offload_write_every:
+        trainer.save_model(args.output_dir)
     evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     result = {
         "model": model_args.model_name_or_path,
@@ -154,11 +163,12 @@ def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args:
     return write_result(args.output_dir, result)
 
 
-def _trainer(kind: str, model, tokenizer, data: Dataset, held_out: Dataset | None, args: Any):
+def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any):
     adapter = {}
     if hasattr(model, "peft_config"):
         adapter = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    options = {"train_dataset": data, "eval_dataset": held_out, "processing_class": tokenizer}
+    options = {"train_dataset": data[0], "eval_dataset": data[1], "processing_class": tokenizer}
+    options |= {} if reference is None else {"ref_model": reference}
     with warnings.catch_warnings():  # of names that transformers and peft have given up
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", "Adapter name 'ref'")

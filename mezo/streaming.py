@@ -77,17 +77,17 @@ class Streams:
     """Brings blocks to `device`.
 
     `update(p, moves)` queues moves of a weight, for its block's next visit. `write_every`: so many
-    updates wait before a block is written back; None: for ever, each load makes them all again.
-    `settings` of the noise are those of a run log's header. `given_up(block)` is told when a block
-    is of no use for now.
+    updates wait before a block is written back; 0: for ever, each load makes them all again.
+    `settings()` of the noise are those of a run log's header. `given_up(block)` is told when a
+    block is of no use for now.
     """
 
     def __init__(
         self,
         blocks: Sequence[Block],
         device: torch.device,
-        write_every: int | None,
-        settings: Mapping[str, Any],
+        write_every: int,
+        settings: Callable[[], Mapping[str, Any]],
         given_up: Callable[[Block], None] = lambda block: None,
         copies: bool = False,
         lanes: Lanes | None = None,
@@ -219,7 +219,7 @@ class Streams:
                     tensor = loaded.tensors[id(p)]
                     with torch.no_grad():
                         program = Program(np.concatenate(tables), [], [], 0)
-                        make_(tensor, {"name": name}, dict(self.settings), program, {})
+                        make_(tensor, {"name": name}, dict(self.settings()), program, {})
                     loaded.made[id(p)] += len(tables)
                 if loaded.made[id(p)]:
                     changed.append(p)

@@ -13,6 +13,7 @@ theta with all micro-batches evaluated at either end.
 import logging
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.utils import PushToHubMixin
 
-from . import trajectory
+from . import placement, trajectory
 from .config import MeZOConfig, changed, mezo_options, schedule_of
 from .distributed import join
 from .errors import InputError
@@ -50,52 +51,73 @@ class MeZOMixin(_Host):
     optimizer: Any  # MeZO; while training, in Accelerate's wrapper
     run_config: dict[str, Any] | None = None  # for the run log; None: the changed arguments
     pair_loss: Any = None  # (model, inputs, both) -> a micro-batch's two losses: low_rank.Paired
+    ref_model: Any = None  # TRL's, beside the model
+    _placement: placement.Placement
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         _check(self)
+        placement.check(self)
         self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
         self._estimates: list[Estimate] = []  # of the latest update, one a direction
         self._tail = Tail(self)
         self._run_log = _RunLog(self)
         self.add_callback(self._run_log)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; with `offload` nothing else moves the model to the device."""
+        super().create_accelerator_and_postprocess()
+        self._placement = placement.Placement(self)
+        self.accelerator.device_placement &= not self._placement.offloads
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """With args.offload: within this context `self.model` is computed with on the device.
+
+        Training, evaluation and prediction enter it by themselves. Around several of them it is
+        entered once; the model's own calls, such as `generate`, want it. Without, it does nothing.
+        """
+        return self._placement.open()
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """As the Trainer's; True goes on from the last checkpoint *and* the tail of the run log.
 
         Without a checkpoint, from the model as it was given and the log (see resume.py).
         """
-        try:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = self._tail.begin()
-            if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
-                return ended
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:  # whatever ended it: the log is complete up to the last step
-            self._window = []
-            self._write()
-            self._tail.end()
-            self._run_log.close()
+        with self.offloaded():
+            try:
+                if resume_from_checkpoint is True:
+                    resume_from_checkpoint = self._tail.begin()
+                if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
+                    return ended
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:  # whatever ended it: the log is complete up to the last step
+                self._window = []
+                self._write()
+                self._tail.end()
+                self._run_log.close()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint = self._tail.checkpoint_of(resume_from_checkpoint)
         if checkpoint is not None:
+            self._placement.flush()
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
 
     def _write(self) -> None:
-        """Low-rank directions: bring the matrices up to date."""
+        """Low-rank directions, offload: bring the weights up to date."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, MeZO):
             optimizer.write()
 
     def evaluation_loop(self, *args, **kwargs):
         self._write()
-        return super().evaluation_loop(*args, **kwargs)
+        with self._placement.reading():
+            return super().evaluation_loop(*args, **kwargs)
 
     def save_model(self, *args, **kwargs):
+        self._placement.check_saved()
         self._write()
         super().save_model(*args, **kwargs)
 
@@ -146,6 +168,7 @@ class MeZOMixin(_Host):
             schedule.step()
         self._estimates, clean = [], None
         own = optimizer.processes.own(optimizer.param_groups[0]["num_samples"])
+        optimizer.weights.together(optimizer, () if fresh else own)
         for probe, part in zip(own, _parts(window, len(own), fresh), strict=False):
             closure = self._closure(model, part)
             found = optimizer.estimate(closure, probe, clean=clean)  # restored: callbacks may save
@@ -216,8 +239,9 @@ class _RunLog(TrainerCallback):
         self._writer: trajectory.Writer | None = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self._trainer._tail.catch_up()
         path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer
+        self._trainer._placement.take(mezo)
+        self._trainer._tail.catch_up()
         self.close()  # auto_find_batch_size begins again
         join(mezo, model, probes=getattr(args, "probe_groups", 1))
         resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step

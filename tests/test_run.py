@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from trainers import quick_collection  # noqa: F401  # an autouse fixture
 from trainers import trained as trained_alone
 
-from mezo import models, objectives, run, trajectory
+from mezo import models, objectives, placement, run, trajectory
 from mezo.arguments import DataArguments, ModelArguments
 from mezo.errors import InputError
 from mezo.run import TrainArguments
@@ -234,3 +234,18 @@ def test_encoders_train_too(place, tmp_path):
     model = {"model_name_or_path": str(place / "encoder")}
     result = trained(place, tmp_path, model)
     assert result["test"]["loss"] != result["zero_shot"]["loss"]
+
+
+def test_what_is_evaluated_is_on_the_accelerator(monkeypatch):
+    """Evaluation without a Trainer would run on the CPU, where loading leaves a model."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    model = torch.nn.Linear(2, 2)
+    with placement.inference(model, offload=False):
+        assert model.weight.is_meta
+    placed = torch.nn.Linear(2, 2)
+    placed.hf_device_map = {"": "cpu"}  # by its loading
+    placement.place(placed)
+    assert not placed.weight.is_meta
+    given = torch.nn.Linear(2, 2)
+    placement.place(given, "cpu")
+    assert not given.weight.is_meta

@@ -33,6 +33,7 @@ from mezo import MeZO, MeZOConfig, MeZOTrainer, trajectory
 @pytest.mark.parametrize(
     ("name", "parameters"),
     {
+        "create_accelerator_and_postprocess": ["self"],
         "create_optimizer": ["self", "model"],
         "_wrap_model": ["self", "model", "training", "dataloader"],
         "training_step": ["self", "model", "inputs", "num_items_in_batch"],

@@ -95,6 +95,13 @@ def written_after(step: int) -> noise.Move:
     return _mark(_WRITE, step)
 
 
+def split_at_writing(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a program's table has up to the last writing of a matrix, and what it sums up after."""
+    written = np.flatnonzero(table["rounding"] == _WRITE)
+    end = int(written[-1]) + 1 if len(written) else 0
+    return table[:end], table[end:]
+
+
 def _mark(kind: int, number: int) -> noise.Move:
     return noise.Move(number, 0, 1.0, 0.0, kind)
 

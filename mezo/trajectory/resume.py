@@ -37,8 +37,9 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
     programs = {i: program_of(log.header, steps, i, finish=False, **began) for i in where.values()}
     entries = {entry["name"]: entry for entry in log.header["tensors"]}
     for name, p, group in optimizer.trained():
-        state = optimizer.state.get(p, {})
-        make_(p, entries[name], log.header, programs[where[id(group)]], state)
+        state, program = optimizer.state.get(p, {}), programs[where[id(group)]]
+        if not optimizer.weights.queue(optimizer, p, name, program):
+            make_(p, entries[name], log.header, program, state)
         if state:
             optimizer.state[p] = state
     first["past"], first["number"] = programs[0].past, programs[0].number
