@@ -15,6 +15,7 @@ that weights stay equal to the bit; an all-reduce would not do: its order may di
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -26,7 +27,7 @@ from torch import distributed as dist
 
 from .errors import InputError
 from .estimators import FAILED, Closure, Estimate, Mean, merged
-from .link import Link
+from .link import Link, fingerprint
 from .noise.shards import is_sharded
 from .perturbation import InPlace, Resident, perturb, sides
 from .sharding import Sharded
@@ -47,6 +48,7 @@ class Alone:
     """One process: a step's estimates are its own."""
 
     latest: Mapping[int, Sequence[Estimate]] = MappingProxyType({})  # of the last step, by probe
+    _begun = False
 
     def own(self, num_samples: int) -> range:
         """The directions of a step that this process estimates."""
@@ -61,6 +63,13 @@ class Alone:
                 raise InputError(
                     f"parameter {name} is sharded: call mezo.distributed.join(optimizer, model)"
                 )
+        if not self._begun and _processes() > 1:
+            logging.getLogger("mezo").warning(
+                "%d processes, and no mezo.distributed.join(optimizer, model): each trains weights "
+                "of its own",
+                _processes(),
+            )
+        self._begun = True
         return closure.closure if isinstance(closure, Mean) else closure
 
     def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
@@ -111,6 +120,8 @@ class Processes(Link, Alone):
             raise InputError(f"rank {self.rank} estimates probes {_span(mine)}, not {probe}")
         if not max(seen, default=0) <= probe <= max(len(seen), mine[0]):
             raise ValueError(f"the probes of a step are estimated in order: not {probe} now")
+        if self._sharded.any and optimizer.weights is not self._sharded:
+            raise InputError("a sharded model does not go with offload")
         _walk(seen, probe, optimizer)
         self.expect(_CHECKS + n * _FIELDS)
         return self._sharded.closure(closure.closure if isinstance(closure, Mean) else closure)
@@ -215,8 +226,10 @@ def join(
     that names its rank. Without a process group, one process does it all. Returns the optimizer's
     `processes`. Start with `torchrun --nproc_per_node=N`.
     """
+    if hasattr(optimizer, "optimizer"):
+        raise InputError("this is Accelerate's wrapper of an optimizer: take its .optimizer")
     sharded = Sharded(model, optimizer)
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _processes():
         return optimizer.processes
     size = dist.get_world_size(group)
     if size > 1 and not isinstance(optimizer.weights, Resident):
@@ -232,6 +245,7 @@ def join(
     trained = [(name, p) for name, p, _ in optimizer.trained()]
     settings = _settings(optimizer) | {"tensors": {n: [*p.shape, str(p.dtype)] for n, p in trained}}
     found._blame(found.gather_json(settings))
+    sharded.begin(optimizer, found, found.place)
     tensors = trained if model is None else named_tensors(model)
     _send(found, tensors)
     found._weights = _checksum(_fingerprints(optimizer))
@@ -241,8 +255,13 @@ def join(
 
 def leave() -> None:
     """At a process's end: leave the process group, if there is one, or torch complains."""
-    if dist.is_available() and dist.is_initialized():
+    if _processes():
         dist.destroy_process_group()
+
+
+def _processes() -> int:
+    """How many there are; 0 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
 
 
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -262,7 +281,7 @@ def _broadcast_(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None
 @torch.no_grad()
 def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
     """What differs, from rank 0 to all: mostly nothing, if all have loaded the same files."""
-    found = processes.gather_json([_fingerprint(tensor) for _, tensor in tensors])
+    found = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
     which = [i for i, of in enumerate(zip(*found, strict=True)) if len(set(of)) > 1]
     _broadcast_([tensors[i][1] for i in which], processes.group)
 
@@ -324,16 +343,8 @@ def _fingerprints(optimizer: "MeZO") -> dict[str, int]:
     for name, p, _ in optimizer.trained():
         state = optimizer.state.get(p, {})
         kept = [state[key] for key in sorted(state) if isinstance(state[key], torch.Tensor)]
-        found[name] = sum(_fingerprint(tensor) for tensor in (p, *kept)) % 2**64
+        found[name] = sum(fingerprint(tensor) for tensor in (p, *kept)) % 2**64
     return found
-
-
-def _fingerprint(tensor: torch.Tensor) -> int:
-    """The sum of the elements' bits, as integers: one pass over the memory, on its device."""
-    if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
-        return 0
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(-1).view(kind).sum(dtype=torch.int64)) % 2**64
 
 
 def _checksum(value: Any) -> int:

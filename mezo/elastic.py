@@ -16,7 +16,7 @@ died in was made nowhere.
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,30 @@ def record(
 ) -> Iterator[trajectory.Writer | None]:
     """`trajectory.record` for all processes: rank 0 writes the log, going on with one that exists.
 
-    Called by all after `distributed.join`, for the fingerprints of sharded weights are of the whole
-    ones, which takes every process. The others get None.
+    The others get None. Called by all after `distributed.join`.
+    """
+    writer = writer_of(optimizer, path, model=model, config=config, resume=True)
+    with nullcontext() if writer is None else writer:
+        yield writer
+
+
+def writer_of(
+    optimizer: MeZO, path: str | Path, *, model: Any, config: dict[str, Any] | None, resume: bool
+) -> trajectory.Writer | None:
+    """`trajectory.record`, called by all processes; None for those that do not write the log.
+
+    The fingerprints of sharded weights are of the whole ones, which takes every process.
     """
     processes: Alone = optimizer.processes
-    if not isinstance(processes, Link) or processes.rank == 0:
-        fresh = not (Path(path).exists() and Path(path).stat().st_size)
-        if isinstance(processes, Link):
-            processes.send(b"fresh" if fresh else b"", 0)
-        with trajectory.record(optimizer, path, model=model, config=config, resume=True) as writer:
-            yield writer
-        return
-    if processes.send(b"", 0) == b"fresh" and any(is_sharded(p) for _, p, _ in optimizer.trained()):
+    if not isinstance(processes, Link):
+        return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
+    if processes.rank == 0:
+        begun = resume and Path(path).exists() and Path(path).stat().st_size
+        processes.send(b"" if begun else b"fresh", 0)
+        return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
+    fresh = processes.send(b"", 0) == b"fresh"
+    known = [p for _, p, _ in optimizer.trained()]
+    known += [] if model is None else model.parameters()
+    if fresh and any(map(is_sharded, known)):
         trajectory.writer.header_of(optimizer, model, config)  # rank 0 waits for these shards
-    yield None
+    return None

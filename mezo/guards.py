@@ -1,6 +1,7 @@
 """What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,7 @@ def _check_together(group: dict) -> None:
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.is_meta:
-        raise InputError(
-            f"parameter {name} is on the meta device (offloaded or not loaded): "
-            "a perturbation would be lost; load it onto a device"
-        )
+    check_loaded([(name, tensor)])
     if type(tensor) not in (torch.nn.Parameter, torch.Tensor) and not is_sharded(tensor):
         raise InputError(
             f"parameter {name} is a {type(tensor).__name__}: quantised weights "
@@ -110,6 +107,16 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise InputError(f"parameter {name} is sparse ({tensor.layout}); only dense ones are tuned")
     if tensor.dtype not in (torch.float32, torch.float64, *HALF):
         raise InputError(f"parameter {name} is {dtype}: only floating-point weights are tuned")
+
+
+def check_loaded(named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """InputError if what is to be trained is not there: accelerate's offloading, an empty model."""
+    for name, tensor in named:
+        if tensor.requires_grad and tensor.is_meta:
+            raise InputError(
+                f"parameter {name} is on the meta device (offloaded or not loaded): a perturbation "
+                "would be lost; load the model by mezo.offload.load_offloaded, or onto a device"
+            )
 
 
 def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:

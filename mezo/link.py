@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
+from .noise.shards import is_sharded
+
 if TYPE_CHECKING:
     from .mezo import MeZO
 
@@ -64,6 +66,11 @@ class Link:
     def _others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
+    def ranks(self, of_all: Sequence[int]) -> list[int]:
+        """In this group, of ranks among all processes."""
+        known = self.group
+        return [r if known is None else dist.get_group_rank(known, r) for r in of_all]
+
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
@@ -84,3 +91,14 @@ class Link:
     def send(self, data: bytes, source: int) -> bytes:
         """`data` of rank `source`, at every process."""
         return self._gather_bytes(data if self.rank == source else b"")[source]
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """The sum of the elements' bits, as integers: one pass over the memory, on its device.
+
+    0 for what a process does not have as a whole.
+    """
+    if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
+        return 0
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(-1).view(kind).sum(dtype=torch.int64)) % 2**64

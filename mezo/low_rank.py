@@ -25,7 +25,7 @@ import torch
 
 from . import noise, rounding
 from .errors import Held
-from .noise import Move
+from .noise import Move, shards
 from .noise.definition import round_stochastically, rounding_bits
 from .products import Factors, Products, Unpaired
 from .rounding import HALF, last_rounding
@@ -99,10 +99,15 @@ def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state
     interrupt = Held()
     for kept in ("low_rank", "decay"):
         state.pop(kept, None)
-    rows = [(part,) for part in parts_of(tensor)]
-    interrupt.commit(
-        rows, lambda part: [(tensor[part], summed(tensor, part, left, right, bits, decay))]
-    )
+
+    def write(rows: torch.Tensor, offset: int) -> None:
+        mine = left[offset // tensor.shape[1] :]
+        interrupt.commit(
+            [(part,) for part in parts_of(rows)],
+            lambda part: [(rows[part], summed(rows, part, mine, right, bits, decay, offset))],
+        )
+
+    shards.apply_(tensor, write)
     interrupt.release()
 
 
@@ -144,19 +149,21 @@ def summed(
     right: torch.Tensor,
     bits: Mapping[str, Any],
     decay: float = 1.0,
+    offset: int = 0,
 ) -> torch.Tensor:
     """Rows `part` of decay * tensor + left @ right', the same bits everywhere.
 
     left (m, rank) and right (n, rank) are float32, or float64 for a float64 matrix. Each product
     and each sum is rounded to that, in the order of the columns, which no BLAS promises; then a
-    16-bit matrix, to nearest or with the `bits` of a key, step, probe and stream.
+    16-bit matrix, to nearest or with the `bits` of a key, step, probe and stream. `offset` is the
+    index of the tensor's first element in the whole matrix.
     """
     x = tensor[part].to(left.dtype) * decay
     for k in range(left.shape[1]):
         x = x + left[part, k, None] * right[:, k]
     if tensor.dtype not in HALF or bits["stream"] == noise.NEAREST:
         return x
-    start, stop = part.start * tensor.shape[1], part.stop * tensor.shape[1]
+    start, stop = (offset + row * tensor.shape[1] for row in (part.start, part.stop))
     drawn = rounding_bits(start=start, stop=stop, device=tensor.device, **bits)
     return round_stochastically(x, drawn.view(x.shape), tensor.dtype)
 
@@ -199,6 +206,7 @@ class LowRank(Scratch):
         how = settings["eps"], settings["step"], probe, settings["distribution"]
         super().__init__(rows, *how)
         self.settings, self.state = settings, state
+        self._trained = {name: tensor for name, tensor, _ in rows}
         self.dtypes: set[torch.dtype] = set()  # in which products were computed
         self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
         self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
@@ -236,7 +244,7 @@ class LowRank(Scratch):
             )
             self._made[name] = right, u
         right, u = self._made[name]
-        a = self.state.get(tensor, {}).get("low_rank")
+        a = self.state.get(self._trained[name], {}).get("low_rank")
         left = [sign * u if a is None else a.add(u, alpha=sign) for sign in signs]
         return right, torch.stack(left)
 
@@ -256,7 +264,7 @@ class _Half(Moved):
     """One sign, for all that is no product: torch's functions get the weights as they would be."""
 
     def __init__(self, of: LowRank, sign: int):
-        super().__init__(of.rows, of.moves(sign), of.distribution, of.read)
+        super().__init__(of, of.moves(sign))
         self.of, self.sign = of, sign
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
@@ -264,7 +272,7 @@ class _Half(Moved):
             return tensor
         if tensor.dim() > 2 or (tensor.dim() < 2 and tensor.dtype in HALF):
             return super().moved(name, tensor, key)
-        self.read.add(id(tensor))
+        self.read.add(name)
         if tensor.dim() < 2:
             return self.of.vector(tensor, key, self.sign)
         out = torch.empty_like(tensor, requires_grad=False)

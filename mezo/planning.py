@@ -27,7 +27,7 @@ from .errors import InputError
 from .living import FusedAttention, Living
 from .models import EMBEDDED
 from .noise import Move
-from .scratch import Moved
+from .scratch import Moved, Scratch
 from .streaming import blocks_of
 from .tuners import with_adapter
 
@@ -237,7 +237,7 @@ class Planner:
             model = skeleton(config, self.dtype)
             named = model.named_parameters() if perturbed else []
             rows = [(name, p, (0, 0)) for name, p in named]
-            remade = _Remade(rows, [Move(0, 0, 1.0, 1.0)], "gaussian", set())
+            remade = _Remade(Scratch(rows, 1.0, 0, 0, "gaussian"), [Move(0, 0, 1.0, 1.0)])
             known = [*model.parameters(), *model.buffers()]
             with torch.no_grad(), FusedAttention(), Living(known) as living, remade:
                 self._loss(model, batch)

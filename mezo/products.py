@@ -9,14 +9,14 @@ dimensions; what fits neither is refused, and low_rank.py compares the losses wi
 passes before it relies on them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from .errors import InputError
-from .scratch import LOOKUP, Moved, Reads
+from .scratch import LOOKUP, Moved, Reads, tensors
 
 if TYPE_CHECKING:
     from .low_rank import LowRank
@@ -38,7 +38,7 @@ class Products(Reads):
     def __init__(
         self, perturbed: "LowRank", halves: Sequence[Moved], signs: Sequence[int], batch: int
     ):
-        super().__init__(perturbed.rows, perturbed.read)
+        super().__init__(perturbed)
         self.perturbed, self.halves, self.signs, self.batch = perturbed, halves, signs, batch
 
     def call(self, function, args: tuple, kwargs: dict):
@@ -49,7 +49,7 @@ class Products(Reads):
             return self._lookup(*args, **kwargs)
         if len(self.halves) == 1:
             return self.halves[0].call(function, args, kwargs)
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors((args, kwargs)))
         # three dimensions and more may be experts', whose tokens are in an order of their own
         flat = all(x.dim() < 3 for x in given if id(x) in self.rows)
         mine = {id(x) for x in given if self._is_rows(x, flat)}
@@ -71,6 +71,10 @@ class Products(Reads):
             known.rows[id(plus)] = (f"(by {name})", own, None)
         return plus
 
+    def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
+        for known in (self, *self.halves):
+            known.rows[id(x)] = row
+
     def _is_matrix(self, x, weight, bias, transposed: bool) -> bool:
         known = isinstance(x, torch.Tensor) and x.dim() > 0 and id(x) not in self.rows
         vector = bias is None or (isinstance(bias, torch.Tensor) and bias.dim() == 1)
@@ -79,7 +83,7 @@ class Products(Reads):
     def _factors(self, weight: torch.Tensor, dtype: torch.dtype):
         """right (n, rank), left (halves, m, rank) and the matrix, of that dtype."""
         name, tensor, _ = self.rows[id(weight)]
-        self.read.add(id(tensor))
+        self.read.add(name)
         self.perturbed.dtypes.add(dtype)
         right, left = self.perturbed.factors(name, tensor, self.signs)
         return right.to(dtype), left.to(dtype), tensor.detach().to(dtype)
@@ -153,14 +157,6 @@ class Products(Reads):
                 plus, minus = (x.expand(self.batch, *x.shape[1:]) for x in (plus, minus))
                 return torch.cat([plus[:half], minus[half:]])
         raise Unpaired(f"what {name} makes of trained parameters has no rows of the batch")
-
-
-def _tensors(given: Any) -> Iterator[torch.Tensor]:
-    if isinstance(given, torch.Tensor):
-        yield given
-    elif isinstance(given, dict | tuple | list):
-        for one in given.values() if isinstance(given, dict) else given:
-            yield from _tensors(one)
 
 
 def _is_vector(x: Any) -> bool:

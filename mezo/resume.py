@@ -34,7 +34,9 @@ class Tail:
     def begin(self) -> str | None:
         """What to resume from: a checkpoint, or the folder that stands for the log's end."""
         args = self.trainer.args
-        found = last_checkpoint(args.output_dir)
+        # the Trainer cannot load one into a model that `from_pretrained` has sharded
+        sharded = self.trainer.is_distributed_loading_by_transformers
+        found = None if sharded else last_checkpoint(args.output_dir)
         log = Path(args.output_dir, "run.mezo")
         if found is None and not log.exists():
             raise InputError(f"{args.output_dir} has neither a checkpoint nor a run.mezo")

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,9 +18,19 @@ from . import noise
 from .errors import InputError
 from .layers import PLAIN, Own, within
 from .noise import Move
-from .noise.shards import is_sharded
+from .noise.shards import is_sharded, local
 
 Rows = Sequence[tuple[str, torch.Tensor, tuple[int, int]]]  # name, tensor and key of z, each
+
+
+class Placed(Protocol):
+    """Tensors that a model reads in the place of trained shards (sharding.py)."""
+
+    def find(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """If x is one: the shard, and x as what it is of the whole parameter, a DTensor perhaps."""
+
+    def of_all(self, names: set[str]) -> set[str]:
+        """The names that every process gives; called by all."""
 
 
 class Scratch:
@@ -44,12 +54,12 @@ class Scratch:
         self.rows, self.eps, self.distribution = rows, eps, distribution
         self.step, self.probe, self.owns = step, probe, owns or {}
         self.estimates: list = []
-        self.read: set[int] = set()  # ids of the parameters that were asked for
+        self.read: set[str] = set()  # names of the parameters that were asked for
+        self.placed: Placed | None = None
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
-        moves = self.moves(sign)
-        with eager(), Moved(self.rows, moves, self.distribution, self.read, self.owns):
+        with eager(), Moved(self, self.moves(sign)):
             yield
 
     def moves(self, sign: int) -> list[Move]:
@@ -73,13 +83,14 @@ class Scratch:
 
         One more forward pass with NaN in those parameters; none if all were read.
         """
-        unread = [(name, p) for name, p, _ in self.rows if id(p) not in self.read]
+        names = {name for name, _, _ in self.rows} - self.read
+        if self.placed is not None:  # a forward pass takes all processes
+            names = self.placed.of_all(names)
+        unread = [(name, p) for name, p, _ in self.rows if name in names]
         if not unread:
             return
         with self.at(-1):
             before = float(closure())
-        if not math.isfinite(before):
-            return
         saved = [p.clone() for _, p in unread]
         try:
             for _, p in unread:
@@ -89,10 +100,10 @@ class Scratch:
         finally:
             for (_, p), values in zip(unread, saved, strict=True):
                 p.copy_(values)
-        if not abs(after - before) <= 1e-3 * abs(before):
-            names = ", ".join(name for name, _ in unread)
+        if math.isfinite(before) and not abs(after - before) <= 1e-3 * abs(before):
+            told = ", ".join(name for name, _ in unread)
             raise InputError(
-                f"the model reads {names} past torch's functions (a compiled or scripted module, a "
+                f"the model reads {told} past torch's functions (a compiled or scripted module, a "
                 'view made earlier): perturb a float32 model in place, perturbation="in_place"'
             )
 
@@ -123,14 +134,19 @@ LOOKUP = torch.nn.functional.embedding
 class Reads(TorchFunctionMode):
     """While it is entered, `call` makes the calls of torch's functions that read a parameter."""
 
-    def __init__(self, rows: Rows, read: set[int]):
+    def __init__(self, perturbed: Scratch):
         super().__init__()
-        self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(row[1]): row for row in rows}
-        self.read = read
+        self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
+        self.read, self.placed = perturbed.read, perturbed.placed
+        self._known: dict[int, torch.Tensor] = {}  # parameters that were looked up in `placed`
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in METADATA or not (self._reads(args) or self._reads(kwargs.values())):
+        if function in METADATA:
+            return function(*args, **kwargs)
+        if self.placed is not None:
+            self._find(self.placed, (args, kwargs))
+        if not (self._reads(args) or self._reads(kwargs.values())):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "__set__":
@@ -146,6 +162,20 @@ class Reads(TorchFunctionMode):
         return any(
             id(x) in self.rows or (type(x) in (tuple, list) and self._reads(x)) for x in given
         )
+
+    def _find(self, placed: Placed, given: Any) -> None:
+        """Parameters that are none of the rows: do they stand in the place of one?"""
+        for x in tensors(given):
+            known = id(x) in self.rows or id(x) in self._known
+            if not known and isinstance(x, torch.nn.Parameter):
+                self._known[id(x)] = x
+                if (found := placed.find(x)) is not None:
+                    name, _, key = self.rows[id(found[0])]
+                    self.know(x, (name, found[1], key))
+
+    def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
+        """From now on, what is given x reads that row."""
+        self.rows[id(x)] = row
 
     def embedding(self, weight: torch.Tensor, max_norm: float | None) -> tuple:
         """Its row. InputError if a lookup changes it."""
@@ -172,21 +202,15 @@ class Reads(TorchFunctionMode):
 class Moved(Reads):
     """Torch's functions get theta + eps z where they are given theta."""
 
-    def __init__(
-        self,
-        rows: Rows,
-        moves: Sequence[Move],
-        distribution: str,
-        read: set[int],
-        owns: Mapping[str, Own] | None = None,
-    ):
-        super().__init__(rows, read)
-        self.moves, self.distribution, self.owns = moves, distribution, owns or {}
+    def __init__(self, perturbed: Scratch, moves: Sequence[Move]):
+        super().__init__(perturbed)
+        self.moves, self.distribution, self.owns = moves, perturbed.distribution, perturbed.owns
         self._tables: dict[float, Any] = {}  # by scale
 
     def call(self, function, args: tuple, kwargs: dict):
         first = self.rows.get(id(args[0])) if args else None
-        if function is torch.Tensor.__getitem__ and first and _is_index(args[1]):
+        element = function is torch.Tensor.__getitem__ and _is_index(args[1])
+        if element and first and not is_sharded(first[1]):
             return self.slice(*first, int(args[1]))
         if function is LOOKUP:
             return self.lookup(*args, **kwargs)
@@ -195,7 +219,8 @@ class Moved(Reads):
     def perturbed(self, given):
         """`given` with theta + eps z in the place of every trained parameter in it."""
         if id(given) in self.rows:
-            return self.moved(*self.rows[id(given)])
+            out = self.moved(*self.rows[id(given)])
+            return out if is_sharded(given) else local(out)
         if type(given) is dict:
             return {key: self.perturbed(value) for key, value in given.items()}
         if type(given) in (tuple, list):
@@ -203,8 +228,11 @@ class Moved(Reads):
         return given
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        out = torch.empty_like(tensor, requires_grad=False)
-        self._shift(out, name, tensor, key, tensor.detach(), source=tensor.detach())
+        out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
+        which = {"source": before}
+        if self.placed is not None and before.is_cpu:  # FSDP cannot free what numpy has seen
+            out.copy_(which.pop("source"))
+        self._shift(out, name, tensor, key, before, **which)
         return out
 
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
@@ -218,8 +246,7 @@ class Moved(Reads):
         """Of an embedding, the rows looked up, unless they are more than it has."""
         name, tensor, key = self.embedding(weight, max_norm)
         if input.numel() > len(tensor) or is_sharded(tensor):
-            weight = self.moved(name, tensor, key)
-            return LOOKUP(input, weight, padding_idx, None, *args, **kwargs)
+            return LOOKUP(input, self.perturbed(weight), padding_idx, None, *args, **kwargs)
         out = LOOKUP(input, tensor.detach(), padding_idx, None, *args, **kwargs)
         flat = out.view(-1, out.shape[-1])
         self._shift(flat, name, tensor, key, flat, rows=input.reshape(-1))
@@ -227,7 +254,7 @@ class Moved(Reads):
 
     def _shift(self, out, name: str, tensor: torch.Tensor, key, before, **which) -> None:
         """Perturb `out`, a part of the parameter whose numbers are `before`, where its mask is."""
-        self.read.add(id(tensor))
+        self.read.add(name)
         own = self.owns.get(name, PLAIN)
         if own.scale not in self._tables:
             scaled = [m._replace(coefficient=m.coefficient / own.scale) for m in self.moves]
@@ -238,6 +265,15 @@ class Moved(Reads):
         noise.apply_(out, key, self._tables[own.scale], **how)
         if own.threshold is not None:
             out.copy_(torch.where(within(before, own.threshold), out, before))
+
+
+def tensors(given: Any) -> Iterator[torch.Tensor]:
+    """All in what a function is given."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, dict | tuple | list):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from tensors(one)
 
 
 def _is_index(given) -> bool:

@@ -25,11 +25,14 @@ from transformers.utils import PushToHubMixin
 from . import placement, trajectory
 from .config import MeZOConfig, changed, mezo_options, schedule_of
 from .distributed import join
+from .elastic import writer_of
 from .errors import InputError
 from .estimators import merged, passes_of
+from .guards import check_loaded
 from .low_rank import Both, Paired
 from .mezo import Estimate, MeZO
 from .resume import Tail
+from .sharding import reshard
 
 _Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
 
@@ -43,7 +46,7 @@ class MeZOMixin(_Host):
     without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
     absolute value, and `output_dir/run.mezo` is the run's log (see trajectory.py).
 
-    Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, FSDP, context
+    Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, `fsdp=`, context
     parallelism, DataParallel, another optimizer. Not for trainers that generate in
     `_prepare_inputs` (GRPO, RLOO): for their reward functions there is MeZOPolicyTrainer.
     """
@@ -55,6 +58,9 @@ class MeZOMixin(_Host):
     _placement: placement.Placement
 
     def __init__(self, *args, **kwargs):
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, torch.nn.Module):  # before the Trainer moves it
+            check_loaded(model.named_parameters())
         super().__init__(*args, **kwargs)
         _check(self)
         placement.check(self)
@@ -129,6 +135,7 @@ class MeZOMixin(_Host):
         """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
         if self.optimizer is None:
             model, args = self.model if model is None else model, self.args
+            reshard(model)  # after an evaluation
             decayed = set(self.get_decay_parameter_names(model))
             named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             groups: list[dict[str, Any]] = [
@@ -245,10 +252,9 @@ class _RunLog(TrainerCallback):
         self.close()  # auto_find_batch_size begins again
         join(mezo, model, probes=getattr(args, "probe_groups", 1))
         resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step
-        if state.is_world_process_zero:
-            given = self._trainer.run_config
-            config = changed(args) if given is None else given
-            self._writer = trajectory.record(mezo, path, model=model, config=config, resume=resume)
+        given = self._trainer.run_config
+        config = changed(args) if given is None else given
+        self._writer = writer_of(mezo, path, model=model, config=config, resume=resume)
 
     def close(self) -> None:
         if self._writer is not None:
@@ -274,7 +280,10 @@ def _check(trainer: Trainer) -> None:
     refused = {
         "fp16=True": (args.fp16, "it scales gradients, and there are none: use bf16=True"),
         "deepspeed": (trainer.is_deepspeed_enabled, "use torchrun alone"),
-        "fsdp": (args.fsdp or trainer.is_fsdp_enabled, "use torchrun alone, or one GPU"),
+        "fsdp": (
+            args.fsdp or trainer.is_fsdp_enabled,
+            "load the model with distributed_config=DistributedConfig(fsdp_size=...)",
+        ),
         "parallelism_config": (args.parallelism_config, "use torchrun alone"),
         "DataParallel": (args.n_gpu > 1, f"use torchrun --nproc_per_node={args.n_gpu}, or one GPU"),
         "optimizer_cls_and_kwargs": (trainer.optimizer_cls_and_kwargs, "the optimizer is MeZO"),

@@ -5,7 +5,7 @@ import torch
 from processes import run
 from test_distributed import OPTIONS, digest, loss, message, model, points, weights
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -59,6 +59,30 @@ def test_a_shard_has_its_part_of_the_whole_tensors_noise(tmp_path, size):
     for wrong, same in run(moved, size, tmp_path, size):
         assert not wrong
         assert not same
+
+
+def interrupted(rank):
+    """By Ctrl-C, in the second of four blocks of rows."""
+    mesh, calls = init_device_mesh("cpu", (2,)), []
+    mine = distribute_tensor(torch.zeros(8, 4), mesh, [Shard(1)])
+
+    def move(part, offset):
+        part += 1
+        calls.append(offset)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mezo.noise.shards._BLOCK", 8)
+        with pytest.raises(KeyboardInterrupt):
+            noise.shards.apply_(mine, move)
+    return mine.to_local().tolist(), calls
+
+
+def test_an_interrupt_waits_until_a_shard_of_columns_is_whole(tmp_path):
+    for after, calls in run(interrupted, 2, tmp_path):
+        assert after == [[1.0, 1.0]] * 8
+        assert calls == [0, 8, 8, 16, 24]
 
 
 def fsdp(rank, folder, size):
@@ -115,13 +139,24 @@ def refused(rank):
     found["alone"] = message(lambda: optimizer.step(lambda: loss(net, x, y)))
     found["model"] = message(lambda: distributed.join(optimizer))
     for options in (
-        {"perturbation": "scratch"},
-        {"perturbation": "low_rank"},
         {"rule": "adam"},
         {"layers": {"thresholds": {"0.weight": 1.0}}, "perturbation": "scratch"},
     ):
         other = MeZO(net.named_parameters(), **OPTIONS, **options)
         found[str(options)] = message(lambda other=other: distributed.join(other, net))
+    mixed = model()
+    fully_shard(mixed, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    other = MeZO(mixed.named_parameters(), **OPTIONS, perturbation="scratch")
+    found["mixed"] = message(lambda: distributed.join(other, mixed))
+    twice = model(seed=rank)
+    whole = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    fully_shard(twice, mesh=whole)
+    other = MeZO(twice.named_parameters(), **OPTIONS)
+    found["replicas"] = message(lambda: distributed.join(other, twice))
+    tensor = model(width=8)
+    parallelize_module(tensor, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel()})
+    other = MeZO(tensor.named_parameters(), **OPTIONS, perturbation="low_rank")
+    found["low_rank"] = message(lambda: distributed.join(other, tensor))
     return found
 
 
@@ -131,6 +166,9 @@ def test_what_would_corrupt_silently_is_refused_by_name(tmp_path):
     assert first["gathered"].startswith("parameter 0.weight of the optimizer is not the model's")
     assert first["alone"].startswith("parameter 0.weight is sharded: call mezo.distributed.join")
     assert first["model"] == "parameter 0.weight is sharded: join(optimizer, model)"
+    assert "float32 and gathered as torch.bfloat16" in first["mixed"]
+    assert "rank 1 has other numbers than rank 0 in the same shard" in first["replicas"]
+    assert "is sharded by tensor parallelism: perturbation must be" in first["low_rank"]
     assert all(value.startswith("parameter 0.weight") for value in first.values())
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from torch import distributed as dist
 from trainers import UNIT, grads, llama, trainer_at, weights
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from mezo import MeZOTrainer, trajectory
 
@@ -43,6 +45,7 @@ def worker(path):
     several = trainer_at(path / "probes", **probes, **options)
     several.train()
     seen = {
+        "sharded": sharded(path, options),
         "probes": digest(several.model),
         "weights": digest(trainer.model),
         "poisoned": digest(poisoned.model),
@@ -52,6 +55,25 @@ def worker(path):
     }
     (path / f"{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
+
+
+def sharded(path, options):
+    """Digests of a model that from_pretrained has sharded, and of one that it has not.
+
+    The first is evaluated before, and stopped in between: it goes on from the log alone.
+    """
+    found = []
+    for name, config in (("loaded", None), ("sharded", DistributedConfig(fsdp_size=2))):
+        for steps in (4,) if config is None else (2, 4):
+            model = LlamaForCausalLM.from_pretrained(path / "base", distributed_config=config)
+            changes = {"max_steps": steps, "perturbation": "scratch", "num_samples": 2}
+            trainer = trainer_at(path / name, model=model, **changes, **options)
+            trainer.evaluate()
+            trainer.train(resume_from_checkpoint=steps == 4 and config is not None)
+            trainer.evaluate()
+        trained = [p for _, p, _ in trainer.optimizer.optimizer.trained()]
+        found.append([(p.full_tensor() if config else p).detach().tolist() for p in trained])
+    return [hashlib.sha256(repr(numbers).encode()).hexdigest() for numbers in found]
 
 
 def torchrun(path):
@@ -76,7 +98,10 @@ def test_two_processes_are_one(tmp_path):
     Tolerance: a mean over at most 112 tokens, summed in another order, is off by 112 roundings;
     from then on the weights differ by lr |z| (error of g) <= 5 lr (error of g) a step.
     """
+    llama().save_pretrained(tmp_path / "base")
     first, second = torchrun(tmp_path)
+    assert len({*first["sharded"], *second["sharded"]}) == 1
+    assert grads(tmp_path / "sharded") == grads(tmp_path / "loaded")
     assert first["weights"] == second["weights"]
     assert first["poisoned"] == second["poisoned"]
     several = grads(path := tmp_path / "probes")
