@@ -30,7 +30,7 @@ class Walked(Scratch):
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
-        with eager(), _Alike(self.rows, self.moves(sign), self.distribution, self.read):
+        with eager(), _Alike(self, self.moves(sign)):
             yield
 
     def moves(self, sign: int) -> list[Move]:
