@@ -1,12 +1,18 @@
-"""The tables of docs/results.md from the result files: python -m experiments.tables > tables.md"""
+"""The tables of docs/ from the result files: python -m experiments.tables > tables.md
+
+--plots draws docs/volunteers.png instead.
+"""
 
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+DIVERGED = 1.0  # a loss above; before tuning it is 0.99
 
 
 def spread(values: list[float]) -> str:
@@ -111,7 +117,91 @@ def _linked(row: dict) -> str:
     return f"[{spread(row['values'])}]({row['folders'][0]})"
 
 
+def volunteers() -> dict[str, dict[str, Any]]:
+    """By setting, over its seeds; without runs that diverged, whose number is `lost`."""
+    cells = json.loads((RESULTS / "volunteers.json").read_text())["cells"]
+    rows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in cells if "setting" in cells[key]):
+        own = [cell for key, cell in cells.items() if key.rpartition(", ")[0] == name]
+        row = own[0]["setting"] | {"seeds": len(own)}
+        kept = [cell for cell in own if cell["loss"] is not None and cell["loss"] < DIVERGED]
+        row |= {key: [cell[key] for cell in kept] for key in ("loss", "accuracy")}
+        row["lost"] = len(own) - len(kept)
+        rows[name] = row
+    return rows
+
+
+def late_and_lying() -> None:
+    print("| | test loss | test accuracy, % | diverged |\n|---|---|---|---|")
+    for name, row in volunteers().items():
+        losses = row["loss"]
+        told = f"{mean(losses):.3f}" if losses else "-"
+        told += f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
+        right = spread(row["accuracy"]) if losses else "-"
+        print(f"| {name} | {told} | {right} | {row['lost'] or ''} |")
+
+
+def plot_volunteers(path: Path) -> None:
+    """Test loss against lateness; and by lie and defence. A point a seed, lines through means."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    plain = {"random": False, "dropped": 0.0}
+    rows = [row for row in volunteers().values() if row.items() >= plain.items()]
+    _late(left, [row for row in rows if not row["lie"] and not row["defence"]])
+    known = {"own_z": False, "late": 0, "slower": 1}
+    _lies(right, [r for r in rows if r.items() >= known.items() and r["share"] in (0, 0.2)])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    figure.savefig(path, dpi=150)
+
+
+def _late(axes: Any, rows: list[dict[str, Any]]) -> None:
+    colours = {(False, 1): "#0072B2", (False, 3): "#56B4E9"}
+    colours |= {(True, 1): "#D55E00", (True, 3): "#E69F00"}
+    for (own_z, slower), colour in colours.items():
+        own = [r for r in rows if (r["own_z"], r["slower"]) == (own_z, slower)]
+        at, style = [max(r["late"], 0.5) for r in own], {"color": colour}
+        style["marker"] = "^" if own_z else "o"
+        label = f"{8 if own_z else 1} direction{'s' if own_z else ''} a step"
+        label += ", a third of the rate" if slower > 1 else ""
+        axes.plot(at, [mean(r["loss"]) for r in own], markersize=0, label=label, **style)
+        for x, row in zip(at, own, strict=True):
+            axes.plot([x] * len(row["loss"]), row["loss"], linestyle="none", **style)
+    ticks = [0.5, 1, 2, 4, 8, 16, 32, 64]
+    axes.set(xscale="log", xlabel="steps by which numbers are late", ylabel="test loss")
+    axes.set_xticks(ticks, [f"{x:g}" if x >= 1 else "0" for x in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _lies(axes: Any, rows: list[dict[str, Any]]) -> None:
+    names = {"": "no defence", "clip 0.5": "their sum bounded (clip_quantile)", "median": "median"}
+    names |= {"each 0.5": "each bounded at the median", "each 0.9": "each bounded at 90 %"}
+    names |= {"middle": "mean of the middle half", "fixed 10": "their sum bounded by 10 (clip)"}
+    lies = {"": "#000000", "flipped": "#009E73", "noise": "#E69F00", "huge": "#D55E00"}
+    rows, told = sorted(rows, key=lambda r: list(lies).index(r["lie"])), []
+    for at, row in enumerate(rows):
+        defence = names[row["defence"]] if row["defence"] or not row["checked"] else "5 % checked"
+        defence += ", 5 % checked" if row["defence"] and row["checked"] else ""
+        told.append(f"{row['lie'] or 'all honest'}: {defence}")
+        axes.plot(row["loss"], [at] * len(row["loss"]), "o", color=lies[row["lie"]])
+        if row["lost"]:
+            axes.plot([0.9], [at], "x", color=lies[row["lie"]])
+    axes.set_yticks(range(len(rows)), told)
+    axes.set_xlim(0.6, 0.92)
+    axes.invert_yaxis()
+    axes.set_xlabel("test loss where one in five lies; x: diverged")
+
+
 if __name__ == "__main__":
+    if "--plots" in sys.argv:
+        plot_volunteers(RESULTS.parents[1] / "docs" / "volunteers.png")
+        sys.exit()
     demo()
     for path in sorted(RESULTS.glob("sst2-*.json")):
         print()
@@ -120,3 +210,5 @@ if __name__ == "__main__":
         print()
         ablation(path)
     classification()
+    print()
+    late_and_lying()

@@ -25,10 +25,10 @@ CAPTIONS = {
     "Accuracy against memory": "Test examples. Bars are a standard deviation over seeds to either "
     "side. Memory is that of training steps, or of the evaluation where nothing is trained; the "
     "batches differ. On a CPU it is the process's, good to 10 or 20 MiB; 1 stands for 1 or less.",
-    "Memory by model size": "Lines are estimates from the shapes of OPT models (mezo/sizes.py), "
-    "crosses what the paper (arXiv:2305.17333) measured on A100s, several where one is too small. "
-    "Its back-propagation took more than the lines say: its attention was not fused. Inference "
-    "lies under MeZO.",
+    "Memory by model size": "Lines are estimates: the steps of OPT models carried out without "
+    "numbers (as mezo memory does). Crosses are what the paper (arXiv:2305.17333) measured on "
+    "A100s, several where one is too small. Its back-propagation took more than the lines say: "
+    "its attention was not fused. Inference lies under MeZO.",
 }
 
 

@@ -27,6 +27,7 @@ from .errors import InputError
 from .living import FusedAttention, Living
 from .models import EMBEDDED
 from .noise import Move
+from .objectives.form import unwrap
 from .scratch import Moved, Scratch
 from .streaming import blocks_of
 from .tuners import with_adapter
@@ -115,7 +116,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 class Planner:
     """Plans for one model, batch and length; `plan(method)` for each of METHODS.
 
-    The loss is on the last position of each row, as of a candidate; `all_logits`: on all.
+    The loss is on the last position of each row, as of a candidate; `all_logits`: on all. `make`
+    makes the model of a config, with an adapter say; what requires no gradient is not trained.
     """
 
     def __init__(
@@ -127,11 +129,12 @@ class Planner:
         *,
         all_logits: bool = False,
         rank: int = 8,
+        make: Callable[[Any, torch.dtype], torch.nn.Module] = skeleton,
     ):
         self.config, self.dtype, self.batch, self.length = config, dtype, batch, length
-        self.all_logits, self.rank = all_logits, rank
-        self.model = skeleton(config, dtype)
-        self._accepts = inspect.signature(self.model.forward).parameters
+        self.all_logits, self.rank, self.make = all_logits, rank, make
+        self.model = make(config, dtype)
+        self._accepts = inspect.signature(unwrap(self.model).forward).parameters
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and length > limit:
             raise InputError(f"max_length is {length}, the model's context {limit}")
@@ -195,11 +198,11 @@ class Planner:
         return self._trained(adapted, 3)
 
     def _adam(self):
-        return self._trained(lambda config: skeleton(config, self.dtype), 3)
+        return self._trained(lambda config: self.make(config, self.dtype), 3)
 
     def _adam_checkpointing(self):
         def checkpointing(config: Any) -> Any:
-            model: Any = skeleton(config, self.dtype)
+            model: Any = self.make(config, self.dtype)
             again = {"context_fn": lambda: (nullcontext(), FusedAttention())}  # within backward
             model.activation_checkpointing_enable({"use_reentrant": False} | again)
             return model.train()
@@ -223,6 +226,10 @@ class Planner:
         slope = (layers - _MORE) / (_MORE - _FEW)
         return [round(more + (more - few) * slope) for few, more in zip(*found, strict=True)]
 
+    def inference(self) -> int:
+        """Device memory of a forward pass, in bytes."""
+        return self._base() + self.forward()
+
     def _base(self) -> int:
         return self.weights + self.buffers
 
@@ -234,9 +241,9 @@ class Planner:
         """The peak of a forward pass above weights, in bytes; perturbed: with weights made anew."""
 
         def measure(config: Any) -> list[int]:
-            model = skeleton(config, self.dtype)
+            model = self.make(config, self.dtype)
             named = model.named_parameters() if perturbed else []
-            rows = [(name, p, (0, 0)) for name, p in named]
+            rows = [(name, p, (0, 0)) for name, p in named if p.requires_grad]
             remade = _Remade(Scratch(rows, 1.0, 0, 0, "gaussian"), [Move(0, 0, 1.0, 1.0)])
             known = [*model.parameters(), *model.buffers()]
             with torch.no_grad(), FusedAttention(), Living(known) as living, remade:
@@ -257,7 +264,7 @@ class Planner:
         return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device="meta"))
 
     def _flops(self, config: Any) -> int:
-        counter, model = FlopCounterMode(display=False), skeleton(config, self.dtype)
+        counter, model = FlopCounterMode(display=False), self.make(config, self.dtype)
         with torch.no_grad(), FusedAttention() as attention, Living(), counter:
             self._loss(model)
         return counter.get_total_flops() + attention.flops

@@ -186,7 +186,8 @@ _SIZES = {  # as in sizes.METHODS: colour, marker, line
     "MeZO prefix": ("#CC79A7", "D", "-"),
     "in context": ("#000000", "s", ":"),
     "prefix FT": ("#CC79A7", "<", "--"),
-    "Adam FT": ("#D55E00", "^", "--"),
+    "Adam FT": ("#E69F00", "^", "--"),
+    "Adam FT, 32 bits": ("#D55E00", "^", "--"),
 }
 
 
@@ -194,11 +195,10 @@ def _sizes(found: Mapping[str, Any]) -> Any:
     """The paper's figure: lines are estimates (sizes.py), crosses what the paper measured."""
     figure = _figure(8.5, 4.8)
     (axes,) = _axes(figure)
-    billions = {shape.name: shape.parameters / 1e9 for shape in sizes.OPT}
-    estimates = [sizes.memory_of(shape) for shape in sizes.OPT]
-    for method in reversed(sizes.METHODS):  # the highest line first in the legend
+    billions = {name: row[0] for name, row in sizes.ESTIMATES.items()}
+    for i, method in reversed(list(enumerate(sizes.METHODS, start=1))):  # the highest line first
         colour, _, line = _SIZES[method]
-        values = [each[method] / 1e9 for each in estimates]
+        values = [row[i] for row in sizes.ESTIMATES.values()]
         width = 3.5 if method == "inference" else 1.5  # MeZO's line lies on it
         axes.plot(billions.values(), values, color=colour, linestyle=line, linewidth=width,
                   label=method)  # fmt: skip
@@ -214,7 +214,7 @@ def _sizes(found: Mapping[str, Any]) -> Any:
     if billions["125M"] <= own <= billions["175B"]:
         axes.axvline(own, color="#999999", linewidth=0.8)
     axes.set(xscale="log", yscale="log", ylabel="memory, GB")
-    axes.set_xlabel("weights of an OPT (16 bits, 700 tokens, batch 1; Adam in mixed precision)")
+    axes.set_xlabel("weights of an OPT (16 bits where nothing else is said, 700 tokens, batch 1)")
     axes.set_xticks(list(billions.values()), list(billions))
     axes.minorticks_off()
     _plain_ticks(axes.yaxis)

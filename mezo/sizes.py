@@ -1,67 +1,74 @@
-"""Memory of a step by model size and method: arithmetic, for the figure of `mezo compare`.
+"""Memory of a step by model size and method, for the figure of `mezo compare`.
 
-Weights and activations of an OPT in 16 bits, from its shape alone; attention is fused, so that no
-matrix of length x length is kept. In bytes, with N weights, batch b, length t, width h, layers L,
-vocabulary V:
+`python -m benchmarks.sizes` prints ESTIMATES anew, in two minutes: each method's step carried out
+on the meta device (planning.py): 700 tokens, batch 1, loss on the last position, fused attention.
 
-    inference   2 N + a layer's activations b t h (2 + 4 + 4) 2 + one row of logits each, 4 b V
-    MeZO        inference + the largest matrix, made anew while it is perturbed: 2 * 4 h h
-    prefix      inference + 5 tokens' keys and values, 2 * 2 * 5 h L
-    in context  inference at the model's whole context, b = 1
-    prefix FT   inference + what a backward pass keeps: 34 b t h L (Korthikanti et al., 2022)
-    Adam FT     16 N + 34 b t h L: weights and gradients in 16 bits, master weights and two moments
-                in 32, as mixed precision has it
+    inference   bfloat16, as all but the last line
+    MeZO        scratch: a weight is made anew while it is read
+    MeZO prefix 5 tokens' keys and values; peft's cache then keeps those of all tokens and layers
+    in context  inference at the model's whole context
+    prefix FT   AdamW on the prefix
+    Adam FT     torch's AdamW; its moments have the weights' 16 bits
+    Adam FT, 32 bits    weights, gradients, moments and activations in float32
 """
 
-from dataclasses import dataclass
+from typing import Any
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a transformer as OPT's: weights, width, layers."""
-
-    name: str
-    parameters: float
-    width: int
-    layers: int
-
-
-OPT = (  # Zhang et al. (2022), Table 1
-    Shape("125M", 125e6, 768, 12),
-    Shape("350M", 331e6, 1024, 24),
-    Shape("1.3B", 1.316e9, 2048, 24),
-    Shape("2.7B", 2.652e9, 2560, 32),
-    Shape("6.7B", 6.658e9, 4096, 32),
-    Shape("13B", 12.85e9, 5120, 40),
-    Shape("30B", 29.97e9, 7168, 48),
-    Shape("66B", 65.72e9, 9216, 64),
-    Shape("175B", 174.6e9, 12288, 96),
-)
-CONTEXT, VOCABULARY, PREFIX = 2048, 50272, 5
-METHODS = ("inference", "MeZO", "MeZO prefix", "in context", "prefix FT", "Adam FT")
-# arXiv:2305.17333, Figure 3 and Appendix: GB on A100s, MultiRC (up to 700 tokens), batch 1
 PAPER: dict[str, dict[str, float]] = {
+    # arXiv:2305.17333, Figure 3 and Appendix: GB on A100s, MultiRC (up to 700 tokens), batch 1
     "MeZO": {"1.3B": 4, "2.7B": 7, "6.7B": 14, "13B": 26, "30B": 58, "66B": 128},
     "in context": {"1.3B": 6, "2.7B": 8, "6.7B": 16, "13B": 29, "30B": 62, "66B": 134},
     "prefix FT": {"1.3B": 19, "2.7B": 29, "6.7B": 46, "13B": 158, "30B": 315},
-    "Adam FT": {"1.3B": 27, "2.7B": 55, "6.7B": 156, "13B": 316, "30B": 633},
+    "Adam FT, 32 bits": {"1.3B": 27, "2.7B": 55, "6.7B": 156, "13B": 316, "30B": 633},
+}
+METHODS: tuple[str, ...] = ("inference", "MeZO", "MeZO prefix", "in context", "prefix FT")
+METHODS += ("Adam FT", "Adam FT, 32 bits")
+CONTEXT, LENGTH = 2048, 700
+ESTIMATES: dict[str, tuple[float, ...]] = {  # billions of weights, then GB by METHODS
+    "125M": (0.1252, 0.2634, 0.3289, 0.2903, 0.2883, 0.3899, 1.156, 2.313),
+    "350M": (0.3312, 0.6796, 0.7147, 0.7504, 0.7128, 1.023, 2.753, 5.505),
+    "1.3B": (1.316, 2.666, 2.84, 2.807, 2.732, 3.352, 10.94, 21.88),
+    "2.7B": (2.652, 5.346, 5.564, 5.581, 5.429, 6.493, 21.73, 43.46),
+    "6.7B": (6.658, 13.39, 13.73, 13.76, 13.52, 15.22, 54.09, 108.2),
+    "13B": (12.85, 25.79, 26.23, 26.38, 25.96, 28.67, 103.9, 207.7),
+    "30B": (29.97, 60.07, 60.68, 61.05, 60.3, 64.9, 241.2, 482.5),
+    "66B": (65.72, 131.6, 132.4, 133.3, 131.9, 139.9, 527.6, 1055.0),
+    "175B": (174.6, 349.4, 350.6, 352.8, 349.8, 366.1, 1399.0, 2799.0),
 }
 
 
-def memory_of(shape: Shape, batch: int = 1, length: int = 700) -> dict[str, float]:
-    """Bytes of a step, one entry for each of METHODS."""
-    h, kept = shape.width, 34.0 * batch * length * shape.width * shape.layers
-    inference = _inference(shape, batch, length)
-    return {
-        "inference": inference,
-        "MeZO": inference + 8.0 * h * h,
-        "MeZO prefix": inference + 4.0 * PREFIX * h * shape.layers,
-        "in context": _inference(shape, 1, CONTEXT),
-        "prefix FT": inference + kept,
-        "Adam FT": 16.0 * shape.parameters + kept + 4.0 * batch * VOCABULARY,
-    }
+def estimate(name: str) -> tuple[float, ...]:
+    """Of an OPT, "125m" say: billions of weights, then GB of a step by each of METHODS."""
+    import torch
+
+    from .planning import Planner, config_of
+
+    config, half = config_of(name), torch.bfloat16
+    plain = Planner(config, half, 1, LENGTH)
+    prefix = Planner(config, half, 1, LENGTH, make=prefixed)
+    wide = Planner(config, torch.float32, 1, LENGTH)
+    context = Planner(config, half, 1, CONTEXT)
+    found = [
+        plain.inference(),
+        plain.plan("scratch", 1).device,
+        prefix.plan("scratch", 1).device,
+        context.inference(),
+        prefix.plan("adam", 1).device,
+        plain.plan("adam", 1).device,
+        wide.plan("adam", 1).device,
+    ]
+    return tuple(float(f"{x / 1e9:.4g}") for x in (plain.parameters, *found))
 
 
-def _inference(shape: Shape, batch: int, length: int) -> float:
-    activations = 20.0 * batch * length * shape.width
-    return 2.0 * shape.parameters + activations + 4.0 * batch * VOCABULARY
+def prefixed(config: Any, dtype: Any) -> Any:
+    """The model with a prefix, both without numbers, for Planner."""
+    import torch
+
+    from .arguments import ModelArguments
+    from .living import FusedAttention, Living
+    from .planning import skeleton
+    from .tuners import with_adapter
+
+    with torch.device("meta"), Living(), FusedAttention():  # it starts at the model's activations
+        args = ModelArguments(use_peft=True, peft_type="prefix")
+        return with_adapter(skeleton(config, dtype), args, 0)

@@ -8,9 +8,10 @@ from folders import mezo
 from test_offload import made
 from torch.nn import functional as F
 
+from mezo import sizes
 from mezo.errors import InputError
 from mezo.living import FusedAttention, Living
-from mezo.planning import METHODS, OPT, Machine, Planner, config_of
+from mezo.planning import METHODS, OPT, Machine, Planner, config_of, skeleton
 from mezo.streaming import blocks_of
 
 PUBLISHED = {"125m": 125, "350m": 331, "1.3b": 1316, "2.7b": 2652, "6.7b": 6658, "13b": 12853}
@@ -44,6 +45,26 @@ def test_published_shapes(name):
         planner = Planner(config_of(f"facebook/opt-{name}"), torch.bfloat16, 1, 8)
     assert round(planner.parameters / 1e6) == PUBLISHED[name]
     assert planner.weights == 2 * planner.parameters
+
+
+def test_the_figure_of_sizes_shows_what_is_estimated_now():
+    """A row of the table that is kept, made anew: a prefix and AdamW among its methods."""
+    assert sizes.estimate("125m") == sizes.ESTIMATES["125M"]
+
+
+def test_with_an_adapter_the_base_is_not_perturbed_nor_trained():
+    """`make`: scratch then needs no room for weights, and AdamW none for their gradients."""
+    config = config_of("facebook/opt-125m")
+    plain, prefix = (
+        Planner(config, torch.bfloat16, 1, 8, make=m) for m in (skeleton, sizes.prefixed)
+    )
+    own = 4 * 5 * 2 * 768 * 12  # keys and values of 5 tokens, in float32
+    assert prefix.weights == plain.weights + own
+    assert prefix.plan("scratch", 1).device - prefix.inference() <= own
+    assert (
+        plain.plan("scratch", 1).device - plain.inference() >= 2 * 768 * 3072
+    )  # a matrix made anew
+    assert prefix.plan("adam", 1).device < 1.1 * prefix.weights < plain.plan("adam", 1).device / 3
 
 
 def test_few_layers_stand_for_many():
