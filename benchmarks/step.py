@@ -136,26 +136,36 @@ def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    figure, axes = pyplot.subplots(
-        1, len(rows), figsize=(1.5 + 4.2 * len(rows), 4.2), sharey=True, squeeze=False
-    )
-    for axis, row in zip(axes[0], rows, strict=True):
+    columns = min(2, len(rows))
+    lines = -(-len(rows) // columns)
+    size = (1.5 + 4.6 * columns, 3.6 * lines)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    top = max(one["of_two_forwards"] for row in rows for one in row["methods"].values())
+    for axis, row in zip(axes.flat, rows, strict=False):
         names = [name for name in row["methods"] if not name.startswith("forwards")]
         values = [row["methods"][name]["of_two_forwards"] for name in names]
         colours = ["#888888" if name == "reference" else "#0072b2" for name in names]
-        bars = axis.barh(names, values, color=colours)
-        axis.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         axis.axvline(1, color="black", linewidth=1, linestyle="--")
+        if least := row["methods"].get("forwards, labelled logits"):
+            axis.axvline(least["of_two_forwards"], color="#d55e00", linewidth=1, linestyle=":")
+        bars = axis.barh(names, values, color=colours)
+        around = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, bbox=around)
         axis.set_xscale("log")
-        axis.set_xlim(0.3, 3 * max(values))
+        axis.set_xlim(0.4, 1.8 * top)
+        axis.xaxis.set_major_locator(ticker.FixedLocator([2**i for i in range(-1, 7)]))
+        axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.set_title(f"OPT-{row['shape']}, {row['batch']} x {row['tokens']} tokens", fontsize=10)
-        axis.set_xlabel("step / two plain forward passes")
+        axis.set_xlabel(
+            "step / two plain forward passes (dotted: with labelled logits)", fontsize=8
+        )
     axes[0][0].invert_yaxis()  # the axes share it
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Seen = dict[int, Any]  # by probe: InPlace, Scratch or LowRank, with its estimates
 Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # by probe; walks a probe
 _FIELDS = 6  # of a direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
-_CHECKS = 2  # before them: of the settings of all steps, and of the weights
+_CHECKS = 2  # before them: of the settings of all steps, and of the weights; then the first probe
 _SETTINGS = "step eps seed distribution num_samples estimator shaping rule rank interval rounding"
 _SETTINGS += " clip clip_quantile layers"
 
@@ -123,7 +123,7 @@ class Processes(Link, Alone):
         if self._sharded.any and optimizer.weights is not self._sharded:
             raise InputError("a sharded model does not go with offload")
         _walk(seen, probe, optimizer)
-        self.expect(_CHECKS + n * _FIELDS)
+        self.expect(_CHECKS + 1 + self._most(n) * _FIELDS)
         return self._sharded.closure(closure.closure if isinstance(closure, Mean) else closure)
 
     def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
@@ -132,7 +132,7 @@ class Processes(Link, Alone):
             self._sharded.check(seen)
             rows = self.exchange(self._row(seen, first["num_samples"], optimizer))
             self._compare(rows, optimizer)
-            rows = [row[_CHECKS:] for row in rows]
+            rows = [_spread(row, first["num_samples"]) for row in rows]
             if optimizer.perturbation == "in_place":
                 _check_walks(rows)
             found, cycles = _directions(rows, sides(first))
@@ -152,8 +152,9 @@ class Processes(Link, Alone):
         if max(seen) >= n:
             raise InputError(f"probe {max(seen)} is not one of num_samples {n}")
         self._history = _checksum([self._history, _settings(optimizer)])
-        row = [float(self._history), float(self._weights)]
-        for probe in range(n):
+        mine = self.own(n)
+        row = [float(self._history), float(self._weights), float(mine[0])]
+        for probe in mine:
             estimates = seen[probe].estimates if probe in seen else []
             if not estimates:
                 row += [0.0] * _FIELDS
@@ -161,7 +162,11 @@ class Processes(Link, Alone):
             one = merged(estimates)
             losses = (*one.losses, 0.0)[:2]
             row += [one.examples, len(estimates), one.projected_grad, one.loss, *losses]
-        return row
+        return row + [0.0] * _FIELDS * (self._most(n) - len(mine))
+
+    def _most(self, n: int) -> int:
+        """Directions of a process, at most: rows are equally long, and hold no one else's."""
+        return -(-n // self.probes)
 
     def _compare(self, rows: Sequence[Sequence[float]], optimizer: "MeZO") -> None:
         """InputError naming the ranks that differ; all processes find out together."""
@@ -284,6 +289,13 @@ def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> 
     found = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
     which = [i for i, of in enumerate(zip(*found, strict=True)) if len(set(of)) > 1]
     _broadcast_([tensors[i][1] for i in which], processes.group)
+
+
+def _spread(row: Sequence[float], n: int) -> list[float]:
+    """A process's row with a place for each of n directions, zeros where others estimate."""
+    begin, given = int(row[_CHECKS]) * _FIELDS, row[_CHECKS + 1 :]
+    spread = [0.0] * begin + list(given) + [0.0] * (n * _FIELDS)
+    return spread[: n * _FIELDS]
 
 
 def _directions(rows: Sequence[Sequence[float]], sides: int) -> Joined:

@@ -89,8 +89,17 @@ class Link:
         return [row[:size].cpu().numpy().tobytes() for row, size in pairs]
 
     def send(self, data: bytes, source: int) -> bytes:
-        """`data` of rank `source`, at every process."""
-        return self._gather_bytes(data if self.rank == source else b"")[source]
+        """`data` of rank `source`, at every process: each receives it once."""
+        place = {"src": self._global(source), "group": self.group}
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        dist.broadcast(size, **place)
+        held = np.zeros(int(size), np.uint8)
+        if self.rank == source:
+            held[:] = np.frombuffer(data, np.uint8)
+        found = torch.from_numpy(held).to(self._device)
+        if len(held):
+            dist.broadcast(found, **place)
+        return found.cpu().numpy().tobytes()
 
 
 def fingerprint(tensor: torch.Tensor) -> int:

@@ -54,14 +54,14 @@ def data_parallel(rank):
 
 
 def test_unequal_batches_are_one_joined_batch(tmp_path):
-    """14 numbers to each of the others a step, and nothing else, whatever the model's size.
+    """15 numbers to each of the others a step, and nothing else, whatever the model's size.
 
     Tolerance: a mean of 12 squares in another order is off by 12 roundings of at most its size, 2;
     the projected gradient by that over eps; each of 5 steps moves a weight by lr |z| <= 5 lr of it.
     """
     found = run(data_parallel, 3, tmp_path)
     assert len({row[2] for row in found}) == 1
-    assert all(row[3] == [2 + 2 * 6] * 2 * 5 for row in found)
+    assert all(row[3] == [3 + 2 * 6] * 2 * 5 for row in found)
     net, (x, y) = model(torch.float64), points(12, torch.float64)
     optimizer = MeZO(net.named_parameters(), num_samples=2, **OPTIONS)
     losses = [optimizer.step(lambda: loss(net, x, y)) for _ in range(5)]
@@ -102,11 +102,13 @@ EACH = 3  # directions: two of rank 1, as 3 are not divided by 2
 
 
 def probe_parallel(rank, folder, options, batches):
-    found = []
+    found, sizes = [], set()
     for number, more in enumerate(options):
         net = model(torch.bfloat16 if number == 1 else torch.float32)
         optimizer = MeZO(net.named_parameters(), num_samples=EACH, **(OPTIONS | more))
         processes = distributed.join(optimizer, net, probes=2)
+        exchange = processes.exchange
+        processes.exchange = lambda row, send=exchange: sizes.add(len(row)) or send(row)
         path = f"{folder}/{number}-{rank}.mezo"
         with trajectory.record(optimizer, path):
             for step in range(4):
@@ -115,6 +117,7 @@ def probe_parallel(rank, folder, options, batches):
                     optimizer.estimate(lambda part=part, net=net: part_loss(net, part), probe)
                 optimizer.step()
         found.append(digest(net))
+    assert sizes == {15}  # its own two directions of six numbers, two checksums, the first's place
     return found
 
 
