@@ -90,7 +90,7 @@ class Link:
 
     def send(self, data: bytes, source: int) -> bytes:
         """`data` of rank `source`, at every process: each receives it once."""
-        place = {"src": self._global(source), "group": self.group}
+        place: dict[str, Any] = {"src": self._global(source), "group": self.group}
         size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
         dist.broadcast(size, **place)
         held = np.zeros(int(size), np.uint8)
