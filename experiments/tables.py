@@ -114,7 +114,7 @@ def classification() -> None:
 
 
 def _linked(row: dict) -> str:
-    return f"[{spread(row['values'])}]({row['folders'][0]})"
+    return f"[{spread(row['values'])}](../{row['folders'][0]})"
 
 
 def volunteers() -> dict[str, dict[str, Any]]:

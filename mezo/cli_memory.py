@@ -61,10 +61,14 @@ def memory(argv: list[str]) -> None:
     if own.json:
         print(planning.to_json(plans, planner, machine))
         return
+    _report(own.method or METHODS, planner, plans, machine)
+
+
+def _report(methods, planner, plans, machine) -> None:
     _say(f"{planner.parameters / 1e9:.3g} B parameters, weights {_size(planner.weights)}")
     for line in _table(plans):
         print(line)
-    if "offload" in (own.method or METHODS):
+    if "offload" in methods:
         _say("offload: mezo train --offload; --offload_folder DIR keeps the weights in a file")
     if machine is not None:
         _say(

@@ -38,20 +38,7 @@ def evaluate(
 
     Raises InputError without the harness, for an unknown task, and for models that are not causal.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise InputError(
-            "--tasks needs lm-evaluation-harness: pip install 'mezo-lm[lm-eval]'"
-        ) from None
-    if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"include_path {include_path} is not a folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # reading the harness's own takes a while
-        manager = TaskManager(include_path=include_path)
-    _check(names, set(manager.all_tasks))
+    lm_eval, hflm, manager = _engine(names, include_path)
     if log is None:
         if until is not None:
             raise InputError("until is for the run log that --replay names")
@@ -66,7 +53,7 @@ def evaluate(
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's
     try:
         found = lm_eval.simple_evaluate(
-            model=HFLM(model, tokenizer=tokenizer, batch_size=batch_size),
+            model=hflm(model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(names),
             task_manager=manager,
             limit=limit,
@@ -83,6 +70,25 @@ def evaluate(
     counts = {name: row["effective"] for name, row in found.get("n-samples", {}).items()}
     model_name = model_args.model_name_or_path
     return {"model": model_name, "log": log, "results": results, "n": counts}
+
+
+def _engine(names: Sequence[str], include_path: str | None) -> tuple[Any, Any, Any]:
+    """(lm_eval, its class for a model in memory, its tasks). InputError for an unknown task."""
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise InputError(
+            "--tasks needs lm-evaluation-harness: pip install 'mezo-lm[lm-eval]'"
+        ) from None
+    if include_path is not None and not Path(include_path).is_dir():
+        raise InputError(f"include_path {include_path} is not a folder")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # reading the harness's own takes a while
+        manager = TaskManager(include_path=include_path)
+    _check(names, set(manager.all_tasks))
+    return lm_eval, HFLM, manager
 
 
 def _check(names: Sequence[str], known: set[str]) -> None:
