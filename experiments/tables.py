@@ -105,7 +105,7 @@ def classification() -> None:
             for method in dict.fromkeys(name for row in rows for name in row):
                 shown = [_linked(row[method]) if method in row else "-" for row in rows]
                 print(f"| {method} | {' | '.join(shown)} |")
-    print("\nThe paper's, of models 15 to 4,000 times larger: not to be compared by level.")
+    print("\nThe paper's, of models 100 to 4,000 times larger: not to be compared by level.")
     for name, methods in PAPER.items():
         print(f"\n{name}\n\n{head}")
         for method, values in methods.items():
