@@ -1,6 +1,6 @@
 """Six classification tasks, k = 16 and 512, on the embedded models: all methods of `mezo compare`.
 
-    python -m experiments.classification --data_dir DATA               # many hours; see docs/results.md
+    python -m experiments.classification --data_dir DATA               # hours: docs/results.md
     python -m experiments.classification --data_dir DATA --quick       # does it run?
 
 Cells lie in experiments/results/classification/MODEL/TASK-kK, each with config, result and run log;
