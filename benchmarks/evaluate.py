@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from mezo import models, tasks
+from mezo import tasks
 from mezo.arguments import ModelArguments
-from mezo.evaluate import score
+from mezo.evaluation.evaluate import score
+from mezo.models import loading as models
 from mezo.objectives import Form, evaluating, form_for
-from mezo.run import environment
+from mezo.runs.task import environment
 
 FIRST = "one at a time"
 LONG = (" a terrible, awful, boring movie", " a great, wonderful, enjoyable movie")

@@ -34,7 +34,8 @@ def work(rank: int, size: int, seconds: float, folder: str) -> None:
     import torch
     from torch import distributed as dist
 
-    from mezo import MeZO, distributed
+    from mezo import MeZO
+    from mezo.distributed import processes as distributed
 
     plain_frames(f"mezo-in{rank}")
     where = f"tcp://{ADDRESS.format(1)}:29500"
@@ -173,7 +174,7 @@ def main() -> None:
     if args.rank is not None:
         return work(args.rank, args.size, args.seconds, args.folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    from mezo.run import environment
+    from mezo.runs.task import environment
 
     rows = []
     for size in args.sizes:

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from mezo import noise
-from mezo.profile import PeakMemory
-from mezo.run import environment
+from mezo.memory.measured import PeakMemory
+from mezo.runs.task import environment
 
 from .step import SHAPES, build, methods
 

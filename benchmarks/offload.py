@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO, noise
-from mezo.offload import load_offloaded, offload
-from mezo.planning import calibrate
-from mezo.profile import PeakMemory
-from mezo.run import environment
+from mezo.memory.measured import PeakMemory
+from mezo.memory.plan import calibrate
+from mezo.offload.context import load_offloaded, offload
+from mezo.runs.task import environment
 
 from .step import SHAPES, build
 

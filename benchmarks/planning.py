@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
 from mezo import MeZO
-from mezo.low_rank import Paired, double
-from mezo.offload import Offload
-from mezo.planning import METHODS, Planner, config_of
-from mezo.profile import PeakMemory
-from mezo.run import environment
+from mezo.forms.low_rank import Paired, double
+from mezo.memory.measured import PeakMemory
+from mezo.memory.plan import METHODS, Planner, config_of
+from mezo.offload.context import Offload
+from mezo.runs.task import environment
 
 _LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000}
 SHAPES: dict[str, tuple[Any, int, int]] = {  # config, batch, tokens

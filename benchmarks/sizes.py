@@ -1,7 +1,7 @@
-"""The table of memory by model size in mezo/sizes.py: python -m benchmarks.sizes"""
+"""The table of memory by model size in mezo/memory/sizes.py: python -m benchmarks.sizes"""
 
-from mezo.planning import OPT
-from mezo.sizes import estimate
+from mezo.memory.plan import OPT
+from mezo.memory.sizes import estimate
 
 if __name__ == "__main__":
     for name in OPT:

@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO
-from mezo.low_rank import Paired, double
-from mezo.planning import OPT
-from mezo.run import environment
+from mezo.forms.low_rank import Paired, double
+from mezo.memory.plan import OPT
+from mezo.runs.task import environment
 
 SHAPES = {"tiny": (64, 2, 2), **OPT}  # hidden size, layers, heads
 EPS, LR = 1e-3, 1e-6

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mezo import MeZOSFTConfig, MeZOSFTTrainer  # was: from trl import SFTConfig, SFTTrainer
-from mezo.models import causal_lm  # a folder; a name on the hub does as well
+from mezo.models.loading import causal_lm  # a folder; a name on the hub does as well
 
 # Rows in TRL's formats: prompt and completion, or messages, or text. The loss is the completion's.
 rows = [

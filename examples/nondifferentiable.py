@@ -4,9 +4,9 @@ import torch
 
 from mezo import MeZO, tasks
 from mezo.arguments import ModelArguments
-from mezo.evaluate import evaluate
-from mezo.frozen import FrozenLower
-from mezo.models import load
+from mezo.evaluation.evaluate import evaluate
+from mezo.models.frozen import FrozenLower
+from mezo.models.loading import load
 from mezo.objectives import form_for
 
 model, tokenizer = load(ModelArguments("minilm"))

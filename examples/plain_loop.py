@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mezo import MeZO
-from mezo.models import causal_lm
+from mezo.models.loading import causal_lm
 
 folder = causal_lm()  # the embedded model; any name of the hub does, such as "facebook/opt-125m"
 tokenizer = AutoTokenizer.from_pretrained(folder)

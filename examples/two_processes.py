@@ -15,7 +15,9 @@ import os
 import torch
 from torch import distributed as dist
 
-from mezo import MeZO, distributed, elastic
+from mezo import MeZO
+from mezo.distributed import elastic
+from mezo.distributed import processes as distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=200)

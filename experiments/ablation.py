@@ -17,16 +17,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mezo import layers, models, tasks
+from mezo import layers, tasks
 from mezo.arguments import ModelArguments
+from mezo.demo.tune import Recipe, tune
 from mezo.errors import InputError
 from mezo.estimators import passes_of
-from mezo.evaluate import evaluate
+from mezo.evaluation.evaluate import evaluate
+from mezo.models import loading as models
 from mezo.objectives import form_for
 from mezo.rules import Momentum, ScalarAdam
 from mezo.rules import options as rule_options
-from mezo.run import environment
-from mezo.tuning import Recipe, tune
+from mezo.runs.task import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 RESULTS = Path(__file__).parent / "results"

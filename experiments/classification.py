@@ -19,10 +19,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mezo import compare, recipes
 from mezo.arguments import DataArguments, ModelArguments
+from mezo.compare import compare, recipes
 from mezo.errors import InputError
-from mezo.run import TrainArguments
+from mezo.runs.task import TrainArguments
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("sst2", "sst5", "snli", "rte", "boolq", "multirc")

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from mezo import MeZO, models, noise, tasks, trajectory
+from mezo import MeZO, noise, tasks, trajectory
 from mezo.arguments import ModelArguments
-from mezo.evaluate import evaluate
+from mezo.demo.tune import Recipe, tune
+from mezo.evaluation.evaluate import evaluate
+from mezo.forms.rounding import update_
+from mezo.models import loading as models
 from mezo.noise import NEAREST, ROUND_UPDATE, Move
 from mezo.objectives import form_for, to_device
-from mezo.rounding import update_
-from mezo.run import environment
-from mezo.trajectory.moves import make_, program_of
-from mezo.tuning import Recipe, tune
+from mezo.runs.task import environment
+from mezo.trajectory.program import make_, program_of
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
 SEEDS = (13, 21, 42)

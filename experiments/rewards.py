@@ -16,14 +16,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mezo import MeZO, models, rewards, tasks
+from mezo import MeZO, rewards, tasks
 from mezo.arguments import ModelArguments
-from mezo.evaluate import evaluate
-from mezo.generation import Generation
+from mezo.demo.tune import batches, select
+from mezo.evaluation.evaluate import evaluate
+from mezo.models import loading as models
 from mezo.objectives import evaluating, form_for, to_device
-from mezo.objectives.metrics import metric_closure
-from mezo.run import environment
-from mezo.tuning import batches, select
+from mezo.objectives.generation import Generation
+from mezo.objectives.metric_losses import metric_closure
+from mezo.runs.task import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 BIASES = r"bias|LayerNorm|layer_norm"

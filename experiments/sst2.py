@@ -12,12 +12,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mezo import models, tasks
+from mezo import tasks
 from mezo.arguments import ModelArguments
-from mezo.evaluate import evaluate
+from mezo.demo.tune import Recipe, tune
+from mezo.evaluation.evaluate import evaluate
+from mezo.models import loading as models
 from mezo.objectives import form_for
-from mezo.run import environment
-from mezo.tuning import Recipe, tune
+from mezo.runs.task import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 ZERO_SHOT = ("zero-shot", "zero-shot-calibrated")

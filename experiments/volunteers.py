@@ -9,7 +9,7 @@ The embedded causal model on SST-2, 512 examples a label, 600 forward passes of 
 rate that decays to 0, as in experiments/ablation.py. "one z": a step has one direction, and each of
 16 volunteers the losses of one example. "own z": a step has 8 directions, each volunteer its own
 and 16 examples. Estimates, bounds and updates are the library's: `Crowd` stands where several
-processes would join (mezo/distributed.py).
+processes would join (mezo/distributed/processes.py).
 """
 
 import argparse
@@ -28,16 +28,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mezo import MeZO, models, tasks, trajectory
+from mezo import MeZO, tasks, trajectory
 from mezo.arguments import ModelArguments
-from mezo.distributed import Alone, Processes
+from mezo.demo.tune import batches
+from mezo.distributed.processes import Alone, Processes
+from mezo.distributed.sharding import Sharded
 from mezo.errors import InputError
 from mezo.estimators import Estimate, clipped
-from mezo.evaluate import evaluate
+from mezo.evaluation.evaluate import evaluate
+from mezo.models import loading as models
 from mezo.objectives import evaluating, form_for
-from mezo.run import environment
-from mezo.sharding import Sharded
-from mezo.tuning import batches
+from mezo.runs.task import environment
 
 SEEDS = (13, 21)
 RESULTS = Path(__file__).parent / "results"

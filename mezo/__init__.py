@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import trajectory
-    from .adapter import MeZOAdapter
-    from .generation import Generation
-    from .mezo import Estimate, MeZO, spsa
-    from .reward_trainer import MeZOPolicyConfig, MeZOPolicyTrainer
-    from .trainer import MeZOConfig, MeZOMixin, MeZOTrainer
+    from mezo import trajectory
+    from mezo.mezo import Estimate, MeZO, spsa
+    from mezo.objectives.generation import Generation
+    from mezo.runs.rebuild import MeZOAdapter
+    from mezo.trainers.policy import MeZOPolicyConfig, MeZOPolicyTrainer
+    from mezo.trainers.trainer import MeZOConfig, MeZOMixin, MeZOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["Estimate", "MeZO", "MeZOAdapter", "MeZOConfig", "MeZOMixin", "MeZOTrainer", "spsa"]
@@ -19,19 +19,19 @@ _HOME = {  # imported when first asked for: torch takes a second, transformers' 
     "Estimate": "mezo.mezo",
     "MeZO": "mezo.mezo",
     "spsa": "mezo.mezo",
-    "Generation": "mezo.generation",
-    "MeZOAdapter": "mezo.adapter",
-    "MeZOConfig": "mezo.trainer",
-    "MeZOMixin": "mezo.trainer",
-    "MeZOTrainer": "mezo.trainer",
-    "MeZOSFTTrainer": "mezo.sft",
-    "MeZOSFTConfig": "mezo.sft",
-    "MeZODPOTrainer": "mezo.sft",
-    "MeZODPOConfig": "mezo.sft",
-    "MeZORewardTrainer": "mezo.sft",
-    "MeZORewardConfig": "mezo.sft",
-    "MeZOPolicyConfig": "mezo.reward_trainer",
-    "MeZOPolicyTrainer": "mezo.reward_trainer",
+    "Generation": "mezo.objectives.generation",
+    "MeZOAdapter": "mezo.runs.rebuild",
+    "MeZOConfig": "mezo.trainers.trainer",
+    "MeZOMixin": "mezo.trainers.trainer",
+    "MeZOTrainer": "mezo.trainers.trainer",
+    "MeZOSFTTrainer": "mezo.runs.text",
+    "MeZOSFTConfig": "mezo.runs.text",
+    "MeZODPOTrainer": "mezo.runs.text",
+    "MeZODPOConfig": "mezo.runs.text",
+    "MeZORewardTrainer": "mezo.runs.text",
+    "MeZORewardConfig": "mezo.runs.text",
+    "MeZOPolicyConfig": "mezo.trainers.policy",
+    "MeZOPolicyTrainer": "mezo.trainers.policy",
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import InputError
+from mezo.errors import InputError
 
 
 def _option(default: Any, text: str) -> Any:

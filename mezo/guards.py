@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import noise
-from .errors import InputError
-from .estimators import ESTIMATORS, SHAPINGS
-from .noise.shards import is_sharded, local
-from .perturbation import FORMS
-from .rounding import HALF, ROUNDINGS
+from mezo import noise
+from mezo.errors import InputError
+from mezo.estimators import ESTIMATORS, SHAPINGS
+from mezo.forms.rounding import HALF, ROUNDINGS
+from mezo.noise.sharded import is_sharded, local
+from mezo.perturbation import FORMS
 
 _ONE = "eps seed distribution num_samples perturbation rank interval"
 _ONE += " rounding clip clip_quantile max_refused rule estimator shaping layers"

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from . import noise
-from .errors import InputError
+from mezo import noise
+from mezo.errors import InputError
 
 MODIFIED = ("variance", "expectation")
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -112,7 +112,7 @@ def gradient_norms(
     of 4 know it to a third. In scratch, so that the weights stay as they are; scaled as
     `parameter_norms`. `named` and `closure` are what the optimizer will be given.
     """
-    from .perturbation import Scratch
+    from mezo.perturbation import Scratch
 
     rows = [(noise.canonical_name(n), p) for n, p in named if p.requires_grad]
     squares: dict[str, float] = {}

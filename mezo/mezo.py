@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from .distributed import Alone
-from .errors import Held
-from .estimators import FAILED, Closure, Estimate, applied, one_way, weighed
-from .guards import Watch, check_group, check_storage
-from .layers import check_layers
-from .low_rank import write_due_
-from .perturbation import InPlace, Resident, Scratch, form, trained
-from .rounding import keep_dtypes
-from .rules import Record, Rule, options, remember
-from .updates import Update
+from mezo.distributed.processes import Alone
+from mezo.errors import Held
+from mezo.estimators import FAILED, Closure, Estimate, applied, one_way, weighed
+from mezo.forms.low_rank import write_due_
+from mezo.forms.rounding import keep_dtypes
+from mezo.forms.updates import Update
+from mezo.guards import Watch, check_group, check_storage
+from mezo.layers import check_layers
+from mezo.perturbation import InPlace, Resident, Scratch, form, trained
+from mezo.rules import Record, Rule, options, remember
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from . import noise
-from .errors import Held
-from .layers import PLAIN, Own, own_of, owns
-from .low_rank import LowRank, write_now_
-from .noise import Move
-from .rounding import HALF
-from .scratch import Rows, Scratch
-from .updates import Update, make_
+from mezo import noise
+from mezo.errors import Held
+from mezo.forms.low_rank import LowRank, write_now_
+from mezo.forms.rounding import HALF
+from mezo.forms.scratch import Rows, Scratch
+from mezo.forms.updates import Update, make_
+from mezo.layers import PLAIN, Own, own_of, owns
+from mezo.noise import Move
 
 FORMS = ("in_place", "scratch", "low_rank")
 

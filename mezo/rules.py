@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .errors import InputError
+from mezo.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ optimizer's step, so that a resumed run needs no state of theirs; the run log ha
 
 from collections.abc import Callable
 
-from .errors import InputError
-from .mezo import MeZO
+from mezo.errors import InputError
+from mezo.mezo import MeZO
 
 
 class Schedule:

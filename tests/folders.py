@@ -7,7 +7,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from mezo import cli
+from mezo.cli import main as cli
 
 TOKENIZERS = {"opt": tiny.byte_bpe, "llama": tiny.unigram, "encoder": tiny.word_piece}
 OWN = ["--prompt", "{text} It was", "--candidates", " terrible", " great"]

@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
 def main():
     hub = Hub()
     os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    from mezo.cli import main as mezo
+    from mezo.cli.main import main as mezo
 
     hub.repos["facebook/opt-1.3b"] = {}
     hub.repos["user/empty"] = {}

@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import models, tasks
-from ..arguments import ModelArguments
-from ..evaluate import evaluate
-from ..objectives import Form, form_for
-from ..report import learning_curves
-from ..run import environment, make_folder
-from ..tasks import Example
-from ..tuning import Point, Recipe, extra_memory, tune
+from mezo import tasks
+from mezo.arguments import ModelArguments
+from mezo.compare.plots import learning_curves
+from mezo.demo.tune import Point, Recipe, extra_memory, tune
+from mezo.evaluation.evaluate import evaluate
+from mezo.models import loading as models
+from mezo.objectives import Form, form_for
+from mezo.runs.task import environment, make_folder
+from mezo.tasks import Example
 
 # from a few trials; MeZO's rates are far from Adam's, and depend on what is tuned
 BIASES = r"bias|LayerNorm"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import Held
-from . import shards
-from .definition import (
+from mezo.errors import Held
+from mezo.noise import sharded as shards
+from mezo.noise.definition import (
     CONTRACT,
     DISTRIBUTIONS,
     GROUP,

@@ -18,8 +18,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from ..errors import Held
-from . import definition
+from mezo.errors import Held
+from mezo.noise import definition
 
 _LANES = definition.LANES
 _M0, _M1 = (np.uint64(m) for m in definition._MULTIPLIERS)

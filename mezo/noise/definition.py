@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import torch
 
-from ..errors import InputError
+from mezo.errors import InputError
 
 CONTRACT = 1
 DISTRIBUTIONS = ("gaussian", "rademacher")

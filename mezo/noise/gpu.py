@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import definition
+from mezo.noise import definition
 
 _LANES = tl.constexpr(definition.LANES)
 _ROW = tl.constexpr(4 * definition.LANES)

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import InputError
-from ..tasks.task import OBJECTIVES, Task
-from ..tuners import drops_positions, virtual_tokens
-from .causal import Causal
-from .encoder import Encoder
-from .form import Batch, Feature, Form, evaluating, to_device, unwrap
-from .generated import Generated
-from .masked import Masked
+from mezo.errors import InputError
+from mezo.models.adapters import drops_positions, virtual_tokens
+from mezo.objectives.causal import Causal
+from mezo.objectives.encoder import Encoder
+from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device, unwrap
+from mezo.objectives.generated import Generated
+from mezo.objectives.masked import Masked
+from mezo.tasks.task import OBJECTIVES, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

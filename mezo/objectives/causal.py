@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-from ..low_rank import Both, double
-from ..tasks.task import Example, fields_of, fill
-from .form import Batch, Feature, Form, evaluating, to_device, unwrap
-from .shared import IGNORED, apart, double_rows, pack, reach, spread, together
-from .tokens import Tokens, tokenize
+from mezo.errors import InputError
+from mezo.forms.low_rank import Both, double
+from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device, unwrap
+from mezo.objectives.packing import IGNORED, apart, double_rows, pack, reach, spread, together
+from mezo.objectives.tokens import Tokens, tokenize
+from mezo.tasks.task import Example, fields_of, fill
 
 SEPARATOR = "\n\n"  # between demonstrations, as in the paper's experiments
 NEUTRAL = "neutral_"  # before the names of tensors of the prompt that a calibrated form subtracts

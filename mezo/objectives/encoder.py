@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
-from ..low_rank import Both, double
-from ..tasks.task import Example, fill
-from .form import Batch, Feature, Form, evaluating, to_device
+from mezo.errors import InputError
+from mezo.forms.low_rank import Both, double
+from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device
+from mezo.tasks.task import Example, fill
 
 SCALE = 20.0  # of the cosine, as in the losses of sentence-transformers
 

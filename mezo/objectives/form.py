@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from ..errors import InputError
-from ..low_rank import Both, Paired, double
-from ..tasks.task import Example, Task
-from .shared import padded
-from .tokens import Tokens
+from mezo.errors import InputError
+from mezo.forms.low_rank import Both, Paired, double
+from mezo.objectives.packing import padded
+from mezo.objectives.tokens import Tokens
+from mezo.tasks.task import Example, Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import InputError
-from ..tasks.task import Example
-from .causal import Causal
-from .form import Feature, Form
-from .tokens import Tokens, tokenize
+from mezo.errors import InputError
+from mezo.objectives.causal import Causal
+from mezo.objectives.form import Feature, Form
+from mezo.objectives.tokens import Tokens, tokenize
+from mezo.tasks.task import Example
 
 
 @dataclass(frozen=True, eq=False)

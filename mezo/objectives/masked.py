@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import InputError
-from ..tasks.task import MASK, Example, fill
-from .form import Batch, Feature, Form, unwrap
-from .tokens import tokenize
+from mezo.errors import InputError
+from mezo.objectives.form import Batch, Feature, Form, unwrap
+from mezo.objectives.tokens import tokenize
+from mezo.tasks.task import MASK, Example, fill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,11 +12,11 @@ so that what was written for GRPO runs here. Both halves of an estimate generate
 prompts with the same noise (`generation.py`). Nothing that was generated is ever executed.
 """
 
-from .closure import Sampled, Ties, closure, sample
-from .command import Command
-from .functions import RewardFunc, RewardFunctions, Scores
-from .source import resolve
-from .text import exact_match, token_f1
+from mezo.rewards.command import Command
+from mezo.rewards.functions import RewardFunc, RewardFunctions, Scores
+from mezo.rewards.objective import Sampled, Ties, closure, sample
+from mezo.rewards.resolve import resolve
+from mezo.rewards.text import exact_match, token_f1
 
 __all__ = ["Command", "RewardFunc", "RewardFunctions", "Sampled", "Scores", "Ties", "closure"]
 __all__ += ["exact_match", "resolve", "sample", "token_f1"]

@@ -24,8 +24,8 @@ import weakref
 from collections.abc import Sequence
 from typing import IO, Any
 
-from ..errors import InputError
-from .text import content
+from mezo.errors import InputError
+from mezo.rewards.text import content
 
 _HOPELESS = 3  # samples lost without a single answer before it
 

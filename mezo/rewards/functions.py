@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import InputError
-from ..generation import Completion
+from mezo.errors import InputError
+from mezo.objectives.generation import Completion
 
 RewardFunc = Callable[..., Any]  # -> list[float | None], or a coroutine of it
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or a conversation

@@ -6,7 +6,7 @@ The data set has a column `answers`: a list of accepted texts a prompt. The loss
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..tasks import metrics
+from mezo.tasks import metrics
 
 
 def content(completion: str | Sequence[Mapping[str, Any]]) -> str:

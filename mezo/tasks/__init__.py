@@ -10,16 +10,24 @@ A new task is one more `Task(...)` in a file of its kind, and its name in TASKS 
 
 from difflib import get_close_matches
 
-from ..errors import InputError
-from . import listing, own
-from .classification import OPINIONS, SST2, SST5, TREC
-from .inference import CB, MNLI, MNLI_MM, RTE, SNLI
-from .loading import has_own_dev, load_examples
-from .metrics import METRICS
-from .questions import DROP, SQUAD
-from .sampling import TEST_SEED, demonstration_sets, few_shot, few_shot_test, sample, train_dev
-from .superglue import BOOLQ, COPA, MULTIRC, RECORD, WIC, WSC
-from .task import Example, Hub, Task, custom_task, fill
+from mezo.errors import InputError
+from mezo.tasks import listing
+from mezo.tasks import yaml_task as own
+from mezo.tasks.classification import OPINIONS, SST2, SST5, TREC
+from mezo.tasks.inference import CB, MNLI, MNLI_MM, RTE, SNLI
+from mezo.tasks.loading import has_own_dev, load_examples
+from mezo.tasks.metrics import METRICS
+from mezo.tasks.questions import DROP, SQUAD
+from mezo.tasks.sampling import (
+    TEST_SEED,
+    demonstration_sets,
+    few_shot,
+    few_shot_test,
+    sample,
+    train_dev,
+)
+from mezo.tasks.superglue import BOOLQ, COPA, MULTIRC, RECORD, WIC, WSC
+from mezo.tasks.task import Example, Hub, Task, custom_task, fill
 
 __all__ = ["METRICS", "TASKS", "TEST_SEED", "Example", "Hub", "Task"]
 __all__ += [

@@ -1,7 +1,7 @@
 """Single-sentence classification: SST-2, SST-5, TREC, Opinions."""
 
-from .formats import headless_sentences, headless_texts, label_first, trec
-from .task import Hub, Task
+from mezo.tasks.formats import headless_sentences, headless_texts, label_first, trec
+from mezo.tasks.task import Hub, Task
 
 GLUE = "nyu-mll/glue"  # parquet
 GLUE_AT = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"

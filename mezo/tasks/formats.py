@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .reading import read_csv, read_json
-from .task import Row
+from mezo.errors import InputError
+from mezo.tasks.reading import read_csv, read_json
+from mezo.tasks.task import Row
 
 CONNECTIVES = {"cause": "because", "effect": "so"}
 _WHAT_FOLLOWS = "\nAnswer:"

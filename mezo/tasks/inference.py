@@ -6,9 +6,9 @@ the second begins in lower case, as in LM-BFF, whose templates the paper takes.
 
 from dataclasses import replace
 
-from .classification import GLUE, GLUE_AT
-from .reading import read_tsv
-from .task import Hub, Task
+from mezo.tasks.classification import GLUE, GLUE_AT
+from mezo.tasks.reading import read_tsv
+from mezo.tasks.task import Hub, Task
 
 SUPER_GLUE = "aps/super_glue"  # parquet; configurations are named after the tasks
 SUPER_GLUE_AT = "3de24cf8022e94f4ee4b9d55a6f539891524d646"

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from .loading import SPLITS, example_of
-from .task import MASK, Example, Hub, Task, fill
+from mezo.tasks.loading import SPLITS, example_of
+from mezo.tasks.task import MASK, Example, Hub, Task, fill
 
 
 def models_of(task: Task) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .reading import READERS, read
-from .task import Example, Hub, Row, Task
+from mezo.errors import InputError
+from mezo.tasks.reading import READERS, read
+from mezo.tasks.task import Example, Hub, Row, Task
 
 SPLITS = {  # split -> names of its file; GLUE's test sets have no labels: dev takes their place
     "train": ("train",),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from mezo.errors import InputError
 
 METRICS = ("accuracy", "macro_f1", "f1", "exact_match")  # what a Task may name; f1 is token_f1
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

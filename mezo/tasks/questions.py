@@ -4,8 +4,8 @@ As in the reference: greedily, at most 50 tokens, up to the end of the line; tra
 of the answers and the line break behind it.
 """
 
-from .formats import drop, drop_rows, squad, squad_rows
-from .task import Hub, Task
+from mezo.tasks.formats import drop, drop_rows, squad, squad_rows
+from mezo.tasks.task import Hub, Task
 
 # SQuAD v1.1 (a span of a paragraph of Wikipedia)
 # -> "Title: Nikola_Tesla\nContext: On 7 January ... debt.\nQuestion: When ... Springs?\nAnswer:"

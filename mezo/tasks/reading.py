@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .task import Reader, Row
+from mezo.errors import InputError
+from mezo.tasks.task import Reader, Row
 
 
 def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]:

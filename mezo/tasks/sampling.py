@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..errors import InputError
-from .task import Example
+from mezo.errors import InputError
+from mezo.tasks.task import Example
 
 TEST_SEED = 42  # generate_k_shot_data.py: of the 1,000 test examples, whatever the split's seed
 

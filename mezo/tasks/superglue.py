@@ -1,8 +1,8 @@
 """SuperGLUE beside its inference tasks: BoolQ, WSC, WiC, MultiRC, COPA, ReCoRD. Causal models."""
 
-from .formats import copa_rows, multirc_rows, record_rows, wsc_rows
-from .inference import SUPER_GLUE, SUPER_GLUE_AT
-from .task import Hub, Task
+from mezo.tasks.formats import copa_rows, multirc_rows, record_rows, wsc_rows
+from mezo.tasks.inference import SUPER_GLUE, SUPER_GLUE_AT
+from mezo.tasks.task import Hub, Task
 
 # BoolQ (a yes/no question that people asked, and a passage of Wikipedia)
 # -> "The Punisher (season 2) -- ... in 2019. Are they going to make a punisher season 2?\n" + "Yes"

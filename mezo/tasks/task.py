@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .metrics import METRICS
-from .template import fields_of, fill
+from mezo.errors import InputError
+from mezo.tasks.metrics import METRICS
+from mezo.tasks.template import fields_of, fill
 
 __all__ = ["KINDS", "MASK", "OBJECTIVES", "Example", "Hub", "Task", "fields_of", "fill"]
 

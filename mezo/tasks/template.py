@@ -8,7 +8,7 @@
 from collections.abc import Callable, Mapping
 from string import Formatter
 
-from ..errors import InputError
+from mezo.errors import InputError
 
 
 def _continued(text: str) -> str:

@@ -7,13 +7,13 @@
 docs/trajectory.md is the specification.
 """
 
-from .compact import compact
-from .format import Log, Step, read
-from .merge import merge
-from .replay import replay
-from .resume import catch_up, forgotten, resumable
-from .shards import replay_checkpoint
-from .writer import Writer, fingerprint, record
+from mezo.trajectory.compact import compact
+from mezo.trajectory.format import Log, Step, read
+from mezo.trajectory.merge import merge
+from mezo.trajectory.replay import replay
+from mezo.trajectory.replay_files import replay_checkpoint
+from mezo.trajectory.resume import catch_up, forgotten, resumable
+from mezo.trajectory.writer import Writer, fingerprint, record
 
 __all__ = ["Log", "Step", "Writer", "catch_up", "compact", "fingerprint", "merge", "read", "record"]
 __all__ += ["forgotten", "replay", "replay_checkpoint", "resumable"]

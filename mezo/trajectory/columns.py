@@ -8,7 +8,7 @@ import lzma
 
 import numpy as np
 
-from .header import Damage
+from mezo.trajectory.header import Damage
 
 BLOCK = 2**12  # projected gradients that share a q
 EXPONENTS = range(-64, 128)  # q: float32 losses from 1/2 to 1 are multiples of 2^-24

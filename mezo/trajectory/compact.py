@@ -16,11 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from .. import noise
-from ..errors import InputError
-from . import columns
-from .format import COMPACT, Log, Segment, layout, read, save
-from .header import Damage, Keys, are, check, check_keys, check_version, is_count, parse, text_of
+from mezo import noise
+from mezo.errors import InputError
+from mezo.trajectory import columns
+from mezo.trajectory.format import COMPACT, Log, Segment, layout, read, save
+from mezo.trajectory.header import (
+    Damage,
+    Keys,
+    are,
+    check,
+    check_keys,
+    check_version,
+    is_count,
+    parse,
+    text_of,
+)
 
 VERSION = 1
 MAX_HEAD = 2**24  # bytes of JSON

@@ -23,10 +23,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from .. import noise
-from ..errors import InputError
-from ..mezo import Record
-from .header import FORMAT, Damage, check, check_version, parse, text_of
+from mezo import noise
+from mezo.errors import InputError
+from mezo.mezo import Record
+from mezo.trajectory.header import FORMAT, Damage, check, check_version, parse, text_of
 
 __all__ = ["FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "frame", "read"]
 MAGIC, COMPACT = b"\x89MEZO\r\n\x1a", b"\x89MEZC\r\n\x1a"
@@ -192,7 +192,7 @@ def read(path: str | Path, *, recover: bool = False) -> Log:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     if magic == COMPACT:
-        from .compact import decode
+        from mezo.trajectory.compact import decode
 
         return decode(path, data)
     if magic != MAGIC:

@@ -11,13 +11,13 @@ import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from .. import noise, rules
-from ..errors import InputError
-from ..estimators import ESTIMATORS
-from ..layers import MODIFIED
-from ..perturbation import FORMS
-from ..rounding import ROUNDINGS
-from ..rules import RULES
+from mezo import noise, rules
+from mezo.errors import InputError
+from mezo.estimators import ESTIMATORS
+from mezo.forms.rounding import ROUNDINGS
+from mezo.layers import MODIFIED
+from mezo.perturbation import FORMS
+from mezo.rules import RULES
 
 FORMAT = 1
 Keys = dict[str, tuple[Callable[[Any], bool], str]]

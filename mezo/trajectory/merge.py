@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from .format import Log, Segment, Step, Steps, encode, read, save
-from .header import IDENTITY, Damage, places
-from .resume import resumable
+from mezo.errors import InputError
+from mezo.trajectory.format import Log, Segment, Step, Steps, encode, read, save
+from mezo.trajectory.header import IDENTITY, Damage, places
+from mezo.trajectory.resume import resumable
 
 _OF_A_SEGMENT = ("start", "eps", "lr", "weight_decay", "cycles", "lr_in_records")
 

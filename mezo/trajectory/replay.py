@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from .. import noise
-from ..errors import InputError
-from ..rules import BUFFERS
-from .format import Log, Step, read
-from .moves import make_, program_of
-from .writer import entry_of, frozen_fingerprint
+from mezo import noise
+from mezo.errors import InputError
+from mezo.rules import BUFFERS
+from mezo.trajectory.format import Log, Step, read
+from mezo.trajectory.program import make_, program_of
+from mezo.trajectory.writer import entry_of, frozen_fingerprint
 
 FROZEN_DIFFER = "{}: the weights that the run kept frozen are not those of this model"
 

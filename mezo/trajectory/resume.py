@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..mezo import MeZO
-from .format import Log, read
-from .moves import make_, program_of
-from .writer import check_identity, entry_of
+from mezo.errors import InputError
+from mezo.mezo import MeZO
+from mezo.trajectory.format import Log, read
+from mezo.trajectory.program import make_, program_of
+from mezo.trajectory.writer import check_identity, entry_of
 
 
 def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> int:

@@ -12,13 +12,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .. import noise
-from ..errors import InputError
-from ..layers import PLAIN, owns
-from ..mezo import MeZO, Record
-from ..noise.shards import is_sharded
-from .format import FORMAT, checksum, frame, read
-from .header import IDENTITY, Damage, check, places
+from mezo import noise
+from mezo.errors import InputError
+from mezo.layers import PLAIN, owns
+from mezo.mezo import MeZO, Record
+from mezo.noise.sharded import is_sharded
+from mezo.trajectory.format import FORMAT, checksum, frame, read
+from mezo.trajectory.header import IDENTITY, Damage, check, places
 
 try:
     import fcntl

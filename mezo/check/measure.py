@@ -1,0 +1,307 @@
+"""`mezo check`: what a dozen estimates say of a model, a prompt, eps and the learning rate.
+
+The scores s of the two passes along z, which a step computes anyway, give for every example i
+
+    g_i       = (loss_i(theta + eps z) - loss_i(theta - eps z)) / (2 eps)    its gradient along z
+    z' G_i z  = variance of (s+ - s-) / (2 eps) under p = softmax(s)         its curvature along z
+
+A step of size lr on a batch B changes the loss by -lr |grad|^2 + lr^2 / 2 E[g_B^2 z'Hz] in the
+mean over z and B. The best lr is |grad|^2 / E[g_B^2 z'Hz]: the share of |grad|^2 in E[g_B^2], over
+tr H or a little more (Section 4 of the paper: the effective rank); twice that lr gains nothing.
+H is taken to be its Gauss-Newton part G: the second differences of the loss drown in their spread.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from mezo import tasks
+from mezo.arguments import DataArguments, ModelArguments
+from mezo.check.findings import ERRORS, advice, findings
+from mezo.compare.grids import GRIDS
+from mezo.demo.tune import select
+from mezo.errors import InputError
+from mezo.evaluation.evaluate import Result, evaluate
+from mezo.guards import last_place
+from mezo.memory.measured import PeakMemory
+from mezo.mezo import MeZO, Record
+from mezo.models import loading as models
+from mezo.models.frozen import FrozenLower
+from mezo.objectives import Batch, Causal, Feature, Form, Masked, evaluating, to_device
+from mezo.objectives.form import unwrap
+from mezo.runs import rates
+from mezo.runs.task import environment, form_of, load_splits, task_of
+
+SHOWN = 200  # dev examples for the zero-shot accuracy
+SCANNED = 4  # directions that are estimated at eps / 10 and 10 eps too
+IN_PAPER = {  # kind of tuning -> the end of its grids' names
+    "all weights": "mezo",
+    "a part of the weights": "mezo",
+    "LORA": "mezo-lora",
+    "PREFIX_TUNING": "mezo-prefix",
+}
+
+
+def of_paper(kind: str) -> tuple[str, str] | None:
+    """The learning rates and eps of Tables 15 and 16; None for what they do not train."""
+    if kind not in IN_PAPER:
+        return None
+    tables = {"RoBERTa-large": "table15", "OPT": "table16"}
+    grids = {model: GRIDS[f"{table}-{IN_PAPER[kind]}"] for model, table in tables.items()}
+    ends = {m: (min(g["learning_rate"]), max(g["learning_rate"])) for m, g in grids.items()}
+    text = ", ".join(f"{low:.0e} to {high:.0e} for {m}" for m, (low, high) in ends.items())
+    eps = dict.fromkeys(f"{grid['mezo_eps']:.0e}" for grid in grids.values())
+    return f"{text} (Tables 15, 16)".replace("e-0", "e-"), " or ".join(eps).replace("e-0", "e-")
+
+
+def mean_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of two or more values, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def gradient(grads: np.ndarray, batch_size: int) -> dict[str, float]:
+    """How much of E[g_B^2] is the gradient, from g_i (directions, examples).
+
+    signal: |grad L|^2, the mean of g_i g_j over z and pairs of examples: unbiased, so it may be
+    negative; noise: variance of a batch's mean; share: signal / (signal + noise), NaN if all is 0.
+    """
+    n, squares = grads.shape[1], (grads**2).sum(1)
+    signals = (grads.sum(1) ** 2 - squares) / (n * (n - 1))
+    powers = signals + (squares / n - signals) / batch_size
+    (signal, signal_error), power = mean_error(signals), float(powers.mean())
+    share = signal / power if power > 0 else math.nan
+    error = mean_error(signals - share * powers)[1] / power if power > 0 else math.nan
+    found = {"signal": signal, "signal_error": signal_error, "noise": power - signal}
+    return found | {"share": share, "share_error": error}
+
+
+def gauss_newton(plus: torch.Tensor, minus: torch.Tensor, eps: float) -> float:
+    """z'Gz of the mean cross-entropy, from the scores (examples, candidates) of both passes."""
+    slope, p = (plus - minus) / (2 * eps), ((plus + minus) / 2).softmax(-1)
+    return float(((p * slope**2).sum(-1) - (p * slope).sum(-1) ** 2).mean())
+
+
+def best_rate(signal: float, squares: np.ndarray, curvatures: np.ndarray) -> float:
+    """signal / E[g_B^2 z'Hz] from both factors (directions); NaN where no step lowers the loss."""
+    pull = float(np.mean(squares * curvatures))
+    return signal / pull if signal > 0 and pull > 0 else math.nan
+
+
+def changes(grads: np.ndarray) -> tuple[float, float]:
+    """Relative changes (rms) of g (directions, [eps / 10, eps, 10 eps]) from eps to the others."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # of infinite losses, or of none: NaN
+        low, size, high = np.sqrt(((grads - grads[:, 1:2] * [1, 0, 1]) ** 2).mean(0))
+        return float(low / size), float(high / size)
+
+
+def reach(eps: float, high: float) -> float:
+    """How far along z the slope lasts: to a change by 1/4, as it grows as eps^2; at most 10 eps."""
+    return 10 * eps * min(1.0, math.sqrt(0.25 / high)) if high > 0 else eps
+
+
+class Seen(NamedTuple):
+    """One estimate on a batch."""
+
+    grads: np.ndarray  # projected gradient, example by example
+    grad: float  # of the batch, as MeZO has it
+    loss: float  # mean of the two passes
+    curvature: float  # z'Gz
+    seconds: float  # of the whole step
+
+
+class Probe:
+    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call."""
+
+    def __init__(self, model: torch.nn.Module, form: Form, seed: int):
+        adapter = getattr(model, "peft_config", None) is not None
+        rounding = "master" if adapter else "stochastic"  # as MeZOMixin
+        self.model, self.form = model, form
+        self.optimizer = MeZO(model.named_parameters(), 0.0, seed=seed, rounding=rounding)
+        self.trained: list[torch.Tensor] = [p for _, p, _ in self.optimizer.trained()]
+        self._records: list[Record] = []
+        self.optimizer.observers.append(self._records.append)
+
+    def batch(self, features: Sequence[Feature]) -> Batch:
+        return to_device(self.form.collate(features), self.model)
+
+    def loss(self, batch: Batch) -> float:
+        return float(self.form.loss(self.model, batch))
+
+    def __call__(self, batch: Batch, direction: int, eps: float) -> Seen:
+        scores: list[torch.Tensor] = []
+
+        def closure() -> torch.Tensor:  # form.loss, with the scores kept
+            scores.append(self.form.scores(self.model, batch))
+            return F.cross_entropy(scores[-1], batch["labels"])
+
+        for group in self.optimizer.param_groups:
+            group["step"], group["eps"] = direction, eps
+        began = time.perf_counter()
+        self.optimizer.step(closure)
+        seconds, record = time.perf_counter() - began, self._records.pop()
+        ends = [s.double() for s in scores[:2]]  # the first step may look once more
+        plus, minus = (F.cross_entropy(s, batch["labels"], reduction="none") for s in ends)
+        grads = ((plus - minus) / (2 * eps)).cpu().numpy()
+        grad, curvature = record.projected_grads[0], gauss_newton(ends[0], ends[1], eps)
+        return Seen(grads, grad, record.loss, curvature, seconds)
+
+
+def check(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    *,
+    eps: float | None = None,
+    lr: float | None = None,
+    batch_size: int = 16,
+    directions: int = 12,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """The numbers, "findings": {"level", "text"} each, and "next": options, as JSON can hold them.
+
+    level: "ok", "note" or "warning". A direction takes two estimates and a forward pass. eps and lr
+    are those of `mezo train` where they are None.
+    """
+    for name, value in {"eps": eps, "lr": lr}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be positive, got {value}")
+    for name, count, least in (("batch_size", batch_size, 1), ("directions", directions, 2)):
+        if count < least:
+            raise InputError(f"{name} must be at least {least}, got {count}")
+    began, task = time.perf_counter(), task_of(data_args)
+    if task.kind != "classification":
+        raise InputError(f"mezo check looks at fixed candidates: task {task.name} has none")
+    splits = load_splits(task, data_args)
+    size = min(batch_size, len(splits["train"]) // 2)
+    if size == 0:
+        raise InputError("there is 1 training example: two batches need two")
+    train = tasks.sample(splits["train"], 2 * size * directions, seed)
+    rate, own = rates.mezo(models.parameters_of(model_args), rates.part_of(model_args))
+    lr, eps = (rate if lr is None else lr), (own if eps is None else eps)
+    model, tokenizer = models.load(model_args, adapter_seed=seed)
+    form = form_of(model, tokenizer, task, model_args, data_args)
+    if model_args.trainable is not None:
+        select(model, model_args.trainable)
+    layers, features = model_args.freeze_layers, [form.encode(example) for example in train]
+    found: dict[str, Any] = {"model": model_args.model_name_or_path, "task": task.name}
+    found |= {"eps": eps, "lr": lr, "batch_size": size, "asked": batch_size}
+    with FrozenLower(model, layers) if layers else nullcontext(), evaluating(model):
+        probe, dev = Probe(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
+        found |= {"trained": _trained(probe), "candidates": _candidates(form, features[:SHOWN])}
+        found["prompt"] = _prompt(form, evaluate(model, form, dev))
+        longest = sorted(features, key=lambda feature: feature["length"])[-size:]
+        found |= _repeated(probe, probe.batch(longest), eps)
+        found |= measure(probe, features, eps, size, directions)
+    found |= {"seconds": time.perf_counter() - began, "environment": environment()}
+    found = json.loads(json.dumps(found), parse_constant=lambda word: None)  # NaN is no JSON
+    found["next"] = advice(found)
+    return found | {"findings": findings(found)}
+
+
+def measure(probe: Probe, features: list[Feature], eps: float, size: int, n: int) -> dict[str, Any]:
+    """Gradient, curvature, eps and time, from two disjoint batches of `size` along n directions."""
+    rng = np.random.default_rng(probe.optimizer.param_groups[0]["seed"])
+    rows, scan = [], []
+    for d in range(n):
+        chosen = [features[i] for i in rng.permutation(len(features))[: 2 * size]]
+        one, two = probe.batch(chosen[:size]), probe.batch(chosen[size:])
+        began = time.perf_counter()
+        loss = probe.loss(one)
+        rows.append((loss, time.perf_counter() - began, probe(one, d, eps), probe(two, d, eps)))
+        if d < SCANNED:
+            low, high = (probe(one, d, other).grad for other in (eps / 10, 10 * eps))
+            scan.append([low, rows[-1][2].grad, high])
+    seconds = [seen.seconds for row in rows for seen in row[2:]]
+    found: dict[str, Any] = {"directions": n, "step_seconds": float(np.median(seconds))}
+    found["forward_seconds"] = float(np.median([row[1] for row in rows]))
+    rows = [row for row in rows if math.isfinite(row[0] + row[2].grad + row[3].grad)]
+    if len(rows) < 2:
+        lost = f"the loss is finite along {len(rows)} of {n} directions"
+        raise InputError(f"{lost}: lower eps, take bfloat16 or float32, or look at the data")
+    low, high = changes(np.array(scan))
+    found |= {"lost": n - len(rows), "eps_low": low, "eps_high": high}
+    found |= _numbers(rows, eps, size, reach(eps, high))
+    unit, dtype = last_place(probe.trained)
+    value = torch.tensor(found["loss"], dtype=unwrap(probe.model).dtype)
+    found |= {"last_place": unit, "last_place_of": str(dtype).removeprefix("torch.")}
+    found["spacing"] = last_place([value])[0]
+    if found["gap"] <= found["spacing"] or eps < unit / 2:  # what was seen is rounding
+        found["best_lr"] = math.nan
+    return found
+
+
+def _numbers(rows: list, eps: float, size: int, longest: float) -> dict[str, Any]:
+    """Of the gradient, the curvature and the best lr; from rows of loss, seconds, and two Seen."""
+    grads = np.array([[one.grad, two.grad] for _, _, one, two in rows])
+    found = gradient(np.array([[*one.grads, *two.grads] for _, _, one, two in rows]), size)
+    clear, squares = found["share"] > ERRORS * found["share_error"], (grads**2).mean(1)
+    most = min(1.0, found["share"] + ERRORS * found["share_error"])
+    used = found["signal"] if clear else most * float(squares.mean())
+    curved = np.array([(one.curvature + two.curvature) / 2 for _, _, one, two in rows])
+    losses, ends = np.array([[loss, one.loss] for loss, _, one, _ in rows]).T
+    second = 2 * (ends - losses) / eps**2  # z'Hz, as ends are means of two
+    (trace, error), (hessian, off) = mean_error(curved), mean_error(second)
+    found |= {"clear": clear, "share_at_most": most, "signal_at_most": used}
+    found |= {"mean_size": float(abs(grads).mean()), "std": float(grads.std())}
+    best, limit = best_rate(used, squares, curved), longest / max(found["mean_size"], 1e-300)
+    found |= {"trace": trace, "trace_error": error, "hessian": hessian, "hessian_error": off}
+    found |= {"gap": float(np.median(2 * eps * abs(grads))), "loss": float(np.mean(losses))}
+    return found | {"best_lr": min(best, limit), "limited": limit < best}
+
+
+def _trained(probe: Probe) -> dict[str, Any]:
+    every, adapters = list(probe.model.parameters()), getattr(probe.model, "peft_config", {})
+    part = "all weights" if len(probe.trained) == len(every) else "a part of the weights"
+    config, group = unwrap(probe.model).config.to_dict(), probe.optimizer.param_groups[0]
+    dropout = {p for key, p in config.items() if "drop" in key and isinstance(p, float)}
+    dropout |= {m.p for m in probe.model.modules() if isinstance(m, torch.nn.Dropout)}
+    kinds = [str(adapter.peft_type.value) for adapter in adapters.values()]
+    found: dict[str, Any] = {"kind": kinds[0] if kinds else part}
+    found["paper"] = of_paper(found["kind"])
+    found |= {"parameters": sum(p.numel() for p in probe.trained), "tensors": len(probe.trained)}
+    found |= {"of": sum(p.numel() for p in every), "dropout": sorted(dropout - {0.0})}
+    found |= {"dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in probe.trained})}
+    found |= {"perturbation": probe.optimizer.perturbation, "rounding": group["rounding"]}
+    return found | {"half": any(p.dtype.itemsize == 2 for p in probe.trained)}
+
+
+def _prompt(form: Form, found: Result) -> dict[str, Any]:
+    labels, chance = form.task.labels, 1 / len(form.task.labels)
+    counts = np.bincount([p for p in map(int, found.predictions) if p >= 0], minlength=len(labels))
+    shown = {"accuracy": found.accuracy, "n": found.n, "chance": chance}
+    shown |= {"chance_error": math.sqrt(chance * (1 - chance) / found.n)}
+    return shown | {"favourite": labels[counts.argmax()], "share": float(counts.max() / found.n)}
+
+
+def _candidates(form: Form, features: Sequence[Feature]) -> dict[str, list[str]]:
+    """The tokens of each candidate in context: of one that names columns, the most it has."""
+    rows = [[word] for word in form.words] if isinstance(form, Masked) else []
+    texts = form.task.verbalizers
+    if isinstance(form, Causal):
+        texts = form.task.candidates
+        rows = [max((f["targets"][k] for f in features), key=len) for k in range(len(texts))]
+    words = [[str(t) for t in form.tokenizer.convert_ids_to_tokens(row)] for row in rows]
+    return dict(zip(texts, words, strict=False))  # an encoder has none
+
+
+def _repeated(probe: Probe, batch: Batch, eps: float) -> dict[str, Any]:
+    """The same forward pass and the same estimate twice, and their memory the second time."""
+    for p in probe.model.parameters():
+        p.detach().sum()  # files are mapped: a weight counts once it was read
+    loss = probe.loss(batch)
+    with PeakMemory() as inference:
+        same = probe.loss(batch) == loss
+    first = probe(batch, 0, eps)  # loads kernels and thread pools
+    with PeakMemory() as estimate:
+        second = probe(batch, 0, eps)
+    off, size = abs(first.grad - second.grad), max(abs(first.grad), abs(second.grad))
+    found = {"inference": inference.bytes, "estimate": estimate.bytes}
+    found["weights"] = sum(p.nbytes for p in probe.model.parameters())
+    found["largest"] = max(p.nbytes for p in probe.trained)
+    return {"bytes": found, "same_forward": same, "differs": off / size if size > 0 else 0.0}

@@ -1,0 +1,1 @@
+"""The command line `mezo`: one file for each verb."""

@@ -1,0 +1,121 @@
+"""The command `mezo compare`: many methods on one task and model, a table, plots and a report."""
+
+import shlex
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from mezo.arguments import DataArguments, ModelArguments
+from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+from mezo.errors import InputError
+
+HELP = """
+of the comparison:
+  --methods NAME ...                  default: zero-shot icl lp ft lora prefix mezo mezo-lora
+                                      mezo-prefix; also head, prompt, mezo-head, mezo-prompt,
+                                      ft-checkpointing, lora-checkpointing, peft's other methods
+                                      and these with mezo- in front
+  --seeds N ...                       default 13 21 42; of the split and of the run
+  --grid NAME                         none: a rate by the model's size (the default); default:
+                                      three rates, best by dev; table15, table16: the paper's;
+                                      or FILE.yaml, a section of mezo train's options a method
+  --max_steps N                       of MeZO, default 2000
+  --adam_steps N                      of the others, default a tenth
+  --k N | --num_train N               default: --num_train 1000 --num_test 1000
+  --data_dir DIR                      {seed} in it is replaced by the seed
+  --keep_weights                      keep the tuned weights of every cell
+  --output_dir DIR                    default runs/compare-<task>; run again, it goes on
+  --json                              the whole summary as one line of JSON
+
+Every other option of mezo train holds for all methods: --per_device_eval_batch_size 64, --truncate.
+"""
+OWN: dict[str, Any] = {
+    "methods": {"nargs": "+"},
+    "seeds": {"nargs": "+", "type": int},
+    "grid": {"default": "none"},
+    "adam_steps": {"type": int},
+    "keep_weights": {"action": "store_true"},
+    "json": JSON,
+}
+
+
+def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return _show_help("mezo compare", (ModelArguments, DataArguments), HELP)
+    from mezo.compare import compare
+    from mezo.runs import task as run
+
+    _quiet()
+    kinds = (ModelArguments, DataArguments, run.TrainArguments)
+    options = _with_config(argv)
+    parser = _hf_parser("mezo compare", kinds, **OWN)
+    model, data, args, own = _parse(options, parser, kinds)
+    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
+    if not words & {"output_dir"}:
+        task = "custom" if data.prompt is not None else Path(data.task).stem
+        args.output_dir = f"runs/compare-{task}"
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    chosen: dict[str, Any] = {"grid": own.grid, "adam_steps": own.adam_steps}
+    chosen |= {"keep_weights": own.keep_weights}
+    chosen |= {name: getattr(own, name) for name in ("methods", "seeds") if getattr(own, name)}
+    chosen |= {"max_steps": args.max_steps} if "max_steps" in words else {}
+    run.make_folder(args.output_dir)
+    try:
+        with Path(args.output_dir, "log.txt").open("a") as log, redirect_stdout(log):
+            found = compare.compare(
+                *(model, data, args, compare.Settings(**chosen)),
+                given=words - {"max_steps"},
+                on_cell=_Progress(),
+            )
+    except KeyboardInterrupt:
+        _say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
+        raise
+    show(found, own.json)
+    page = write(found, Path(args.output_dir))
+    _say(f"report: {page}")
+    _say(f"each cell's folder and commands: {Path(args.output_dir, compare.SUMMARY)}")
+
+
+class _Progress:
+    """One line a cell, and how long all have taken."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __call__(self, at: int, number: int, cell: Any, what: str) -> None:
+        minutes = (time.perf_counter() - self.began) / 60
+        name = f"{cell.method} seed {cell.seed} {cell.name}".strip()
+        _say(f"[{at}/{number}, {minutes:.1f} min] {what}: {name}")
+
+
+def show(found: dict[str, Any], as_json: bool) -> None:
+    """The table on stdout, the methods that were refused on stderr."""
+    if as_json:
+        _print(found, as_json=True)
+    else:
+        from mezo.compare.page import table
+
+        head, *rows = table(found)
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        for row in (head, *rows):
+            cells = [row[0].ljust(widths[0])]
+            cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+            print("  ".join(cells).rstrip())
+    for method, reason in found["refused"].items():
+        _say(f"{method} was refused: {reason}")
+
+
+def write(found: dict[str, Any], folder: Path) -> Path:
+    """Plots and the report; the report's path. InputError where matplotlib is missing."""
+    from mezo.compare import page
+    from mezo.compare import plots as report
+
+    try:
+        plots = report.of_comparison(found, folder)
+    except ImportError:
+        raise InputError("the report needs matplotlib: pip install 'mezo-lm[demo]'") from None
+    path = folder / "report.html"
+    path.write_text(page.html(found, plots), encoding="utf-8")
+    return path

@@ -1,0 +1,63 @@
+"""The command `mezo eval`: a task here, or tasks of lm-evaluation-harness."""
+
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+
+from mezo.arguments import DataArguments, ModelArguments
+from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _show_help, _with_config
+from mezo.errors import InputError
+
+HELP = """
+  --replay LOG                        first rebuild the weights of a run
+  --until N                           only its first N steps
+  --batch_size N                      default 32
+  --offload                           weights stay in their files, and come block by block
+  --tasks NAME,NAME                   of lm-evaluation-harness, in place of --task
+    --include_path DIR                with task files of your own
+    --limit N                         so many examples of each
+    --num_fewshot N                   default: each task's own
+  --json                              one line of JSON
+"""
+OWN: dict[str, Any] = {
+    "replay": {},
+    "until": {"type": int},
+    "batch_size": {"type": int, "default": 32},
+    "tasks": {},
+    "include_path": {},
+    "limit": {"type": int},
+    "num_fewshot": {"type": int},
+    "offload": {"action": "store_true"},
+    "json": JSON,
+}
+
+
+def main(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return _show_help("mezo eval", (ModelArguments, DataArguments), HELP)
+    from mezo.runs import task as run
+
+    _quiet()
+    kinds = (ModelArguments, DataArguments)
+    model, data, own = _parse(_with_config(argv), _hf_parser("mezo eval", kinds, **OWN), kinds)
+    shared = {"log": own.replay, "until": own.until, "batch_size": own.batch_size}
+    if own.tasks is None:
+        for name in ("include_path", "limit", "num_fewshot"):
+            if getattr(own, name) is not None:
+                raise InputError(f"--{name} goes with --tasks")
+        with redirect_stdout(sys.stderr):
+            result = run.evaluate(model, data, **shared, offload=own.offload)
+        return _print(result, own.json)
+    if own.offload:
+        raise InputError("--offload does not go with --tasks")
+    from mezo.runs import lm_eval as harness
+
+    names = [name.strip() for name in own.tasks.split(",") if name.strip()]
+    shared |= {"include_path": own.include_path, "limit": own.limit}
+    with redirect_stdout(sys.stderr):
+        result = harness.evaluate(model, names, num_fewshot=own.num_fewshot, **shared)
+    if own.json:
+        return _print(result, as_json=True)
+    for task, metrics in result["results"].items():
+        for name, value in metrics.items():
+            print(f"{task}\t{name}\t{value:.4g}")

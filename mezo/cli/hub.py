@@ -1,0 +1,48 @@
+"""The commands `mezo push` and `mezo pull`: run logs on the Hugging Face hub."""
+
+import shlex
+
+from mezo.cli.main import JSON, _Parser, _print, _say
+
+
+def push(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="mezo push",
+        description="Share a run log on the Hugging Face hub, with a model card made of it; its "
+        "config (mezo log FILE) is in it. Log in before: hf auth login.",
+    )
+    parser.add_argument("--log", required=True, help="the run log")
+    parser.add_argument("--repo", required=True, help="user/name; made if there is none")
+    parser.add_argument("--private", action="store_true", help="if it is made")
+    parser.add_argument("--base_model", "--base-model", help="its name on the hub, for the card")
+    parser.add_argument("--json", **JSON)
+    own = parser.parse_args(argv)
+    from mezo.hub import repository as hub
+
+    _no_bars()
+    result = hub.push(own.log, own.repo, private=own.private, base_model=own.base_model)
+    _print(result, own.json)
+    if result["base_model"] is None:
+        _say("the card names no base model: --base_model NAME says which")
+    _say(f"next: mezo pull {own.repo}")
+
+
+def pull(argv: list[str]) -> None:
+    parser = _Parser(prog="mezo pull", description="Get a run log from the Hugging Face hub.")
+    parser.add_argument("repo", help="user/name")
+    parser.add_argument("--output", help="where it goes; default name.mezo")
+    parser.add_argument("--json", **JSON)
+    own = parser.parse_args(argv)
+    from mezo.hub import repository as hub
+
+    _no_bars()
+    path = str(hub.pull(own.repo, own.output or f"{own.repo.split('/')[-1]}.mezo"))
+    _print({"log": path}, own.json)
+    _say(f"next: mezo replay --model ... --log {shlex.quote(path)} --output_dir tuned")
+
+
+def _no_bars() -> None:
+    """This process is ours: no progress bars for a few KB."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()

@@ -1,0 +1,66 @@
+"""`mezo train --reward ...`: train on what a function or a program says of generated text.
+
+mezo train --model NAME --train_file prompts.jsonl --reward rules.py:short --output_dir runs/x
+mezo train --model NAME --train_file prompts.jsonl --reward "python score.py"
+"""
+
+import shlex
+import sys
+from contextlib import redirect_stdout
+
+from mezo.arguments import ModelArguments, RewardArguments
+from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+
+HELP = """
+training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_all lists them):
+  --output_dir DIR                    default runs/reward
+  --max_completion_length N           default 64 tokens
+  --temperature T                     default 1; 0 is greedy
+  --stop STRING [STRING ...]          end a completion, and are cut off
+  --reward_weights W [W ...]          one a reward function
+  --learning_rate LR  --mezo_eps EPS  default 1e-6, 1e-3
+  --max_steps N                       default 1000
+  --per_device_train_batch_size N     prompts a step, default 16; more if rewards tie
+  --eval_steps N  --save_steps N      default 100
+  --log_completions                   to output_dir/completions.jsonl
+  --offload                           the model stays on the CPU, and comes block by block
+  --resume_from_checkpoint true       go on after an interruption
+  --json                              the result as one line of JSON
+"""
+
+
+def asked(argv: list[str]) -> bool:
+    """Whether options, or the file of --config, name a reward."""
+    return any(word.split("=")[0] == "--reward" for word in _with_config(argv))
+
+
+def train(argv: list[str]) -> None:
+    if {"-h", "--help"} & set(argv):
+        return _show_help("mezo train --reward", (ModelArguments, RewardArguments), HELP)
+    from mezo.runs import reward as reward_run
+
+    _quiet()
+    kinds = (ModelArguments, RewardArguments, reward_run.RewardTrainArguments)
+    parser = _hf_parser("mezo train --reward", kinds, json=JSON)
+    if "--help_all" in argv:
+        return parser.print_help()
+    model, data, args, own = _parse(_with_config(argv), parser, kinds)
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    try:
+        with redirect_stdout(sys.stderr):  # the Trainer prints its logs, a function its own
+            result = reward_run.train(model, data, args)
+    except KeyboardInterrupt:
+        again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
+        _say(f"\nto go on where it stopped:\n  {again}")
+        raise
+    shown = {"reward_before": result["before"]["reward"], "reward": result["after"]["reward"]}
+    shown |= {"ties": result["ties"], "steps": result["steps"], "seconds": result["seconds"]}
+    _print(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
+    for sample in result["samples"]:
+        _say(f"  {sample['prompt']!r}")
+        for when in ("before", "after"):
+            _say(f"    {when:<6} {sample[when]!r}")
+    then = ["mezo", "replay", "--model", model.model_name_or_path]
+    then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+    then += [] if args.offload_write_every else ["--by_tensor"]
+    _say(f"next: {shlex.join(then)}")

@@ -1,0 +1,30 @@
+"""The command `mezo tasks`: which tasks there are, and one of them on a real row."""
+
+import json
+
+from mezo import tasks
+from mezo.cli.main import JSON, _Parser, _say
+
+
+def show(argv: list[str]) -> None:
+    parser = _Parser(
+        prog="mezo tasks",
+        description="List the tasks; with a name, what one of its rows becomes for each kind of "
+        "model: '|' begins what is scored or trained, '*' marks what is right.",
+    )
+    parser.add_argument("name", nargs="?", help="of a task")
+    parser.add_argument("--json", **JSON)
+    own = parser.parse_args(argv)
+    if own.name is not None:
+        task = tasks.get(own.name)
+        (row,) = (row for row in tasks.describe() if row["name"] == task.name)
+        print(json.dumps(row | tasks.rendered(own.name)) if own.json else tasks.show(own.name))
+        return
+    rows = tasks.describe()
+    if own.json:
+        print(json.dumps(rows))
+        return
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in ({key: key for key in widths}, *rows):
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    _say("next: mezo tasks sst2")

@@ -1,0 +1,61 @@
+"""`mezo sft` and `mezo dpo`: TRL's trainers with MeZO, from the command line."""
+
+import shlex
+import sys
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+
+from mezo.arguments import ModelArguments, TextArguments
+from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+from mezo.errors import InputError
+
+HELP = """
+training, named as TRL's {config} and transformers' (--help_all lists every one):
+  --output_dir DIR                    default runs/{kind}
+  --learning_rate LR                  default 1e-6; larger for adapters and small models
+  --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
+  --max_steps N                       default 20000
+  --per_device_train_batch_size N     default 16
+  --max_length N                      tokens of a row; longer ones are cut
+{own}  --offload                           the model stays on the CPU, and comes block by block
+  --resume_from_checkpoint true       go on after an interruption
+  --json                              the result as one line of JSON
+"""
+OWN = {
+    "sft": "  --packing true                      rows one after another, without padding\n"
+    "  --assistant_only_loss true          messages: the loss is of the assistant's turns\n"
+    "  --completion_only_loss false        prompt and completion: the loss is of both\n",
+    "dpo": "  --beta BETA                         default 0.1: how close to the reference\n",
+}
+
+
+def main(kind: str, argv: list[str]) -> None:
+    """Run `mezo sft` or `mezo dpo`."""
+    if {"-h", "--help"} & set(argv):
+        config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
+        tail = HELP.format(kind=kind, config=config, own=OWN[kind])
+        return _show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
+    if find_spec("trl") is None:
+        raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")
+    from mezo.runs import text as sft
+
+    _quiet()
+    kinds = (sft.ARGUMENTS[kind], ModelArguments, TextArguments)
+    parser = _hf_parser(f"mezo {kind}", kinds, json=JSON)
+    if "--help_all" in argv:
+        return parser.print_help()
+    args, model, data, own = _parse(_with_config(argv), parser, kinds)
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    try:
+        with redirect_stdout(sys.stderr):
+            result = sft.train(kind, model, data, args)
+    except KeyboardInterrupt:
+        again = shlex.join(["mezo", kind, *argv, "--resume_from_checkpoint", "true"])
+        _say(f"\nto go on where it stopped:\n  {again}")
+        raise
+    shown = {name: result[name] for name in ("train_loss", "eval_loss", "steps", "seconds")}
+    _print(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
+    then = ["mezo", "replay", "--model", model.model_name_or_path]
+    then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+    then += [] if args.offload_write_every else ["--by_tensor"]
+    _say(f"next: {shlex.join(then)}")

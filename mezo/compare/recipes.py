@@ -1,0 +1,124 @@
+"""The methods of `mezo compare`, each as options of `mezo train`.
+
+    zero-shot, icl, lp                       nothing is trained
+    ft, head, lora, prefix, prompt, ia3, ... Adam by back-propagation, on what the name says
+    mezo, mezo-head, mezo-lora, ...          forward passes alone, on the same
+    ft-checkpointing, lora-checkpointing     Adam with activation checkpointing
+
+Learning rates fall with the number N of the model's weights: rates.py.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from mezo.compare.grids import GRIDS, Grid
+from mezo.errors import InputError
+from mezo.runs import rates
+
+UNTRAINED = ("zero-shot", "icl", "lp")
+PARTS = ("head", "lora", "prefix", "prompt")
+CHECKPOINTING = ("ft-checkpointing", "lora-checkpointing")
+DEFAULT = (*UNTRAINED, "ft", "lora", "prefix", "mezo", "mezo-lora", "mezo-prefix")
+KNOWN = (*DEFAULT, "head", "prompt", "mezo-head", "mezo-prompt", *CHECKPOINTING)
+AROUND = (1 / 3, 1.0, 3.0)  # of the rate, in the default grid
+SHOWN = 32  # demonstrations, as in the paper
+
+
+def parts_of(method: str) -> tuple[str, str, bool]:
+    """(method of mezo train, what is trained, checkpointing). Unknown: InputError, with the nearest
+    name."""
+    if method in UNTRAINED:
+        return method, "", False
+    if method in CHECKPOINTING:
+        part = method.removesuffix("-checkpointing")
+        return "adam", "" if part == "ft" else part, True
+    trained, part = "adam", "" if method == "ft" else method
+    if method == "mezo" or method.startswith("mezo-"):
+        trained, part = "mezo", method[len("mezo-") :]
+    if part and part not in PARTS:
+        _known_to_peft(method, part)
+    return trained, part, False
+
+
+def _known_to_peft(method: str, part: str) -> None:
+    from peft import PeftType
+
+    from mezo.models.adapters import REFUSED, full_name
+
+    known = {one.name.lower() for one in PeftType}
+    if part in known:
+        full_name(part)  # says why where it is refused
+        return
+    others = sorted(known - set(REFUSED))
+    near = get_close_matches(method, [*KNOWN, *others, *(f"mezo-{one}" for one in others)], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KNOWN)}, and peft's methods"
+    raise InputError(f"method {method!r} is unknown; {hint}")
+
+
+def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
+    """Options of mezo train; the learning rate is an axis of one value.
+
+    Batches are of 16 for MeZO and 8 for Adam (Table 16); validated every tenth of the steps, as in
+    Table 15; the weights of the best of these are tested.
+    """
+    trained, part, checkpointing = parts_of(method)
+    made: Grid = {"method": trained}
+    if method == "icl":
+        made["demonstrations"] = SHOWN
+    if trained in UNTRAINED:
+        return made
+    if part == "head":
+        made["trainable"] = "head"
+    elif part:
+        made |= {"use_peft": True, "peft_type": part}
+    if trained == "mezo":
+        rate, eps = rates.mezo(parameters, part)
+        made |= {"mezo_eps": eps, "max_steps": steps, "per_device_train_batch_size": 16}
+    else:
+        rate = rates.adam(parameters, part)
+        made |= {"max_steps": adam_steps, "per_device_train_batch_size": 8}
+        made |= {"lr_scheduler_type": "linear"}
+    made |= {"activation_checkpointing": True} if checkpointing else {}
+    return made | {"learning_rate": [rate], "eval_steps": 0.1, "save_steps": 0.1}
+
+
+def searched(made: Grid) -> Grid:
+    """The recipe with rates around its own: `--grid default`."""
+    if "learning_rate" not in made:
+        return made
+    (rate,) = made["learning_rate"]
+    return made | {"learning_rate": [float(f"{rate * factor:.2g}") for factor in AROUND]}
+
+
+def of_paper(table: str, method: str, k: int | None) -> Grid | None:
+    """The grid of the paper's Table 15 or 16 for a method; None where it has none."""
+    name = f"{table}-{method}"
+    if table == "table15" and method == "ft":
+        name += "-k16" if (k or 512) < 128 else "-k512"
+    return GRIDS.get(name)
+
+
+def check(methods: Iterable[str]) -> tuple[str, ...]:
+    """The methods, each once. InputError for an unknown one."""
+    chosen = tuple(dict.fromkeys(methods))
+    for method in chosen:
+        parts_of(method)
+    if not chosen:
+        raise InputError("no methods to compare")
+    return chosen
+
+
+def of_file(path: str, given: Any, methods: Iterable[str]) -> dict[str, Grid]:
+    """Sections of a YAML file, by method: options of mezo train, lists of values are axes."""
+    from mezo.compare.grids import values_of
+
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise InputError(f"grid {path}: expected sections 'method:' with lines 'option: value'")
+    for method in given:
+        if method not in methods:
+            raise InputError(f"grid {path}: {method} is none of the methods {', '.join(methods)}")
+    return {
+        method: {option: values_of(path, str(option), value) for option, value in section.items()}
+        for method, section in given.items()
+    }

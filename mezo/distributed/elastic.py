@@ -1,0 +1,106 @@
+"""Runs whose processes come and go: whoever is new makes the steps it has missed from the log.
+
+    dist.init_process_group("gloo")
+    model = load()                                       # the base model
+    optimizer = MeZO(model.named_parameters(), ...)
+    elastic.catch_up(optimizer, "run.mezo")              # to where the run was
+    distributed.join(optimizer, model)
+    with elastic.record(optimizer, "run.mezo", model=model):
+        while optimizer.param_groups[0]["step"] < steps: ...
+
+When a process dies or joins, `torchrun --max-restarts` starts this script anew in all of them. A
+step that was made is in the log, and is made again without a forward pass; a step that a process
+died in was made nowhere.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from mezo import trajectory
+from mezo.distributed.exchange import Link
+from mezo.distributed.processes import Alone
+from mezo.errors import InputError
+from mezo.mezo import MeZO
+from mezo.noise.sharded import is_sharded
+
+
+def catch_up(optimizer: MeZO, path: str | Path, *, group: dist.ProcessGroup | None = None) -> int:
+    """Bring this process's weights to the run's end, by the longest log that a process has.
+
+    Called by all processes, before `distributed.join`; `path` may name a file on a shared disk or
+    one on each machine. Whoever has none is sent it (16 bytes a step and direction), and rank 0,
+    which is to go on with it, then keeps it. Returns the steps made; 0 where no process has a log.
+    Raises InputError as `trajectory.catch_up`.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return trajectory.catch_up(path, optimizer) if Path(path).exists() else 0
+    link = Link(optimizer, group)
+    mine = _end(path)
+    ends = [int(end) for (end,) in link.gather([float(mine)])]
+    if max(ends) < 0:
+        return 0
+    source = ends.index(max(ends))
+    data = link.send(Path(path).read_bytes() if link.rank == source else b"", source)
+    with tempfile.TemporaryDirectory(prefix="mezo-") as folder:
+        sent = Path(folder, "run.mezo")
+        sent.write_bytes(data)
+        if link.rank == 0 and source != 0:
+            _replace(path, data)
+        return trajectory.catch_up(sent, optimizer)
+
+
+def _end(path: str | Path) -> int:
+    """The step at which a log ends; -1 where there is none."""
+    if not (Path(path).exists() and Path(path).stat().st_size):
+        return -1
+    return trajectory.resumable(trajectory.read(path))
+
+
+def _replace(path: str | Path, data: bytes) -> None:
+    try:
+        whole = Path(f"{path}.part")
+        whole.write_bytes(data)
+        os.replace(whole, path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def record(
+    optimizer: MeZO, path: str | Path, *, model: Any = None, config: dict[str, Any] | None = None
+) -> Iterator[trajectory.Writer | None]:
+    """`trajectory.record` for all processes: rank 0 writes the log, going on with one that exists.
+
+    The others get None. Called by all after `distributed.join`.
+    """
+    writer = writer_of(optimizer, path, model=model, config=config, resume=True)
+    with nullcontext() if writer is None else writer:
+        yield writer
+
+
+def writer_of(
+    optimizer: MeZO, path: str | Path, *, model: Any, config: dict[str, Any] | None, resume: bool
+) -> trajectory.Writer | None:
+    """`trajectory.record`, called by all processes; None for those that do not write the log.
+
+    The fingerprints of sharded weights are of the whole ones, which takes every process.
+    """
+    processes: Alone = optimizer.processes
+    if not isinstance(processes, Link):
+        return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
+    if processes.rank == 0:
+        begun = resume and Path(path).exists() and Path(path).stat().st_size
+        processes.send(b"" if begun else b"fresh", 0)
+        return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
+    fresh = processes.send(b"", 0) == b"fresh"
+    known = [p for _, p, _ in optimizer.trained()]
+    known += [] if model is None else model.parameters()
+    if fresh and any(map(is_sharded, known)):
+        trajectory.writer.header_of(optimizer, model, config)  # rank 0 waits for these shards
+    return None

@@ -1,0 +1,383 @@
+"""Several processes, one run: what travels is some dozen bytes a step, and no gradient.
+
+    optimizer = MeZO(model.named_parameters(), ...)
+    distributed.join(optimizer, model)                 # under torchrun; alone, it does nothing
+    loss = optimizer.step(lambda: model(**mine).loss)  # of this process's part of the batch
+
+Data parallel, the default: all processes have one z, each its own examples, and the losses are
+averaged. Probe parallel, `probes=n`: n groups of processes have each its own z (and examples), and
+everybody applies the sum: n-SPSA and evolution strategies in the time of one direction.
+
+Each step has one exchange, of float64: every process's estimates, how many examples they are of,
+and a checksum of what it has done up to then. All of them compute the same sums, in rank order, so
+that weights stay equal to the bit; an all-reduce would not do: its order may differ between ranks.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed as dist
+
+from mezo.distributed.exchange import Link, fingerprint
+from mezo.distributed.sharding import Sharded
+from mezo.errors import InputError
+from mezo.estimators import FAILED, Closure, Estimate, Mean, merged
+from mezo.noise.sharded import is_sharded
+from mezo.perturbation import InPlace, Resident, perturb, sides
+
+if TYPE_CHECKING:
+    from mezo.mezo import MeZO
+    from mezo.rules import Record
+
+Seen = dict[int, Any]  # by probe: InPlace, Scratch or LowRank, with its estimates
+Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # by probe; walks a probe
+_FIELDS = 6  # of a direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
+_CHECKS = 2  # before them: of the settings of all steps, and of the weights; then the first probe
+_SETTINGS = "step eps seed distribution num_samples estimator shaping rule rank interval rounding"
+_SETTINGS += " clip clip_quantile layers"
+
+
+class Alone:
+    """One process: a step's estimates are its own."""
+
+    latest: Mapping[int, Sequence[Estimate]] = MappingProxyType({})  # of the last step, by probe
+    _begun = False
+
+    def own(self, num_samples: int) -> range:
+        """The directions of a step that this process estimates."""
+        return range(num_samples)
+
+    def begin(self, closure: Closure, probe: int, seen: Seen, optimizer: "MeZO") -> Closure:
+        """Called before an estimate along direction `probe`: what then computes the loss."""
+        if not max(seen, default=0) <= probe <= len(seen):  # a replay counts on it
+            raise ValueError(f"the probes of a step are estimated in order from 0: not {probe} now")
+        for name, p, _ in optimizer.trained():
+            if is_sharded(p):
+                raise InputError(
+                    f"parameter {name} is sharded: call mezo.distributed.join(optimizer, model)"
+                )
+        if not self._begun and _processes() > 1:
+            logging.getLogger("mezo").warning(
+                "%d processes, and no mezo.distributed.join(optimizer, model): each trains weights "
+                "of its own",
+                _processes(),
+            )
+        self._begun = True
+        return closure.closure if isinstance(closure, Mean) else closure
+
+    def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
+        """The step's estimates, of all processes; called once before the update."""
+        found = {i: perturbed.estimates for i, perturbed in seen.items()}
+        self.latest = found
+        return found, tuple(map(len, found.values()))
+
+
+class Processes(Link, Alone):
+    """Several, of which every one calls `step` equally often. `join` makes it.
+
+    Attributes:
+        probes: groups of processes with directions of their own; `place` is this one's group.
+    """
+
+    def __init__(
+        self,
+        optimizer: "MeZO",
+        group: dist.ProcessGroup | None,
+        probes: int,
+        place: int,
+        check_every: int,
+        sharded: Sharded,
+    ):
+        super().__init__(optimizer, group)
+        self.probes, self.place, self.check_every = probes, place, check_every
+        self._sharded = sharded
+        self._history = 0  # a checksum of the settings of all steps up to now
+        self._weights = 0  # a checksum of the weights, where it is due
+        self.own(optimizer.param_groups[0]["num_samples"])
+        kept = [one for one in optimizer.observers if not isinstance(one, _After)]
+        optimizer.observers[:] = [*kept, _After(self, optimizer)]
+
+    def own(self, num_samples: int) -> range:
+        if num_samples < self.probes:
+            raise InputError(
+                f"num_samples {num_samples} is less than the {self.probes} groups of processes "
+                "that are to have directions of their own"
+            )
+        first, end = (num_samples * i // self.probes for i in (self.place, self.place + 1))
+        return range(first, end)
+
+    def begin(self, closure: Closure, probe: int, seen: Seen, optimizer: "MeZO") -> Closure:
+        n = optimizer.param_groups[0]["num_samples"]
+        mine = self.own(n)
+        if probe not in mine:
+            raise InputError(f"rank {self.rank} estimates probes {_span(mine)}, not {probe}")
+        if not max(seen, default=0) <= probe <= max(len(seen), mine[0]):
+            raise ValueError(f"the probes of a step are estimated in order: not {probe} now")
+        if self._sharded.any and optimizer.weights is not self._sharded:
+            raise InputError("a sharded model does not go with offload")
+        _walk(seen, probe, optimizer)
+        self.expect(_CHECKS + 1 + self._most(n) * _FIELDS)
+        return self._sharded.closure(closure.closure if isinstance(closure, Mean) else closure)
+
+    def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
+        first = optimizer.param_groups[0]
+        try:
+            self._sharded.check(seen)
+            rows = self.exchange(self._row(seen, first["num_samples"], optimizer))
+            self._compare(rows, optimizer)
+            rows = [_spread(row, first["num_samples"]) for row in rows]
+            if optimizer.perturbation == "in_place":
+                _check_walks(rows)
+            found, cycles = _directions(rows, sides(first))
+            _walk(seen, len(found), optimizer)
+        except BaseException:  # nothing is applied: the weights are left at theta
+            optimizer._move()
+            seen.clear()
+            raise
+        self.latest = found
+        return found, cycles
+
+    def verify(self, optimizer: "MeZO") -> None:
+        """InputError, naming the rank, unless all processes have the same weights and settings."""
+        self._blame(self.gather_json(_details(optimizer)))
+
+    def _row(self, seen: Seen, n: int, optimizer: "MeZO") -> list[float]:
+        if max(seen) >= n:
+            raise InputError(f"probe {max(seen)} is not one of num_samples {n}")
+        self._history = _checksum([self._history, _settings(optimizer)])
+        mine = self.own(n)
+        row = [float(self._history), float(self._weights), float(mine[0])]
+        for probe in mine:
+            estimates = seen[probe].estimates if probe in seen else []
+            if not estimates:
+                row += [0.0] * _FIELDS
+                continue
+            one = merged(estimates)
+            losses = (*one.losses, 0.0)[:2]
+            row += [one.examples, len(estimates), one.projected_grad, one.loss, *losses]
+        return row + [0.0] * _FIELDS * (self._most(n) - len(mine))
+
+    def _most(self, n: int) -> int:
+        """Directions of a process, at most: rows are equally long, and hold no one else's."""
+        return -(-n // self.probes)
+
+    def _compare(self, rows: Sequence[Sequence[float]], optimizer: "MeZO") -> None:
+        """InputError naming the ranks that differ; all processes find out together."""
+        if any(row[:_CHECKS] != rows[0][:_CHECKS] for row in rows):
+            optimizer._move()
+            self._blame(self.gather_json(_details(optimizer)))
+            odd = _odd([str(row[:_CHECKS]) for row in rows])
+            raise InputError(f"rank {_list(odd)} had other settings or weights at an earlier step")
+
+    def _blame(self, found: Sequence[Mapping[str, Any]]) -> None:
+        odd = _odd([json.dumps(one, sort_keys=True) for one in found])
+        if not odd:
+            return
+        rank, others = odd[0], next(i for i in range(len(found)) if i not in odd)
+        mine, theirs = found[rank], found[others]
+        tensors = {*mine["tensors"], *theirs["tensors"]}
+        names = [n for n in tensors if mine["tensors"].get(n) != theirs["tensors"].get(n)]
+        differ = [key for key in theirs if key != "tensors" and mine.get(key) != theirs[key]]
+        what = [f"{key} is {mine.get(key)}, not {theirs[key]}" for key in differ]
+        what += [f"the weights of {min(names)}" + _more(len(names))] if names else []
+        raise InputError(
+            f"step {theirs['step']}: rank {_list(odd)} differs from rank {others}: "
+            f"{'; '.join(what)}: the run is stopped; go on from its log"
+        )
+
+
+class _After:
+    """Observes an optimizer's steps: the weights' checksum is taken when they are at rest."""
+
+    def __init__(self, processes: Processes, optimizer: "MeZO"):
+        self.processes, self.optimizer = processes, optimizer
+
+    def __call__(self, record: "Record") -> None:
+        every = self.processes.check_every
+        if every and (record.step + 1) % every == 0:
+            self.processes._weights = _checksum(_fingerprints(self.optimizer))
+
+
+def join(
+    optimizer: "MeZO",
+    model: torch.nn.Module | None = None,
+    *,
+    probes: int = 1,
+    mesh: Any = None,
+    group: dist.ProcessGroup | None = None,
+    check_every: int = 100,
+) -> Alone:
+    """Make the optimizer's steps those of all processes together; called by all of them.
+
+    Args:
+        model: its weights and buffers become those of rank 0, what differs alone being sent; None:
+            the trained ones. Needed where FSDP or tensor parallelism has sharded it.
+        probes: so many groups of successive ranks have each its own share of the `num_samples`
+            directions; within a group the losses are averaged. -1: every process.
+        mesh: a DeviceMesh instead, of all processes, with a dimension "probe": the groups are its
+            slices. The other dimensions are data parallel, or shard the weights.
+        group: of processes; None is all of them.
+        check_every: steps between two comparisons of all weights, by a checksum; 0: none. Settings
+            (step, lr, eps, ...) are compared at every step.
+
+    A process whose settings or weights come to differ stops the run, with an InputError everywhere
+    that names its rank. Without a process group, one process does it all. Returns the optimizer's
+    `processes`. Start with `torchrun --nproc_per_node=N`.
+    """
+    if hasattr(optimizer, "optimizer"):
+        raise InputError("this is Accelerate's wrapper of an optimizer: take its .optimizer")
+    sharded = Sharded(model, optimizer)
+    if not _processes():
+        return optimizer.processes
+    size = dist.get_world_size(group)
+    if size > 1 and not isinstance(optimizer.weights, Resident):
+        raise InputError(f"a run of {size} processes does not go with offload")
+    if mesh is not None:
+        probes, place = mesh["probe"].size(), mesh.get_local_rank("probe")
+    else:
+        probes = size if probes == -1 else probes
+        if probes < 1 or size % probes:
+            raise InputError(f"{size} processes cannot be split into {probes} groups for probes")
+        place = dist.get_rank(group) * probes // size
+    found = Processes(optimizer, group, probes, place, check_every, sharded)
+    trained = [(name, p) for name, p, _ in optimizer.trained()]
+    settings = _settings(optimizer) | {"tensors": {n: [*p.shape, str(p.dtype)] for n, p in trained}}
+    found._blame(found.gather_json(settings))
+    sharded.begin(optimizer, found, found.place)
+    tensors = trained if model is None else named_tensors(model)
+    _send(found, tensors)
+    found._weights = _checksum(_fingerprints(optimizer))
+    optimizer.processes = found
+    return found
+
+
+def leave() -> None:
+    """At a process's end: leave the process group, if there is one, or torch complains."""
+    if _processes():
+        dist.destroy_process_group()
+
+
+def _processes() -> int:
+    """How many there are; 0 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
+
+
+def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Its parameters and buffers."""
+    return list(chain(module.named_parameters(), module.named_buffers()))
+
+
+def _broadcast_(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    for tensor in tensors:
+        if not tensor.is_meta and not is_sharded(tensor):  # offloaded: frozen, or refused
+            sent = tensor.detach().contiguous()  # the tensor itself, unless its strides forbid it
+            dist.broadcast(sent, src=0 if group is None else dist.get_global_rank(group, 0))
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.copy_(sent)
+
+
+@torch.no_grad()
+def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """What differs, from rank 0 to all: mostly nothing, if all have loaded the same files."""
+    found = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
+    which = [i for i, of in enumerate(zip(*found, strict=True)) if len(set(of)) > 1]
+    _broadcast_([tensors[i][1] for i in which], processes.group)
+
+
+def _spread(row: Sequence[float], n: int) -> list[float]:
+    """A process's row with a place for each of n directions, zeros where others estimate."""
+    begin, given = int(row[_CHECKS]) * _FIELDS, row[_CHECKS + 1 :]
+    spread = [0.0] * begin + list(given) + [0.0] * (n * _FIELDS)
+    return spread[: n * _FIELDS]
+
+
+def _directions(rows: Sequence[Sequence[float]], sides: int) -> Joined:
+    """The rows' estimates by direction, up to the last that any process has made."""
+    found: dict[int, list[Estimate]] = {}
+    cycles = []
+    for start in range(0, len(rows[0]), _FIELDS):
+        made = [part for row in rows if (part := row[start : start + _FIELDS])[1]]
+        estimates = [Estimate(g, loss, (*of,)[:sides], n) for n, _, g, loss, *of in made if n]
+        found[start // _FIELDS] = estimates or [FAILED]
+        cycles.append(int(max((part[1] for part in made), default=0)))
+    while cycles and not cycles[-1]:
+        cycles.pop()
+    return {i: found[i] for i in range(len(cycles))}, tuple(max(1, c) for c in cycles)
+
+
+def _check_walks(rows: Sequence[Sequence[float]]) -> None:
+    """In place, each estimate rounds the weights: all processes must make equally many."""
+    for start in range(1, len(rows[0]), _FIELDS):
+        walks = [int(row[start]) for row in rows]
+        made = {w or 1 for w in walks if any(walks)}  # who makes none walks once
+        if len(made) > 1:
+            raise InputError(
+                f"the processes made {_list(walks)} estimates along direction {start // _FIELDS}: "
+                "in place each rounds the weights; make equally many, or take "
+                'perturbation="scratch"'
+            )
+
+
+def _walk(seen: Seen, end: int, optimizer: "MeZO") -> None:
+    """Take up the directions before `end` that other processes estimate.
+
+    In place, a walk there and back rounds the weights: it is made here too.
+    """
+    for probe in range(len(seen), end):
+        group, trained = optimizer.param_groups[0], optimizer.trained()
+        seen[probe] = perturbed = perturb(trained, group, probe, optimizer.state)
+        if isinstance(perturbed, InPlace):
+            perturbed.made = [0] * len(perturbed.rows)
+
+
+def _settings(optimizer: "MeZO") -> dict[str, Any]:
+    first, groups = optimizer.param_groups[0], optimizer.param_groups
+    found = {key: first[key] for key in _SETTINGS.split()} | {
+        "perturbation": optimizer.perturbation
+    }
+    return found | {key: [float(g[key]) for g in groups] for key in ("lr", "weight_decay")}
+
+
+def _details(optimizer: "MeZO") -> dict[str, Any]:
+    return _settings(optimizer) | {"tensors": _fingerprints(optimizer)}
+
+
+def _fingerprints(optimizer: "MeZO") -> dict[str, int]:
+    """Of every trained weight, with its buffers."""
+    found = {}
+    for name, p, _ in optimizer.trained():
+        state = optimizer.state.get(p, {})
+        kept = [state[key] for key in sorted(state) if isinstance(state[key], torch.Tensor)]
+        found[name] = sum(fingerprint(tensor) for tensor in (p, *kept)) % 2**64
+    return found
+
+
+def _checksum(value: Any) -> int:
+    """Of what JSON can hold, in 53 bits: float64 has them all."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 11
+
+
+def _odd(texts: Sequence[str]) -> list[int]:
+    """Whose is not what most have, or where it is a tie, what the first rank of them has."""
+    common, _ = Counter(texts).most_common(1)[0]  # of equally many, the first met
+    return [i for i, text in enumerate(texts) if text != common]
+
+
+def _list(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _more(count: int) -> str:
+    return f" and {count - 1} more" if count > 1 else ""
+
+
+def _span(own: range) -> str:
+    return f"{own[0]} to {own[-1]}" if len(own) > 1 else str(own[0])

@@ -1,0 +1,1 @@
+"""Scores, linear probes and learning curves."""

@@ -1,0 +1,146 @@
+"""The metrics of a model on a task. Zero-shot is this without training; so is learning in context.
+
+evaluate(model, form, examples)                                 # zero-shot, or after training
+evaluate(model, form, examples, demonstrations=shown)           # in-context learning
+evaluate(model, form.calibrate(model), examples)                # content-free calibration
+evaluate(model, form.calibrate(model, "sfc"), examples)         # surface-form competition
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from mezo.errors import InputError
+from mezo.objectives import Feature, Form, Generated, evaluating, to_device
+from mezo.objectives.generation import Generation, generate
+from mezo.tasks.metrics import exact_match, macro_f1, token_f1
+from mezo.tasks.task import Example, Task
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where candidates are scored, `predictions` are their indices, -1 where a score is NaN.
+
+    Of a task that generates, they are texts. They come in the examples' order.
+    """
+
+    metrics: dict[str, float]  # by name: the task's own, and accuracy or exact_match and f1
+    metric: str  # the task's own
+    loss: float  # mean cross-entropy over candidates; a token of the right answers
+    predictions: tuple[int, ...] | tuple[str, ...]
+    n: int
+    dropped: int = 0  # demonstrations that did not fit, summed over the examples
+
+    @property
+    def value(self) -> float:
+        """The task's own metric."""
+        return self.metrics[self.metric]
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right candidates; NaN for a task that generates."""
+        return self.metrics.get("accuracy", math.nan)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    form: Form,
+    examples: Sequence[Example],
+    batch_size: int = 32,
+    *,
+    demonstrations: Sequence[Example] = (),
+) -> Result:
+    """Score all candidates of all examples, or have the model write; compare with what is right.
+
+    Neither the batch size nor the order matters, but for rounding. The model is as it was before,
+    training mode included. Memory: that of a forward pass over batch_size examples; where the model
+    writes, that of their keys and values too. Text is written greedily.
+    """
+    if not examples:
+        raise InputError("there are no examples to evaluate")
+    if demonstrations:
+        form = form.in_context(model, demonstrations)
+    features = [form.encode(example) for example in examples]
+    scores = score(model, form, features, batch_size)
+    predictions: tuple[int, ...] | tuple[str, ...]
+    if isinstance(form, Generated):
+        lengths = torch.tensor([len(feature["targets"][0]) for feature in features])
+        loss = -(scores[:, 0].double() * lengths).sum() / lengths.sum()
+        predictions = texts = tuple(write(model, form, features, batch_size))
+        metrics = text_metrics(texts, [example.answers for example in examples])
+    else:
+        labels = torch.tensor([example.label for example in examples])
+        loss = F.cross_entropy(scores.double(), labels)
+        best = scores.argmax(-1).masked_fill(scores.isnan().any(-1), -1)
+        predictions = indices = tuple(best.tolist())
+        metrics = candidate_metrics(form.task, indices, examples)
+    return Result(
+        metrics=metrics,
+        metric=form.task.metric,
+        loss=loss.item(),
+        predictions=predictions,
+        n=len(examples),
+        dropped=sum(feature.get("dropped", 0) for feature in features),
+    )
+
+
+def score(
+    model: torch.nn.Module, form: Form, features: Sequence[Feature], batch_size: int = 32
+) -> torch.Tensor:
+    """Scores (features, candidates) on the CPU, in the order of `features`.
+
+    -inf where an example has fewer candidates than another. Batches are of like length, the longest
+    first, so that too large a batch fails at once.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    order = sorted(range(len(features)), key=lambda i: -features[i]["length"])
+    pieces = []
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = form.collate([features[i] for i in order[start : start + batch_size]])
+            pieces.append(form.scores(model, to_device(batch, model)).cpu())
+    widest = max(piece.shape[1] for piece in pieces)
+    whole = [F.pad(piece, (0, widest - piece.shape[1]), value=-math.inf) for piece in pieces]
+    scores = torch.cat(whole)
+    return torch.empty_like(scores).index_copy_(0, torch.tensor(order), scores)
+
+
+def write(
+    model: torch.nn.Module, form: Generated, features: Sequence[Feature], batch_size: int = 32
+) -> list[str]:
+    """What the model writes after each prompt up to the task's stop, no white space around it."""
+    settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
+    prompts = [feature["prompt"] for feature in features]
+    made = generate(model, form.tokenizer, prompts, settings, batch_size=batch_size)
+    return [completion.text.strip() for completion in made]
+
+
+def text_metrics(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Means of exact match and of the words' F1, each with the best of an example's answers."""
+    pairs = list(zip(texts, answers, strict=True))
+    found = {"exact_match": exact_match, "f1": token_f1}
+    return {name: sum(f(*pair) for pair in pairs) / len(pairs) for name, f in found.items()}
+
+
+def candidate_metrics(
+    task: Task, predictions: Sequence[int], examples: Sequence[Example]
+) -> dict[str, float]:
+    """Accuracy, of any right candidate where there are several; and the task's own metric."""
+    pairs = list(zip(predictions, examples, strict=True))
+    metrics = {"accuracy": sum(example.is_right(k) for k, example in pairs) / len(pairs)}
+    if task.metric == "macro_f1":
+        metrics["macro_f1"] = macro_f1(predictions, [example.label for example in examples])
+    elif task.metric != "accuracy":
+        texts = ["" if k < 0 else _chosen(task, example, k) for k, example in pairs]
+        rights = [e.answers or (_chosen(task, e, e.label),) for e in examples]
+        metrics |= text_metrics(texts, rights)
+    return metrics
+
+
+def _chosen(task: Task, example: Example, candidate: int) -> str:
+    """What a candidate stands for, as a text."""
+    return (example.choices or task.candidates_of(example))[candidate]

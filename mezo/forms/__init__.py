@@ -1,0 +1,1 @@
+"""How theta + eps z reaches the forward pass, and how a stored weight takes an update."""

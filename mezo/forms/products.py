@@ -1,0 +1,195 @@
+"""Products with a matrix to which a product of small factors is added, for one sign or for both.
+
+    x W' + b   becomes   x W' + [b + (x V) L'],   L = (A + sign eps U) / sqrt(rank)
+
+The bracket is made first, (rows, m), and W is multiplied into it. Both signs share one forward pass
+over the batch and its copy, where the first half of the rows gets L of +, the second that of -.
+Which rows those are is known by their number, at most by that of a batch flattened to two
+dimensions; what fits neither is refused, and low_rank.py compares the losses with those of two
+passes before it relies on them.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from mezo.errors import InputError
+from mezo.forms.scratch import LOOKUP, Moved, Reads, tensors
+
+if TYPE_CHECKING:
+    from mezo.forms.low_rank import LowRank
+
+Factors = tuple[torch.Tensor, torch.Tensor]  # right (n, rank), and left (signs, m, rank)
+_MATMUL = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+
+class Unpaired(InputError):
+    """It cannot be told which rows of a tensor see theta + eps z, and which theta - eps z."""
+
+
+class Products(Reads):
+    """Linear layers, `x @ W`, Conv1D and embeddings by factors; all else as the halves have it.
+
+    There is a half for each sign; of two, `batch` is the number of rows together.
+    """
+
+    def __init__(
+        self, perturbed: "LowRank", halves: Sequence[Moved], signs: Sequence[int], batch: int
+    ):
+        super().__init__(perturbed)
+        self.perturbed, self.halves, self.signs, self.batch = perturbed, halves, signs, batch
+
+    def call(self, function, args: tuple, kwargs: dict):
+        found = _product(function, args, kwargs)
+        if found is not None and self._is_matrix(*found):
+            return self._multiply(*found)
+        if function is LOOKUP:
+            return self._lookup(*args, **kwargs)
+        if len(self.halves) == 1:
+            return self.halves[0].call(function, args, kwargs)
+        given = list(tensors((args, kwargs)))
+        # three dimensions and more may be experts', whose tokens are in an order of their own
+        flat = all(x.dim() < 3 for x in given if id(x) in self.rows)
+        mine = {id(x) for x in given if self._is_rows(x, flat)}
+        plus, minus = (
+            half.call(function, _part(args, i, mine), _part(kwargs, i, mine))
+            for i, half in enumerate(self.halves)
+        )
+        name = getattr(function, "__name__", "a function")
+        if all(self._is_fixed(x) for x in given) and _is_vector(plus):
+            return self._kept(name, plus, minus)
+        return self._joined(plus, minus, bool(mine), name)
+
+    def _is_fixed(self, x: torch.Tensor) -> bool:
+        return id(x) in self.rows or isinstance(x, torch.nn.Parameter)
+
+    def _kept(self, name: str, plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
+        """What is made of parameters alone, 1 + weight say: each half will be given its own."""
+        for known, own in ((self, plus), *zip(self.halves, (plus, minus), strict=True)):
+            known.rows[id(plus)] = (f"(by {name})", own, None)
+        return plus
+
+    def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
+        for known in (self, *self.halves):
+            known.rows[id(x)] = row
+
+    def _is_matrix(self, x, weight, bias, transposed: bool) -> bool:
+        known = isinstance(x, torch.Tensor) and x.dim() > 0 and id(x) not in self.rows
+        vector = bias is None or (isinstance(bias, torch.Tensor) and bias.dim() == 1)
+        return known and vector and id(weight) in self.rows and weight.dim() == 2
+
+    def _factors(self, weight: torch.Tensor, dtype: torch.dtype):
+        """right (n, rank), left (halves, m, rank) and the matrix, of that dtype."""
+        name, tensor, _ = self.rows[id(weight)]
+        self.read.add(name)
+        self.perturbed.dtypes.add(dtype)
+        right, left = self.perturbed.factors(name, tensor, self.signs)
+        return right.to(dtype), left.to(dtype), tensor.detach().to(dtype)
+
+    def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
+        """x W' + b (transposed) or x W + b."""
+        x, dtype = self._with_rows(x, x.dim()), _computed_in(x)
+        right, left, w = self._factors(weight, dtype)
+        first, second = (right, left.mT) if transposed else (left, right.mT)
+        w = w.t() if transposed else w
+        rows, halves = x.shape[:-1].numel(), len(self.halves)
+        flat = x.reshape(rows, w.shape[0]).to(dtype)
+        inner = torch.matmul(flat.view(halves, rows // halves, len(w)), first)  # to (.., .., rank)
+        if bias is None:
+            out = torch.matmul(inner, second)
+        else:
+            biases = torch.stack([half.perturbed(bias) for half in self.halves])
+            second = second.expand(halves, *second.shape[-2:])
+            out = torch.baddbmm(biases[:, None].to(dtype), inner, second)
+        out = out.reshape(rows, w.shape[1]).addmm_(flat, w)  # in place: logits are large
+        return out.view(*x.shape[:-1], w.shape[1])
+
+    def _lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+        self.embedding(weight, max_norm)
+        ids = self._with_rows(input, input.dim() + 1)
+        right, left, w = self._factors(weight, weight.dtype)
+        out = LOOKUP(ids, w, padding_idx, None, *args, **kwargs)
+        halves = ids.reshape(len(self.halves), -1)
+        inner = torch.cat([LOOKUP(half, of) for half, of in zip(halves, left, strict=True)])
+        out.view(-1, w.shape[1]).addmm_(inner, right.t())
+        return out
+
+    def _with_rows(self, x: torch.Tensor, dims: int) -> torch.Tensor:
+        """x with rows for the whole batch: as it is, or if it has one for all, that repeated.
+
+        `dims` is the number of dimensions of what is made of it: only with three or more does the
+        first stand for the batch whatever the others are.
+        """
+        if len(self.halves) == 1 or (dims == x.dim() and self._is_rows(x)):
+            return x
+        if dims >= 3 and len(x) in (1, self.batch):
+            return x.expand(self.batch, *x.shape[1:])
+        raise Unpaired(f"a tensor of shape {tuple(x.shape)} is none of {self.batch} rows")
+
+    def _is_rows(self, x: torch.Tensor, flat: bool = True) -> bool:
+        """Whether it has a row for each of the batch; or as many, if it may be flattened.
+
+        Raises Unpaired if that may be chance.
+        """
+        if self._is_fixed(x) or x.dim() == 0:
+            return False
+        many = len(x) > 0 and len(x) % self.batch == 0
+        if many and x.dim() == 1:
+            raise Unpaired(f"a tensor of {len(x)} elements may be of {self.batch} rows, or of none")
+        return many and (len(x) == self.batch or (flat and x.dim() == 2))
+
+    def _joined(self, plus: Any, minus: Any, split: bool, name: str):
+        """The rows of both halves; `split`: the halves were given their own."""
+        if type(plus) in (tuple, list) and len(plus) == len(minus):
+            pairs = zip(plus, minus, strict=True)
+            return type(plus)(self._joined(p, m, split, name) for p, m in pairs)
+        if not isinstance(plus, torch.Tensor) and plus == minus:
+            return plus
+        half, known = self.batch // 2, isinstance(plus, torch.Tensor) and plus.dim() > 0
+        if known and plus.shape == minus.shape:
+            rows, dims = len(plus), plus.dim()
+            if split and rows > 0 and (rows == half or (dims <= 2 and rows % half == 0)):
+                return torch.cat([plus, minus])
+            one = rows == 1 or (rows == self.batch and "expand" in name)  # positions, say
+            if not split and dims >= 3 and one:
+                plus, minus = (x.expand(self.batch, *x.shape[1:]) for x in (plus, minus))
+                return torch.cat([plus[:half], minus[half:]])
+        raise Unpaired(f"what {name} makes of trained parameters has no rows of the batch")
+
+
+def _is_vector(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() == 1
+
+
+def _part(given: Any, i: int, mine: set[int]):
+    """`given` with half i of every tensor whose id is in `mine`."""
+    if type(given) is dict:
+        return {key: _part(value, i, mine) for key, value in given.items()}
+    if type(given) in (tuple, list):
+        return type(given)(_part(one, i, mine) for one in given)
+    return given.chunk(2)[i] if id(given) in mine else given
+
+
+def _product(function, args: tuple, kwargs: dict) -> tuple | None:
+    """(x, W, b, transposed) if the function is x W' + b (transposed) or x W + b."""
+    if function is F.linear:
+        return _linear(*args, **kwargs)
+    if function is torch.addmm and len(args) == 3 and not kwargs:
+        return args[1], args[2], args[0], False
+    if function in _MATMUL and len(args) == 2 and not kwargs:
+        return *args, None, False
+    return None
+
+
+def _linear(input, weight, bias=None) -> tuple:
+    return input, weight, bias, True
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    """As autocast has it, which does not look at what works in place."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

@@ -1,0 +1,282 @@
+"""Scratch perturbation: the forward pass sees theta + eps z, and theta is untouched, to the bit.
+
+Whatever reads a parameter during the forward pass gets theta + eps z, made for that one operation
+and freed after it. It is the form for 16-bit weights, which moving there and back would destroy
+(docs/numerics.md).
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from mezo import noise
+from mezo.errors import InputError
+from mezo.layers import PLAIN, Own, within
+from mezo.noise import Move
+from mezo.noise.sharded import is_sharded, local
+
+Rows = Sequence[tuple[str, torch.Tensor, tuple[int, int]]]  # name, tensor and key of z, each
+
+
+class Placed(Protocol):
+    """Tensors that a model reads in the place of trained shards (sharding.py)."""
+
+    def find(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """If x is one: the shard, and x as what it is of the whole parameter, a DTensor perhaps."""
+
+    def of_all(self, names: set[str]) -> set[str]:
+        """The names that every process gives; called by all."""
+
+
+class Scratch:
+    """Within `at(sign)`, torch's functions are given theta + sign eps z for a trained parameter.
+
+    It holds for any model: tied weights, weights read outside of their module's forward, experts,
+    adapters. Memory: what one operation reads; of an embedding, the rows looked up. The perturbed
+    weights are rounded stochastically, or a weight near 1 in bfloat16 would never move by 1e-3.
+    Not seen is what does not pass through torch's functions; `check` finds it.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        eps: float,
+        step: int,
+        probe: int,
+        distribution: str,
+        owns: Mapping[str, Own] | None = None,
+    ):
+        self.rows, self.eps, self.distribution = rows, eps, distribution
+        self.step, self.probe, self.owns = step, probe, owns or {}
+        self.estimates: list = []
+        self.read: set[str] = set()  # names of the parameters that were asked for
+        self.placed: Placed | None = None
+
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        with eager(), Moved(self, self.moves(sign)):
+            yield
+
+    def moves(self, sign: int) -> list[Move]:
+        """From theta to what is read in its place."""
+        return [Move(self.step, self.probe, 1.0, sign * self.eps, noise.ROUND_PERTURBED)]
+
+    def losses(self, closure) -> tuple[float, float] | None:
+        """loss_plus and loss_minus, if one pass gives both."""
+        return None
+
+    def home(self) -> AbstractContextManager[None]:
+        """Within, the model is the one at theta."""
+        return nullcontext()
+
+    def way_home(self, i: int) -> list[Move]:
+        return []
+
+    @torch.no_grad()
+    def check(self, closure) -> None:
+        """InputError if the loss depends on a parameter that no function of torch was seen to read.
+
+        One more forward pass with NaN in those parameters; none if all were read.
+        """
+        names = {name for name, _, _ in self.rows} - self.read
+        if self.placed is not None:  # a forward pass takes all processes
+            names = self.placed.of_all(names)
+        unread = [(name, p) for name, p, _ in self.rows if name in names]
+        if not unread:
+            return
+        with self.at(-1):
+            before = float(closure())
+        saved = [p.clone() for _, p in unread]
+        try:
+            for _, p in unread:
+                p.fill_(torch.nan)
+            with self.at(-1):
+                after = float(closure())
+        finally:
+            for (_, p), values in zip(unread, saved, strict=True):
+                p.copy_(values)
+        if math.isfinite(before) and not abs(after - before) <= 1e-3 * abs(before):
+            told = ", ".join(name for name, _ in unread)
+            raise InputError(
+                f"the model reads {told} past torch's functions (a compiled or scripted module, a "
+                'view made earlier): perturb a float32 model in place, perturbation="in_place"'
+            )
+
+
+def eager():
+    """Compiled code reads parameters directly: it is run uncompiled, if anything was compiled."""
+    compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+
+
+def of_tensors(names: str) -> set:
+    found = [getattr(torch.Tensor, name) for name in names.split()]
+    return {f if callable(f) else f.__get__ for f in found}
+
+
+# What asks for no element; `device` and the like are properties.
+METADATA = of_tensors(
+    "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_sparse"
+    " is_quantized is_mkldnn is_nested grad grad_fn _version itemsize nbytes retains_grad size dim"
+    " ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex"
+    " is_signed element_size get_device requires_grad_ __len__ __hash__"
+) | {torch.is_floating_point, torch.is_complex, torch.numel}
+_POINTERS = of_tensors("data_ptr untyped_storage storage __dlpack__ __cuda_array_interface__")
+_ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+LOOKUP = torch.nn.functional.embedding
+
+
+class Reads(TorchFunctionMode):
+    """While it is entered, `call` makes the calls of torch's functions that read a parameter."""
+
+    def __init__(self, perturbed: Scratch):
+        super().__init__()
+        self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
+        self.read, self.placed = perturbed.read, perturbed.placed
+        self._known: dict[int, torch.Tensor] = {}  # parameters that were looked up in `placed`
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in METADATA:
+            return function(*args, **kwargs)
+        if self.placed is not None:
+            self._find(self.placed, (args, kwargs))
+        if not (self._reads(args) or self._reads(kwargs.values())):
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__set__":
+            return function(*args, **kwargs)
+        self._refuse(function, name, self.rows.get(id(args[0])) if args else None, kwargs)
+        return self.call(function, args, kwargs)
+
+    def call(self, function, args: tuple, kwargs: dict):
+        """What the function makes of theta + eps z where it is given theta."""
+        raise NotImplementedError
+
+    def _reads(self, given) -> bool:
+        return any(
+            id(x) in self.rows or (type(x) in (tuple, list) and self._reads(x)) for x in given
+        )
+
+    def _find(self, placed: Placed, given: Any) -> None:
+        """Parameters that are none of the rows: do they stand in the place of one?"""
+        for x in tensors(given):
+            known = id(x) in self.rows or id(x) in self._known
+            if not known and isinstance(x, torch.nn.Parameter):
+                self._known[id(x)] = x
+                if (found := placed.find(x)) is not None:
+                    name, _, key = self.rows[id(found[0])]
+                    self.know(x, (name, found[1], key))
+
+    def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
+        """From now on, what is given x reads that row."""
+        self.rows[id(x)] = row
+
+    def embedding(self, weight: torch.Tensor, max_norm: float | None) -> tuple:
+        """Its row. InputError if a lookup changes it."""
+        if max_norm is not None:
+            name, *_ = self.rows[id(weight)]
+            raise InputError(f"the embedding {name} has max_norm and rescales itself: freeze it")
+        return self.rows[id(weight)]
+
+    def _refuse(self, function, name: str, first, kwargs: dict) -> None:
+        """InputError for what would get an address, or write to what is thrown away."""
+        in_place = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+        written = first if in_place else self.rows.get(id(kwargs.get("out")))
+        if written:
+            raise InputError(
+                f"the forward pass writes to the trained parameter {written[0]} ({name}): freeze it"
+            )
+        if first and function in _POINTERS:
+            raise InputError(
+                f"the model reads {first[0]} by its address ({name}), where scratch perturbation "
+                'cannot reach: perturb a float32 model in place, perturbation="in_place"'
+            )
+
+
+class Moved(Reads):
+    """Torch's functions get theta + eps z where they are given theta."""
+
+    def __init__(self, perturbed: Scratch, moves: Sequence[Move]):
+        super().__init__(perturbed)
+        self.moves, self.distribution, self.owns = moves, perturbed.distribution, perturbed.owns
+        self._tables: dict[float, Any] = {}  # by scale
+
+    def call(self, function, args: tuple, kwargs: dict):
+        first = self.rows.get(id(args[0])) if args else None
+        element = function is torch.Tensor.__getitem__ and _is_index(args[1])
+        if element and first and not is_sharded(first[1]):
+            return self.slice(*first, int(args[1]))
+        if function is LOOKUP:
+            return self.lookup(*args, **kwargs)
+        return function(*self.perturbed(args), **self.perturbed(kwargs))
+
+    def perturbed(self, given):
+        """`given` with theta + eps z in the place of every trained parameter in it."""
+        if id(given) in self.rows:
+            out = self.moved(*self.rows[id(given)])
+            return out if is_sharded(given) else local(out)
+        if type(given) is dict:
+            return {key: self.perturbed(value) for key, value in given.items()}
+        if type(given) in (tuple, list):
+            return type(given)(map(self.perturbed, given))
+        return given
+
+    def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
+        out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
+        which = {"source": before}
+        if self.placed is not None and before.is_cpu:  # FSDP cannot free what numpy has seen
+            out.copy_(which.pop("source"))
+        self._shift(out, name, tensor, key, before, **which)
+        return out
+
+    def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
+        """tensor[index]: of all experts' weights, those of one."""
+        before = tensor.detach()[index]
+        out = before.clone()
+        self._shift(out, name, tensor, key, before, offset=index % len(tensor) * out.numel())
+        return out
+
+    def lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+        """Of an embedding, the rows looked up, unless they are more than it has."""
+        name, tensor, key = self.embedding(weight, max_norm)
+        if input.numel() > len(tensor) or is_sharded(tensor):
+            return LOOKUP(input, self.perturbed(weight), padding_idx, None, *args, **kwargs)
+        out = LOOKUP(input, tensor.detach(), padding_idx, None, *args, **kwargs)
+        flat = out.view(-1, out.shape[-1])
+        self._shift(flat, name, tensor, key, flat, rows=input.reshape(-1))
+        return out
+
+    def _shift(self, out, name: str, tensor: torch.Tensor, key, before, **which) -> None:
+        """Perturb `out`, a part of the parameter whose numbers are `before`, where its mask is."""
+        self.read.add(name)
+        own = self.owns.get(name, PLAIN)
+        if own.scale not in self._tables:
+            scaled = [m._replace(coefficient=m.coefficient / own.scale) for m in self.moves]
+            self._tables[own.scale] = noise.table(scaled)
+        if own.threshold is not None and before is out:
+            before = out.clone()
+        how = {"distribution": self.distribution, **which}
+        noise.apply_(out, key, self._tables[own.scale], **how)
+        if own.threshold is not None:
+            out.copy_(torch.where(within(before, own.threshold), out, before))
+
+
+def tensors(given: Any) -> Iterator[torch.Tensor]:
+    """All in what a function is given."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, dict | tuple | list):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from tensors(one)
+
+
+def _is_index(given) -> bool:
+    """An int, or a tensor that stands for one."""
+    whole = isinstance(given, torch.Tensor) and given.dim() == 0 and given.dtype == torch.int64
+    return whole or type(given) is int

@@ -1,0 +1,1 @@
+"""Run logs and adapters on the Hugging Face hub."""

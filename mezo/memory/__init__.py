@@ -1,0 +1,1 @@
+"""What a run takes: measured, or planned without loading any weights."""

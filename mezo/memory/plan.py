@@ -1,0 +1,344 @@
+"""What a run will need, from a model's config alone: memory, log, time. No weights are loaded.
+
+Each method's step is carried out on the meta device (living.py). Added to that is what does not
+show there: what the directions take, the weights of a block on its way, a machine's speeds, which
+`calibrate` measures.
+"""
+
+import inspect
+import json
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mezo import noise
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.forms.scratch import Moved, Scratch
+from mezo.memory.meta import FusedAttention, Living
+from mezo.models.adapters import with_adapter
+from mezo.models.loading import EMBEDDED
+from mezo.noise import Move
+from mezo.objectives.form import unwrap
+from mezo.offload.blocks import blocks_of
+
+OPT = {  # hidden size, layers, heads: Zhang et al. (2022), Table 1, and the configs on the hub
+    "125m": (768, 12, 12),
+    "350m": (1024, 24, 16),
+    "1.3b": (2048, 24, 32),
+    "2.7b": (2560, 32, 32),
+    "6.7b": (4096, 32, 32),
+    "13b": (5120, 40, 40),
+    "30b": (7168, 48, 56),
+    "66b": (9216, 64, 72),
+    "175b": (12288, 96, 96),  # its weights are given on request
+}
+METHODS = {
+    "in_place": "MeZO, in place",
+    "scratch": "MeZO, scratch",
+    "low_rank": "MeZO, low rank",
+    "offload": "MeZO, offload",
+    "lora": "LoRA, AdamW",
+    "adam": "AdamW",
+    "adam_checkpointing": "AdamW, checkpointing",
+}
+_FEW, _MORE = 2, 4  # layers that are carried out
+_RECORD = 16  # bytes of a step in a run log: docs/trajectory.md
+_ENTRY = 120  # of a tensor in its header, beside the name
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Speeds of a device, measured by `calibrate` or given; a second each."""
+
+    flops: float  # of products of matrices, in the model's dtype
+    draws: float  # elements of z drawn and applied
+    bandwidth: float  # bytes between where the weights wait and the device
+    device: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one method needs. Bytes and seconds."""
+
+    method: str
+    device: int  # memory where it is computed: weights, activations, optimizer
+    host: int  # memory beside it, or a file of that size: weights that wait
+    stored: int  # of the result: a run log; else the weights, or the adapter
+    seconds: float | None  # a step; None without a machine
+
+
+def config_of(model: str) -> Any:
+    """The config of a model: an OPT by name, a folder, a config.json, or a name on the hub."""
+    from transformers import AutoConfig, OPTConfig
+
+    short = model.lower().removeprefix("facebook/").removeprefix("opt-")
+    if short in OPT and not Path(model).exists():
+        hidden, layers, heads = OPT[short]
+        sizes: dict[str, Any] = {"hidden_size": hidden, "ffn_dim": 4 * hidden}
+        sizes |= {"num_hidden_layers": layers, "num_attention_heads": heads}
+        if short == "350m":
+            return OPTConfig(**sizes, word_embed_proj_dim=512, do_layer_norm_before=False)
+        return OPTConfig(**sizes, word_embed_proj_dim=hidden)
+    try:
+        path = str(EMBEDDED[model]()) if model in EMBEDDED else model
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        words = " ".join(str(error).splitlines()[:1])
+        known = ", ".join(f"facebook/opt-{name}" for name in OPT)
+        raise InputError(f"model {model}: {words}; known without a file: {known}") from None
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without numbers, as a causal one, else as the config's `architectures` says."""
+    import transformers
+
+    named = (config.architectures or [None])[0]
+    made: Any = getattr(transformers, named, None) if named else None
+    try:
+        with torch.device("meta"):
+            model = made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"a model of type {config.model_type}: {error}") from None
+    return model.to(dtype).eval()
+
+
+class Planner:
+    """Plans for one model, batch and length; `plan(method)` for each of METHODS.
+
+    The loss is on the last position of each row, as of a candidate; `all_logits`: on all. `make`
+    makes the model of a config, with an adapter say; what requires no gradient is not trained.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        batch: int,
+        length: int,
+        *,
+        all_logits: bool = False,
+        rank: int = 8,
+        make: Callable[[Any, torch.dtype], torch.nn.Module] = skeleton,
+    ):
+        self.config, self.dtype, self.batch, self.length = config, dtype, batch, length
+        self.all_logits, self.rank, self.make = all_logits, rank, make
+        self.model = make(config, dtype)
+        self._accepts = inspect.signature(unwrap(self.model).forward).parameters
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise InputError(f"max_length is {length}, the model's context {limit}")
+        self.named = list(self.model.named_parameters())
+        self.parameters = sum(p.numel() for _, p in self.named)
+        self.weights = sum(_bytes(p) for _, p in self.named)
+        self.buffers = sum(map(_bytes, self.model.buffers()))
+        (self._forward,) = self._of_layers(lambda config: [self._flops(config)])
+
+    def plan(self, method: str, steps: int, machine: Machine | None = None) -> Plan:
+        """Raises InputError for a method that the dtype has not."""
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        made: Callable[[], tuple[int, int, float, float]] = getattr(self, f"_{method}")
+        device, host, flops, draws = made()
+        stored = sum(len(name) + _ENTRY for name, _ in self.named) + _RECORD * steps
+        if method == "lora":
+            stored = 4 * self._lora_parameters
+        elif method.startswith("adam"):
+            stored = self.weights
+        seconds = None
+        if machine is not None:
+            seconds = flops / machine.flops + draws / machine.draws
+            if method == "offload":  # to and fro at once
+                seconds = max(seconds, self.weights / machine.bandwidth)
+        return Plan(method, device, host, stored, seconds)
+
+    def _in_place(self):
+        if self.dtype.itemsize < 4:
+            raise InputError("16-bit weights are not perturbed in place: take scratch")
+        return self._base() + self.forward(), 0, 2 * self._forward, 3 * self.parameters
+
+    def _scratch(self):
+        peak = self.forward(perturbed=True)
+        return self._base() + peak, 0, 2 * self._forward, 3 * self.parameters
+
+    def _low_rank(self):
+        peak, factors = self.forward(2 * self.batch), self._factors(1)
+        return self._base() + peak + factors, 0, 2 * self._forward, factors / 4
+
+    def _offload(self):
+        blocks = blocks_of(self.model)
+        moving = [block.nbytes for block in blocks if not block.kept]
+        around = pairwise([*moving, moving[0]])  # behind the last block comes the first
+        two = max(a + b for a, b in around) if len(moving) > 1 else sum(moving)
+        kept = sum(block.nbytes for block in blocks if block.kept)
+        states = self.batch * self.length * _width(self.config) * self.dtype.itemsize
+        device = two + kept + self.buffers + self.forward(perturbed=True) + 2 * states
+        return device, self.weights, 2 * self._forward, 3 * self.parameters
+
+    def _lora(self):
+        def adapted(config: Any) -> Any:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of Conv1D's fan_in_fan_out
+                return with_adapter(
+                    skeleton(config, self.dtype), ModelArguments(lora_r=self.rank), 0
+                )
+
+        whole = adapted(self.config)
+        self._lora_parameters = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+        return self._trained(adapted, 3)
+
+    def _adam(self):
+        return self._trained(lambda config: self.make(config, self.dtype), 3)
+
+    def _adam_checkpointing(self):
+        def checkpointing(config: Any) -> Any:
+            model: Any = self.make(config, self.dtype)
+            again = {"context_fn": lambda: (nullcontext(), FusedAttention())}  # within backward
+            model.activation_checkpointing_enable({"use_reentrant": False} | again)
+            return model.train()
+
+        return self._trained(checkpointing, 4)
+
+    def _trained(self, make: Callable[[Any], Any], passes: int):
+        peaks = self._of_layers(lambda config: _backward(make(config), self._loss))
+        return self._base() + max(peaks), 0, passes * self._forward, 0.0
+
+    def _of_layers(self, measure: Callable[[Any], list[int]]) -> list[int]:
+        """`measure` of the config. Of many equal layers each adds as much: few are enough."""
+        layers = getattr(self.config, "num_hidden_layers", 0)
+        if layers <= _MORE or getattr(self.config, "layer_types", None):
+            return measure(self.config)
+        found = []
+        for count in (_FEW, _MORE):
+            config = deepcopy(self.config)
+            config.num_hidden_layers = count
+            found.append(measure(config))
+        slope = (layers - _MORE) / (_MORE - _FEW)
+        return [round(more + (more - few) * slope) for few, more in zip(*found, strict=True)]
+
+    def inference(self) -> int:
+        """Device memory of a forward pass, in bytes."""
+        return self._base() + self.forward()
+
+    def _base(self) -> int:
+        return self.weights + self.buffers
+
+    def _factors(self, rank: int) -> int:
+        """A and U of m, V of n, in float32."""
+        return sum(4 * rank * (2 * len(p) + p.shape[1]) for _, p in self.named if p.dim() == 2)
+
+    def forward(self, batch: int | None = None, *, perturbed: bool = False) -> int:
+        """The peak of a forward pass above weights, in bytes; perturbed: with weights made anew."""
+
+        def measure(config: Any) -> list[int]:
+            model = self.make(config, self.dtype)
+            named = model.named_parameters() if perturbed else []
+            rows = [(name, p, (0, 0)) for name, p in named if p.requires_grad]
+            remade = _Remade(Scratch(rows, 1.0, 0, 0, "gaussian"), [Move(0, 0, 1.0, 1.0)])
+            known = [*model.parameters(), *model.buffers()]
+            with torch.no_grad(), FusedAttention(), Living(known) as living, remade:
+                self._loss(model, batch)
+            return [living.peak]
+
+        return self._of_layers(measure)[0]
+
+    def _loss(self, model: Any, batch: int | None = None) -> torch.Tensor:
+        batch = batch or self.batch
+        ids = torch.zeros(batch, self.length, dtype=torch.long, device="meta")
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        optional = {"use_cache": False} | ({} if self.all_logits else {"logits_to_keep": 1})
+        given |= {key: value for key, value in optional.items() if key in self._accepts}
+        output = model(**given)
+        logits = output.logits if "logits" in output else output.last_hidden_state[:, 0]
+        logits = logits.view(-1, logits.shape[-1]).float()
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device="meta"))
+
+    def _flops(self, config: Any) -> int:
+        counter, model = FlopCounterMode(display=False), self.make(config, self.dtype)
+        with torch.no_grad(), FusedAttention() as attention, Living(), counter:
+            self._loss(model)
+        return counter.get_total_flops() + attention.flops
+
+
+class _Remade(Moved):
+    """Room for theta + eps z, without making it."""
+
+    def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
+        return torch.empty_like(tensor, requires_grad=False)
+
+    def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
+        return torch.empty_like(tensor[index], requires_grad=False)
+
+    def lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
+        rows = min(input.numel(), len(weight))
+        if rows < input.numel():
+            weight = torch.empty_like(weight, requires_grad=False)
+        return F.embedding(input, weight.detach())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _width(config: Any) -> int:
+    return int(config.hidden_size)
+
+
+def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
+    """Peaks above weights and buffers of a step with AdamW: of both passes, and of the update."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, foreach=False)
+    with FusedAttention(), Living([*model.parameters(), *model.buffers()]) as living:
+        for _ in range(2):  # the first one makes the states
+            living.take()
+            loss(model).backward()
+            passes = living.take()
+            optimizer.step()
+            update = living.take()
+            optimizer.zero_grad()
+    return [passes, update]
+
+
+def calibrate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> Machine:
+    """Three small measurements, of about `seconds` each."""
+    size = 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    flops = _rate(lambda: a @ a, 2 * size**3, device, seconds)
+    z = torch.zeros(2**22, device=device)
+    move = noise.table([Move(0, 0, 1.0, 1e-3)])
+    draws = _rate(lambda: noise.apply_(z, (0, 0), move), z.numel(), device, seconds)
+    host = torch.zeros(2**24, dtype=torch.uint8, pin_memory=device == "cuda")
+    there = torch.zeros_like(host, device=device)
+    moved = _rate(lambda: there.copy_(host, non_blocking=True), 2**24, device, seconds)
+    return Machine(flops, draws, moved, device)
+
+
+def _rate(call: Callable[[], Any], amount: float, device: str, seconds: float) -> float:
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    wait()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        call()
+        wait()
+        count += 1
+    return amount * count / (time.perf_counter() - began)
+
+
+def to_json(plans: list[Plan], planner: Planner, machine: Machine | None) -> str:
+    found: dict[str, Any] = {"parameters": planner.parameters, "weights": planner.weights}
+    found |= {"machine": machine and asdict(machine), "methods": [asdict(p) for p in plans]}
+    return json.dumps(found)

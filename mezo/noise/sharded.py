@@ -1,0 +1,75 @@
+"""Noise on a shard: of a DTensor, each process moves the elements that it has, and no others.
+
+z is a function of an element's index in the whole tensor, so that a shard's noise is a part of the
+whole tensor's, to the bit. torch's own random functions do not promise that: on a CPU they give all
+shards the same numbers.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mezo.errors import Held
+
+_BLOCK = 2**18  # elements of the whole width that are drawn at a time
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor; its module is imported by whoever makes one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of it: the memory itself, no copy."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a DTensor: the shape of what this process has, and where in the whole tensor it begins."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+
+
+def partners(tensor: Any) -> list[int]:
+    """Of a DTensor: the ranks of those that have one copy of it together, this process's."""
+    mesh = tensor.device_mesh
+    where = zip(mesh.get_coordinate(), tensor.placements, strict=True)
+    line = tuple(at if placed.is_replicate() else slice(None) for at, placed in where)
+    return mesh.mesh[line].flatten().tolist()
+
+
+@torch.no_grad()
+def apply_(tensor: Any, move: Callable[..., None]) -> None:
+    """`move(part, offset=...)` for this process's elements: offsets are those in the whole tensor.
+
+    A shard of rows is one part, and so is a tensor that is whole. Of other shards, rows are moved
+    in their whole width and cut.
+    """
+    if not is_sharded(tensor):
+        return move(tensor, offset=0)
+    mine, (shape, start) = local(tensor), place(tensor)
+    if not mine.numel():
+        return
+    assert tuple(mine.shape) == tuple(shape)
+    row = math.prod(tensor.shape[1:])
+    if mine.shape[1:] == tensor.shape[1:]:
+        return move(mine, offset=start[0] * row if start else 0)
+    inner = tuple(slice(at, at + n) for at, n in zip(start[1:], shape[1:], strict=True))
+    rows, interrupt = max(1, _BLOCK // row), Held()
+
+    def computed(first: int) -> list[tuple]:
+        part = mine[first : first + rows]
+        whole = part.new_zeros(len(part), *tensor.shape[1:])
+        whole[(slice(None), *inner)] = part
+        move(whole, offset=(start[0] + first) * row)
+        return [(part, whole[(slice(None), *inner)])]
+
+    interrupt.commit([(first,) for first in range(0, len(mine), rows)], computed)
+    return interrupt.release()

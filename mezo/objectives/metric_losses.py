@@ -1,0 +1,89 @@
+"""Metrics over candidates as a loss: what is reported becomes what is trained.
+
+    loss = sum over parts of weight * L        L of accuracy = 1 - accuracy, of macro_f1 = 1 - F1
+
+accuracy and macro_f1 of a batch have no gradient; `cross_entropy` beside them, with some weight,
+is a composite objective. Section 3.3 of the paper trains accuracy; it moves in steps of one
+example, so a batch must be large enough for the two passes to differ.
+
+    optimizer.step(metric_closure(form, model, batch, {"accuracy": 1.0, "cross_entropy": 0.1}))
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from mezo.errors import InputError
+from mezo.forms.low_rank import Both, Paired
+from mezo.objectives.form import Batch, Form
+from mezo.tasks import metrics
+
+
+def _accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    return 1.0 - metrics.accuracy(scores.argmax(-1).tolist(), labels.tolist())
+
+
+def _macro_f1(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    return 1.0 - metrics.macro_f1(scores.argmax(-1).tolist(), labels.tolist())
+
+
+def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    return float(F.cross_entropy(scores, labels))
+
+
+PARTS: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
+    "accuracy": _accuracy,
+    "macro_f1": _macro_f1,
+    "cross_entropy": _cross_entropy,
+}
+Objective = str | Mapping[str, float]  # a part, or parts with weights
+
+
+def metric_loss(scores: torch.Tensor, labels: torch.Tensor, objective: Objective) -> float:
+    """The loss of scores (examples, candidates) against labels (examples,).
+
+    Args:
+        objective: "accuracy", "macro_f1", "cross_entropy", or weights of several of them. F1 is of
+            the labels that occur in the batch.
+    """
+    weights = {objective: 1.0} if isinstance(objective, str) else objective
+    _check(weights)
+    scores = scores.detach()
+    return sum(weight * PARTS[name](scores, labels) for name, weight in weights.items())
+
+
+def metric_closure(
+    form: Form, model: torch.nn.Module, batch: Batch, objective: Objective
+) -> Paired:
+    """The metric's loss, for `MeZO.step`; in one forward pass for both low-rank directions."""
+    _check({objective: 1.0} if isinstance(objective, str) else objective)
+    return Paired(
+        partial(_alone, form, model, batch, objective),
+        partial(_pair, form, model, batch, objective),
+    )
+
+
+def _check(weights: Mapping[str, float]) -> None:
+    for name in weights:
+        if name not in PARTS:
+            raise InputError(f"objective must be of {', '.join(PARTS)}, got {name!r}")
+    if not weights:
+        raise InputError(f"the objective is empty: give weights of {', '.join(PARTS)}")
+
+
+def _alone(form: Form, model: torch.nn.Module, batch: Batch, objective: Objective) -> float:
+    return metric_loss(form.scores(model, batch), batch["labels"], objective)
+
+
+def _pair(
+    form: Form, model: torch.nn.Module, batch: Batch, objective: Objective, both: Both
+) -> tuple[float, float]:
+    plus, minus = form._pair_scores(model, batch, both)
+    offsets = 0.0 if form.offsets is None else form.offsets.to(plus.device)
+    labels = batch["labels"]
+    return (
+        metric_loss(plus - offsets, labels, objective),
+        metric_loss(minus - offsets, labels, objective),
+    )

@@ -1,0 +1,1 @@
+"""Models larger than the memory: blocks of weights come and go."""

@@ -1,0 +1,242 @@
+"""Blocks of weights on their way to the device and back, while it computes with others.
+
+    a block is needed    it is loaded, unless it was already; updates that wait for it are made
+    it has changed       it is written back while it is computed with
+    both halves left it  it is dropped, and the block that will be needed next is loaded
+
+One thread loads and updates, one writes back. Which block comes next is learned from the last pass.
+On a CPU nothing is copied: weights in a mapped file are read, and updated, where they are.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from mezo.offload.copy_streams import Lanes, lanes_of
+from mezo.trajectory.program import Program, make_
+
+_KEPT_EACH, _KEPT_ALL = 32, 2  # the largest block's size over that of what always stays
+
+
+@dataclass(eq=False)
+class Block:
+    """Parameters that come and go together: a decoder layer, an embedding, the head."""
+
+    name: str
+    named: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    kept: bool = False  # small: it stays on the device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for _, p in self.named)
+
+
+def blocks_of(model: torch.nn.Module) -> list[Block]:
+    """Every parameter of the model, tied ones once, by block, in the model's order.
+
+    An entry of a ModuleList or Sequential is a block, lists within it included; elsewhere, a module
+    with the parameters that it has itself.
+    """
+    entries: list[str] = []  # names of the modules that are blocks as a whole
+    for name, module in model.named_modules():  # outer ones first
+        inner = any(name.startswith(f"{outer}.") for outer in entries)
+        if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) and not inner:
+            prefix = f"{name}." if name else ""
+            entries += [f"{prefix}{child}" for child, _ in module.named_children()]
+    found: dict[str, Block] = {}
+    for name, p in model.named_parameters():
+        parent = name.rpartition(".")[0]
+        parts = parent.split(".")
+        uppers = (".".join(parts[:i]) for i in range(1, len(parts) + 1))
+        home = next((upper for upper in uppers if upper in set(entries)), parent)
+        found.setdefault(home, Block(home)).named.append((name, p))
+    blocks = list(found.values())
+    largest, kept = max((block.nbytes for block in blocks), default=0), 0
+    for block in blocks:
+        size = block.nbytes
+        if size * _KEPT_EACH <= largest and (kept + size) * _KEPT_ALL <= largest:
+            block.kept, kept = True, kept + size
+    return blocks
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A block on the device, by id of parameter."""
+
+    tensors: dict[int, torch.Tensor]
+    made: Counter = field(default_factory=Counter)  # of the updates that wait, those made already
+    ready: Any = None  # CUDA: the event after which it is whole
+
+
+class Streams:
+    """Brings blocks to `device`.
+
+    `update(p, moves)` queues moves of a weight, for its block's next visit. `write_every`: so many
+    updates wait before a block is written back; 0: for ever, each load makes them all again.
+    `settings()` of the noise are those of a run log's header. `given_up(block)` is told when a
+    block is of no use for now.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        device: torch.device,
+        write_every: int,
+        settings: Callable[[], Mapping[str, Any]],
+        given_up: Callable[[Block], None] = lambda block: None,
+        copies: bool = False,
+        lanes: Lanes | None = None,
+    ):
+        self.blocks, self.device, self.write_every = blocks, device, write_every
+        self.settings, self.given_up = settings, given_up
+        self.home = {id(p): block for block in blocks for _, p in block.named}
+        self.copies = copies or write_every != 1 or device.type != "cpu"
+        self.loads, self.stores = Counter[Block](), Counter[Block]()  # transfers, for who counts
+        self._waiting: dict[int, list[np.ndarray]] = {key: [] for key in self.home}
+        self._resident: dict[Block, Future[Loaded]] = {}
+        self._stored: dict[Block, Future[None]] = {}
+        self._after: dict[Block, Block] = {}  # which one was needed next, the last time
+        self._last: Block | None = None
+        self._loader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.lanes = lanes or lanes_of(device)
+
+    def update(self, p: torch.Tensor, moves: np.ndarray) -> None:
+        self._waiting[id(p)].append(moves)
+
+    def need(self, block: Block) -> Loaded:
+        """The block, with all updates made; others may be dropped, and the next one is prefetched.
+
+        Called by one thread at a time.
+        """
+        if block is not self._last and not block.kept:
+            if self._last is not None:
+                self._after[self._last] = block
+            self._last = block
+        if block not in self._resident:
+            left = self._leave([block])
+            self._resident[block] = self._loader.submit(self._load, block, left)
+        loaded = self._loaded(block)
+        if self._is_behind(block, loaded):
+            event = self.lanes.event()
+            self._loader.submit(self._catch_up, block, loaded, event).result()
+        self.lanes.wait(loaded.ready)
+        self.lanes.use(loaded.tensors.values())
+        if not block.kept:
+            following = self._after.get(block, self._in_order(block))
+            left = self._leave([block, following])
+            if following not in self._resident:
+                self._resident[following] = self._loader.submit(self._load, following, left)
+        return loaded
+
+    def _loaded(self, block: Block) -> Loaded:
+        try:
+            return self._resident[block].result()
+        except Exception:
+            del self._resident[block]  # the next one who needs it tries again
+            raise
+
+    def flush(self) -> None:
+        """Make all updates that wait, and write them; nothing is left on the device."""
+        self.drop()
+        try:
+            for block in self.blocks:
+                if any(self._waiting[id(p)] for _, p in block.named):
+                    self._loader.submit(self._load, block, [], True).result()
+                    self._settle()
+                    self.given_up(block)
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Nothing is on the device, and all that was to be written is."""
+        self._settle()
+        self._leave([], kept=True)
+        self._last = None
+
+    def close(self) -> None:
+        self.drop()
+        for pool in (self._loader, self._writer):
+            pool.shutdown()
+
+    def _settle(self) -> None:
+        wait(self._resident.values())
+        for future in self._stored.values():
+            future.result()  # an error in writing is raised here, if nowhere before
+        self._stored.clear()
+
+    def _in_order(self, block: Block) -> Block:
+        """A guess for the first pass: as the model lists them."""
+        moving = [other for other in self.blocks if not other.kept]
+        return moving[(moving.index(block) + 1) % len(moving)]
+
+    def _leave(self, stay: Iterable[Block], kept: bool = False) -> list:
+        """Drop all others but those always kept; (what is still to be freed, its last use) each."""
+        left = []
+        for block in [b for b in self._resident if b not in stay and (kept or not b.kept)]:
+            left.append((self._resident.pop(block), self.lanes.event(), self._stored.get(block)))
+            self.given_up(block)
+        return left
+
+    # in the loader's thread, where no Ctrl-C arrives
+
+    def _load(self, block: Block, left: list, write: bool = False) -> Loaded:
+        for _, event, stored in left:  # two blocks at a time, not three
+            self.lanes.join(event)
+            if stored is not None:
+                stored.result()
+        left.clear()
+        if (stored := self._stored.get(block)) is not None:
+            stored.result()
+        self.loads[block] += 1
+        with self.lanes.on("in"):
+            loaded = Loaded({id(p): self._copy(p) for _, p in block.named})
+            event = self.lanes.event()
+        self._catch_up(block, loaded, event, write)
+        return loaded
+
+    def _copy(self, p: torch.Tensor) -> torch.Tensor:
+        home = p.detach()
+        if not self.copies:
+            return home
+        there = torch.empty_like(home, device=self.device)  # keeps strides
+        return there.copy_(home, non_blocking=True)
+
+    def _is_behind(self, block: Block, loaded: Loaded) -> bool:
+        return any(loaded.made[id(p)] < len(self._waiting[id(p)]) for _, p in block.named)
+
+    def _catch_up(self, block: Block, loaded: Loaded, event: Any, write: bool = False) -> None:
+        changed = []
+        with self.lanes.on("in"):
+            self.lanes.wait(event)
+            for name, p in block.named:
+                tables = self._waiting[id(p)][loaded.made[id(p)] :]
+                if tables:
+                    tensor = loaded.tensors[id(p)]
+                    with torch.no_grad():
+                        program = Program(np.concatenate(tables), [], [], 0)
+                        make_(tensor, {"name": name}, dict(self.settings()), program, {})
+                    loaded.made[id(p)] += len(tables)
+                if loaded.made[id(p)]:
+                    changed.append(p)
+            loaded.ready = self.lanes.event()
+        most = max((loaded.made[id(p)] for p in changed), default=0)
+        if changed and (write or (self.write_every and most >= self.write_every)):
+            for p in changed:
+                del self._waiting[id(p)][: loaded.made[id(p)]]  # one step: the other thread appends
+                loaded.made[id(p)] = 0
+            if self.copies:
+                self._stored[block] = self._writer.submit(self._store, block, loaded, changed)
+
+    def _store(self, block: Block, loaded: Loaded, changed: list[torch.Tensor]) -> None:
+        self.stores[block] += 1
+        with torch.no_grad(), self.lanes.on("out"):
+            self.lanes.wait(loaded.ready)
+            for p in changed:
+                p.detach().copy_(loaded.tensors[id(p)], non_blocking=True)
+            self.lanes.use(loaded.tensors.values())
+            self.lanes.join(self.lanes.event())

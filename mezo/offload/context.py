@@ -1,0 +1,364 @@
+"""Models larger than the device's memory: weights wait in the host's, or in files.
+
+    model = load_offloaded("opt-66b/")                     # nothing is read yet
+    optimizer = MeZO(model.named_parameters(), lr=1e-6)
+    with offload(model, optimizer, device="cuda"):
+        for batch in loader:
+            optimizer.step(lambda: model(**batch).loss)
+
+A step is one pass over the weights. Each block (a decoder layer, an embedding) comes once, gets the
+update of the step before, is used by both forward passes, which take turns, and goes back. So the
+device holds two blocks, a perturbed matrix, and two times the activations of one forward pass.
+
+Weights, losses and run log are those of the run without offloading, to the bit. No module knows of
+it: torch's functions are given what is on the device wherever they read a parameter.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mezo import noise
+from mezo.distributed.exchange import Link
+from mezo.errors import InputError
+from mezo.forms import low_rank
+from mezo.forms.updates import Update
+from mezo.mezo import MeZO
+from mezo.models.mapped import Homes, load_mapped, move_to_file
+from mezo.noise import Move
+from mezo.offload.blocks import Block, Streams, blocks_of
+from mezo.offload.device_reads import Present
+from mezo.offload.interleaved import Interleaved, Walked
+from mezo.offload.turns import Relay
+from mezo.perturbation import Resident, Scratch, perturb
+from mezo.rules import is_linear
+from mezo.trajectory.program import Program, split_at_writing, written_after
+
+__all__ = ["Offload", "load_offloaded", "offload"]
+_CACHE = ["past_key_values"]  # stays on the device, from one call to the next
+
+
+def load_offloaded(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    folder: str | Path | None = None,
+    auto: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """A model, in evaluation mode, whose weights stay in its safetensors files: none is read yet.
+
+    They are mapped: it is a model on the CPU like any other, of any size, and takes memory as
+    weights are read. Writing to a weight takes memory for good; the files are never written.
+
+    Args:
+        dtype: of the model; weights that the files have in another one are converted.
+        folder: for what is converted (without: memory), and for experts' weights, that files have
+            one by one and the model has joined.
+        auto: transformers.AutoModelForCausalLM, or another such class.
+        kwargs: of its `from_pretrained`.
+    """
+    import transformers
+
+    auto = auto or transformers.AutoModelForCausalLM
+    return load_mapped(str(name), auto, dtype, folder, **kwargs)
+
+
+def offload(
+    model: torch.nn.Module,
+    optimizer: MeZO | None = None,
+    *,
+    device: str | torch.device | None = None,
+    folder: str | Path | None = None,
+    write_every: int = 1,
+) -> "Offload":
+    """A context in which `model`, on the CPU, is computed with on `device`, block by block.
+
+    Args:
+        optimizer: without one, `model(...)` alone works: inference.
+        device: None: the accelerator, if there is one, else the CPU.
+        folder: where the weights go, to a file of the model's size, mapped: for models larger than
+            the host's memory. It is scratch paper: the run is in its log.
+        write_every: write a block back after so many updates. 0: never, and `folder` is not
+            needed. Each visit makes all updates again, which costs a draw of z for each; nothing
+            is written but the run log, from which `mezo replay --by_tensor` makes the tuned model.
+
+    Within the context weights lie still where they were, behind by the updates that wait:
+    `optimizer.write()`, or `flush()`, before they are read or saved. Leaving it flushes. Calls of
+    the model see them all, with inputs anywhere; outputs come to where the inputs were.
+    """
+    return Offload(model, optimizer, device=device, folder=folder, write_every=write_every)
+
+
+class Offload:
+    """See `offload`. Raises InputError for what cannot be offloaded."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: MeZO | None = None,
+        *,
+        device: str | torch.device | None = None,
+        folder: str | Path | None = None,
+        write_every: int = 1,
+        copies: bool = False,
+    ):
+        self.model, self.optimizer = model, optimizer
+        found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+        self.device = torch.device("cpu") if found is None else found
+        if write_every < 0:
+            raise InputError(f"write_every must be at least 1, or 0 for never, got {write_every}")
+        if not write_every and folder is not None:
+            raise InputError("folder is for weights that are written: with write_every=0 none is")
+        self.folder, self.write_every, self.copies = folder, write_every, copies
+        self.pins = self.device.type == "cuda" and folder is None and write_every > 0
+        self._homes: Homes | None = None
+        for name, p in model.named_parameters():
+            _check_parameter(name, p)
+        if optimizer is not None:
+            self._check(optimizer)
+
+    def _check(self, optimizer: MeZO) -> None:
+        trained = optimizer.trained()
+        half = any(p.element_size() == 2 for _, p, _ in trained)
+        check_settings(optimizer.param_groups[0], half=half)
+        if isinstance(optimizer.processes, Link) and optimizer.processes.size > 1:
+            raise InputError(
+                f"a run of {optimizer.processes.size} processes does not go with offload"
+            )
+        mine = {id(p) for p in self.model.parameters()}
+        for name, p, _ in trained:
+            if id(p) not in mine:
+                raise InputError(f"the optimizer's {name} is not a parameter of the model")
+
+    def __enter__(self) -> "Offload":
+        with ExitStack() as stack:
+            if self.folder is not None and self._homes is None:
+                self._homes = move_to_file(self.model, Path(self.folder))
+            elif self.pins:
+                for p in self.model.parameters():
+                    p.data = p.data.pin_memory()
+            self.streams = Streams(
+                blocks_of(self.model),
+                self.device,
+                self.write_every,
+                lambda: self.optimizer.param_groups[0] if self.optimizer else {},
+                self._given_up,
+                self.copies,
+            )
+            stack.callback(self.streams.close)
+            self.threads = ThreadPoolExecutor(2**16)  # as many as there are halves; they wait
+            stack.callback(self.threads.shutdown)
+            self._ahead: dict[tuple[int, int], Interleaved] = {}  # by step and probe
+            self._summed: dict[int, list[Move]] = {}  # low rank: the updates of this interval
+            self._local = threading.local()
+            stack.enter_context(self._hooks())
+            stack.callback(self._release)
+            if self.optimizer is not None:
+                self.take(self.optimizer)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with self._stack:
+            if self.optimizer is not None:
+                self.optimizer.write()
+            self.flush()
+
+    def take(self, optimizer: MeZO) -> None:
+        """The optimizer's weights are those here, until the context is left."""
+        if optimizer.weights is self:
+            return
+        self._check(optimizer)
+        if not isinstance(optimizer.weights, Resident):
+            raise InputError("the optimizer's model is offloaded already")
+        self._release()
+        self.optimizer, optimizer.weights = optimizer, self
+
+    def _release(self) -> None:
+        if self.optimizer is not None and self.optimizer.weights is self:
+            self.optimizer.weights = Resident()
+
+    def flush(self) -> None:
+        """The weights are, where they lie, those after the last step: to be read or saved."""
+        if self.write_every:
+            self.streams.flush()
+
+    @contextmanager
+    def reading(self, relay: Relay | None = None, number: int = 0) -> Iterator[None]:
+        """Whatever reads a parameter in this thread gets it from the device, as `model(...)` does.
+
+        With a relay, this is one of several that take turns.
+        """
+        before = getattr(self._local, "mode", None)
+        if before is not None and relay is None:
+            yield
+            return
+        mode = Present(self.streams, relay, number)
+        self._local.mode = mode
+        try:
+            with mode:
+                yield
+        finally:
+            self._local.mode = before
+
+    # what MeZO asks of `perturbation.Resident`
+
+    def together(self, optimizer: MeZO, probes: Iterable[int]) -> None:
+        """One pass over the weights for all, unless each walks them from where the last one ended.
+
+        The closure of the first one's estimate is that of all of them.
+        """
+        self._ahead = {}
+        if optimizer.perturbation == "in_place" or optimizer.param_groups[0].get("paired"):
+            return
+        step = optimizer.param_groups[0]["step"]
+        found = {(step, probe): self.perturb(optimizer, probe) for probe in probes}
+        group = list(found.values())
+        for one in group:
+            one.group = group
+        self._ahead = found
+
+    def perturb(self, optimizer: MeZO, probe: int) -> Interleaved:
+        group = optimizer.param_groups[0]
+        if (made := self._ahead.pop((group["step"], probe), None)) is not None:
+            return made
+        inner = perturb(optimizer.trained(), group, probe, optimizer.state)
+        if not isinstance(inner, Scratch):
+            inner = Walked(inner.rows, inner.eps, group["step"], probe, inner.distribution)
+        return Interleaved(inner, self)
+
+    def make_(
+        self,
+        optimizer: MeZO,
+        p: torch.Tensor,
+        name: str,
+        moves: list[Move],
+        update: Update | None,
+    ) -> None:
+        """The moves are made when the block is there the next time."""
+        settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
+        if update is not None:
+            moves = [*moves, *update.moves(1.0, settings["rounding"])]
+        if not len(moves):
+            return
+        if not low_rank.is_factored(p, settings):
+            self.streams.update(p, noise.table(moves))
+            return
+        with self.reading():  # the sum is kept on the device
+            low_rank.update_(p, name, moves, settings, state)
+        optimizer.state[p] = state
+        self._summed.setdefault(id(p), []).extend(moves)
+        if (settings["step"] + 1) % settings["interval"] == 0:
+            self._write_sum(p, settings["step"], state)
+
+    def queue(self, optimizer: MeZO, p: torch.Tensor, name: str, program: Program) -> bool:
+        """The moves of a replay, too, are made when the block is there."""
+        settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
+        if not low_rank.is_factored(p, settings):
+            self.streams.update(p, program.table)
+            return True
+        before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.table)
+        if len(written):
+            self.streams.update(p, np.concatenate([noise.table(before), written]))
+            before = []
+            state.clear()
+        with self.reading():
+            low_rank.update_(p, name, rest, settings, state)
+        if state:
+            optimizer.state[p] = state
+            self._summed[id(p)] = [*before, *(Move(*row) for row in rest.tolist())]
+        return True
+
+    def write_(self, optimizer: MeZO) -> None:
+        group = optimizer.param_groups[0]
+        trained = {id(p): p for _, p, _ in optimizer.trained()}
+        if self._summed:
+            group["written"] = group["step"]
+        for key in [*self._summed]:
+            self._write_sum(trained[key], group["step"] - 1, optimizer.state[trained[key]])
+        self.flush()
+
+    def _write_sum(self, p: torch.Tensor, step: int, state: dict) -> None:
+        moves = [*self._summed.pop(id(p)), written_after(step)]
+        self.streams.update(p, noise.table(moves))
+        state.clear()
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        """The model's calls read from the device, where its inputs and buffers are too."""
+        from accelerate.utils import find_device, send_to_device
+
+        def enter(module, args, kwargs):
+            stack, came = ExitStack(), find_device((args, kwargs))
+            if getattr(self._local, "mode", None) is None:
+                stack.enter_context(self.reading())
+            self._local.entered = [*getattr(self._local, "entered", ()), (stack, came)]
+            return move(args, self.device), move(kwargs, self.device)
+
+        def leave(module, args, output):
+            *self._local.entered, (stack, came) = self._local.entered
+            stack.close()
+            return move(output, came)
+
+        def move(given: Any, to: torch.device | None) -> Any:
+            if self.device.type == "cpu" or to is None:
+                return given
+            return send_to_device(given, to, skip_keys=_CACHE)
+
+        buffers = [(b, b.data) for b in self.model.buffers()]
+        whole: Any = self.model
+        called = [whole]
+        if hasattr(whole, "get_base_model"):  # peft's wrapper generates by what it wraps
+            called.append(whole.get_base_model())
+        hooks = []
+        for module in called:
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        try:
+            for b, home in buffers:
+                b.data = home.to(self.device)
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for b, home in buffers:
+                b.data = b.data.to(home.device)
+
+    def _given_up(self, block: Block) -> None:
+        if self._homes is not None:
+            self._homes.give_up([p for _, p in block.named])
+
+
+def _check_parameter(name: str, p: torch.Tensor) -> None:
+    if p.is_meta or p.device.type != "cpu":
+        where = "the meta device" if p.is_meta else str(p.device)
+        raise InputError(
+            f"parameter {name} is on {where}: offload takes a model on the CPU, or one "
+            "from load_offloaded; leave device_map away"
+        )
+    if not p.is_floating_point():
+        raise InputError(f"parameter {name} is quantised ({p.dtype}): offload does not take it")
+
+
+def check_settings(settings: Mapping[str, Any], half: bool) -> None:
+    """InputError for a parameter group's settings that do not go with it; half: 16-bit weights."""
+    if not is_linear(settings["rule"]):
+        raise InputError(f"rule {settings['rule']['name']} does not go with offload: take sgd")
+    if settings["estimator"] != "two_point":
+        raise InputError(
+            f"estimator {settings['estimator']} does not go with offload: take two_point"
+        )
+    if settings["layers"]:
+        raise InputError("layers (modified, keep) does not go with offload")
+    if half and settings["rounding"] in ("compensated", "master"):
+        raise InputError(
+            f"rounding {settings['rounding']!r} keeps a buffer as large as the weights: with "
+            "offload take stochastic"
+        )

@@ -1,0 +1,103 @@
+"""Forward passes that take turns at each block of the weights: one pass over them serves all."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from mezo.forms.scratch import Moved, Rows, Scratch, eager
+from mezo.noise import Move
+from mezo.offload.turns import Relay
+from mezo.perturbation import walk
+
+if TYPE_CHECKING:
+    from mezo.offload.context import Offload
+
+Both = tuple[float, float]  # loss_plus, loss_minus
+
+
+class Walked(Scratch):
+    """The weights that perturbation in place would walk by, each made for what reads it.
+
+    theta + eps z, and from there theta - eps z, with the roundings on the way; theta stays, until
+    the walk is repeated on it with the update.
+    """
+
+    def __init__(self, rows: Rows, eps: float, step: int, probe: int, distribution: str):
+        super().__init__(rows, eps, step, probe, distribution)
+        self.walked = [True] * len(rows)
+
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        with eager(), _Alike(self, self.moves(sign)):
+            yield
+
+    def moves(self, sign: int) -> list[Move]:
+        return walk(self.step, self.probe, self.eps)[: 1 if sign > 0 else 2]
+
+    def way_home(self, i: int) -> list[Move]:
+        moves = [] if self.walked[i] else walk(self.step, self.probe, self.eps)
+        self.walked[i] = True
+        return moves
+
+
+class _Alike(Moved):
+    """What is made for a parameter asks for a gradient where it does: torch's kernels heed that."""
+
+    def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
+        return super().moved(name, tensor, key).requires_grad_(tensor.requires_grad)
+
+
+class Interleaved:
+    """Both losses from one pass over the weights, by forward passes that take turns.
+
+    `group`: the directions of a step that are asked for the same closure, those to come; the first
+    one's pass is that of all of them.
+    """
+
+    def __init__(self, inner: Scratch, offload: "Offload"):
+        self.inner, self.offload = inner, offload
+        self.eps, self.estimates = inner.eps, inner.estimates
+        self.rows = inner.rows[:: len(inner.rows) // 16 + 1]  # to be looked at: all would be read
+        self.group: list[Interleaved] = []
+        self.known: Both | None = None
+
+    def losses(self, closure: Callable) -> Both:
+        if self.known is not None:
+            found, self.known = self.known, None
+            return found
+        if self in self.group:
+            self.group.remove(self)
+        if (both := self._in_one(closure)) is not None:
+            return both
+        others = self.group.copy()
+        self.group.clear()
+        if isinstance(self.inner, Walked):
+            self.inner.walked = [False] * len(self.inner.rows)
+        with eager():  # for all: each would undo it for the others
+            halves = [one._half(closure, sign) for one in (self, *others) for sign in (+1, -1)]
+            plus, minus, *rest = Relay(self.offload.threads).run(halves)
+        for one, known in zip(others, zip(rest[::2], rest[1::2], strict=True), strict=True):
+            one.known = known
+        return plus, minus
+
+    def _in_one(self, closure: Callable) -> Both | None:
+        """Low rank: both in one forward pass, perhaps."""
+        with self.offload.reading():
+            return self.inner.losses(closure)
+
+    def _half(self, closure: Callable, sign: int) -> Callable[[Relay, int], float]:
+        def run(relay: Relay, number: int) -> float:
+            with self.offload.reading(relay, number), self.inner.at(sign):
+                return float(closure())
+
+        return run
+
+    def way_home(self, i: int) -> list[Move]:
+        return self.inner.way_home(i)
+
+    def check(self, closure: Callable) -> None:
+        """InputError if the loss depends on a weight that is read past torch's functions."""
+        with self.offload.reading():
+            self.inner.check(closure)

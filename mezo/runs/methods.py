@@ -1,0 +1,183 @@
+"""The methods of `mezo train`, each to the same fields of a result.
+
+    mezo        forward passes alone: all weights, a part of them, or an adapter
+    adam        fine-tuning by back-propagation, of the same weights
+    lp          linear probe: logistic regression on the frozen model's features
+    zero-shot   the model as it is
+    icl         the same, with --demonstrations training examples in front of each question
+
+Fields: test, dev, steps, forward_passes (of one batch; a backward pass counts as two),
+stored_bytes (what has to be kept beside the base model: a run log, weights, a probe),
+peak_memory_above_model; of training also peak_memory_of_steps, without evaluation and saving, and
+curve, one row an evaluation on the dev examples.
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from mezo import noise
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.estimators import passes_of
+from mezo.evaluation.evaluate import evaluate
+from mezo.evaluation.linear_probe import linear_probe, zero_shot
+from mezo.memory.measured import PeakMemory, PeakOfStretches, give_back
+from mezo.models import adapters as tuners
+from mezo.models import loading as models
+from mezo.objectives import Form
+from mezo.tasks import Example
+
+if TYPE_CHECKING:
+    from mezo.runs.task import TrainArguments
+
+WITHOUT_TRAINING = {"lp": linear_probe, "zero-shot": zero_shot, "icl": zero_shot}
+METHODS = ("mezo", "adam", *WITHOUT_TRAINING)
+START = "start"  # in output_dir, of a prefix run: the adapter it began with
+
+
+def check(args: "TrainArguments", model_args: ModelArguments) -> None:
+    """InputError for an unknown method and for options that do not go with it."""
+    if args.method not in METHODS:
+        near = get_close_matches(args.method, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHODS)}"
+        raise InputError(f"method {args.method!r} is unknown; {hint}")
+    if args.method in WITHOUT_TRAINING and model_args.use_peft:
+        raise InputError(f"method {args.method} trains no adapter: leave out --use_peft")
+    if args.offload and args.method != "mezo":
+        raise InputError(f"offload is for the method mezo, not for {args.method}")
+    check_adapter(model_args)
+    prompt = tuners.is_prompt(model_args)
+    if model_args.freeze_layers and prompt:
+        raise InputError(f"freeze_layers does not go with peft_type {model_args.peft_type}")
+    if args.activation_checkpointing and prompt and args.method == "adam":
+        raise InputError(
+            f"activation_checkpointing does not go with peft_type {model_args.peft_type}: "
+            "it drops the cache that holds the prefix"
+        )
+
+
+def check_adapter(model_args: ModelArguments) -> None:
+    """InputError for a method of peft without --use_peft: all weights would be trained."""
+    if not model_args.use_peft and model_args.peft_type != ModelArguments.peft_type:
+        raise InputError(f"peft_type {model_args.peft_type} needs --use_peft")
+
+
+def without_training(
+    model: torch.nn.Module, form: Form, splits: dict[str, list[Example]], args: "TrainArguments"
+) -> dict[str, Any]:
+    """The fields of a method that changes no weights."""
+    with PeakMemory() as peak:
+        size, folder = args.per_device_eval_batch_size, args.output_dir
+        found = WITHOUT_TRAINING[args.method](model, form, splits, size, folder)
+    return {"steps": 0, "kept_step": 0, **found, "peak_memory_above_model": peak.bytes}
+
+
+def by_trainer(
+    trainer: Any, splits: dict[str, list[Example]], checkpoint: str | bool | None
+) -> dict[str, Any]:
+    """Train, evaluate and save; the fields of the method."""
+    args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
+    if args.method == "mezo" and not checkpoint and args.process_index == 0:
+        keep_start(model, folder)
+    warm_up(args)
+    trainer.add_callback(memory := _Memory())
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.remove_callback(memory)
+    memory.peak.end()
+    size, state = args.per_device_eval_batch_size, trainer.state
+    kept, dev = state.global_step, None
+    if args.load_best_model_at_end:
+        kept, dev = state.best_global_step or kept, state.best_metric
+    test = evaluate(model, trainer.form, splits["test"], size)
+    if dev is None or not args.greater_is_better:  # of a loss
+        dev = evaluate(model, trainer.form, splits["dev"], size).value
+    if args.offload_write_every:
+        trainer.save_model(args.output_dir)
+    weights = list(folder.glob("*.safetensors"))
+    stored = [folder / "run.mezo"] if args.method == "mezo" else weights
+    return {
+        "test": test,
+        "dev": dev,
+        "steps": state.global_step,
+        "kept_step": kept,  # whose weights are saved
+        "train_loss": output.training_loss,
+        "forward_passes": state.global_step * passes_of_a_step(args),
+        "curve": curve_of(state.log_history, passes_of_a_step(args)),
+        "stored_bytes": sum(path.stat().st_size for path in stored if path.exists()),
+        "peak_memory_above_model": max(0, memory.peak.whole),
+        "peak_memory_of_steps": max(0, memory.peak.bytes),
+    }
+
+
+class _Memory(TrainerCallback):
+    """Memory above the model's: of the training steps alone, and with evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.peak = PeakOfStretches()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.peak.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.peak.end()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        give_back()  # a CPU process keeps what the evaluation took
+
+
+def warm_up(args: "TrainArguments") -> None:
+    """Compiles the directions' kernels, which would count as a step's memory."""
+    if args.method == "mezo":
+        move = noise.Move(0, 0, 1.0, 1.0)
+        noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=args.distribution)
+
+
+def keep_start(model: Any, output_dir: str | Path) -> None:
+    """A prefix that was computed is kept as it was, in output_dir/start.
+
+    The log and the base model give it again, bit for bit, but on another kind of processor the
+    forward pass may round otherwise; there a replay starts from this folder.
+    """
+    if tuners.starts_at_activations(model):
+        model.save_pretrained(str(Path(output_dir, START)))
+
+
+def started_with(
+    model_args: ModelArguments, output_dir: str, checkpoint: str | bool | None
+) -> ModelArguments:
+    """What a run begins with: the base model, or when it goes on, the prefix it began with."""
+    start = str(Path(output_dir, START))
+    if checkpoint and model_args.use_peft and models.is_adapter(start):
+        return replace(model_args, model_name_or_path=start, use_peft=False)
+    return model_args
+
+
+def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str, float]]:
+    """One row an evaluation of the Trainer's log: step, forward_passes, dev_loss, dev_accuracy.
+
+    The last one is missing where the task writes text. Steps that a resumed run made twice count
+    once.
+    """
+    rows: dict[int, dict[str, float]] = {}
+    for entry in log_history:
+        if "eval_loss" in entry:
+            step = int(entry["step"])
+            rows[step] = {"step": step, "forward_passes": step * passes}
+            given = [name for name in ("loss", "accuracy") if f"eval_{name}" in entry]
+            rows[step] |= {f"dev_{name}": entry[f"eval_{name}"] for name in given}
+    return [rows[step] for step in sorted(rows)]
+
+
+def passes_of_a_step(args: Any) -> int:
+    """Forward passes of one batch; a backward pass counts as two."""
+    again = bool(args.activation_checkpointing)  # the forward pass runs a second time
+    if getattr(args, "method", "mezo") != "mezo":  # SFT and DPO have no other
+        return (3 + again) * args.gradient_accumulation_steps
+    share = args.num_samples if args.fresh_batches else 1  # of the batch, for each direction
+    each = passes_of(args.estimator, args.num_samples)
+    return each * args.gradient_accumulation_steps // share

@@ -1,0 +1,111 @@
+"""Learning rates and eps where none is given: by what is trained, and by the size of the model.
+
+    resolved(ModelArguments("causal-lm"), TrainArguments()).learning_rate        3000 / N = 1e-3
+
+N is the number of the model's weights. The rates are from causal-lm (3.0 M; docs/methods.md),
+minilm (22.7 M; the demo) and the paper's Tables 15 and 16 (355 M, 13 B). For MeZO on all weights
+3000 / N meets all four: 1e-3, 1.3e-4, 8.5e-6 (Table 15: 1e-7 to 1e-5), 2.3e-7 (Table 16: 1e-7 to
+1e-6). The others are through fewer points: starting values, to search around.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.models import adapters as tuners
+from mezo.models import loading as models
+from mezo.trainers.config import MeZOConfig
+
+if TYPE_CHECKING:
+    from mezo.runs.task import TrainArguments
+
+
+@dataclass(frozen=True)
+class Rate:
+    """scale * N ** -power, and not less than `least`."""
+
+    scale: float
+    power: float
+    least: float = 0.0
+
+    def of(self, parameters: int) -> float:
+        """With two digits."""
+        return float(f"{max(self.least, self.scale * parameters**-self.power):.2g}")
+
+
+_MEZO = {  # part -> rate and eps; eps is the paper's
+    "": (Rate(3e3, 1.0), 1e-3),
+    "head": (Rate(3e3, 1.0), 1e-3),
+    "lora": (Rate(5.2, 0.5), 1e-2),
+    "prefix": (Rate(170.0, 0.5), 1e-1),
+    "prompt": (Rate(170.0, 0.5), 1e-1),
+}
+_ADAM = {
+    "": Rate(0.5, 0.5, 1e-5),
+    "head": Rate(1.7, 0.5, 1e-4),
+    "lora": Rate(1.7, 0.5, 1e-4),
+    "prefix": Rate(17.0, 0.5, 1e-3),
+    "prompt": Rate(17.0, 0.5, 1e-3),
+}
+_FOUND_FOR = {"rule": ("sgd",), "estimator": ("two_point", "one_sided")}
+_FOUND_FOR |= {"shaping": (None,), "modified": (None,)}  # type: ignore[dict-item]
+
+
+def mezo(parameters: int, part: str) -> tuple[float, float]:
+    """(learning rate, eps) of MeZO for so many weights and what is trained: "", "head", "lora"."""
+    rate, eps = _MEZO.get(part, _MEZO["lora"])
+    return rate.of(parameters), eps
+
+
+def adam(parameters: int, part: str) -> float:
+    """The learning rate of Adam for the same."""
+    return _ADAM.get(part, _ADAM["lora"]).of(parameters)
+
+
+def part_of(args: ModelArguments) -> str:
+    """What the options train: "" for all weights or those of an expression, "head", "lora", ..."""
+    if args.trainable == "head":
+        return "head"
+    folder = args.model_name_or_path
+    if models.is_adapter(folder):
+        kind = str(json.loads(Path(folder, "adapter_config.json").read_text()).get("peft_type"))
+        args = replace(args, use_peft=True, peft_type=kind.lower())
+    return tuners.method_of(args).removeprefix("-")
+
+
+def resolved(model_args: ModelArguments, args: "TrainArguments") -> "TrainArguments":
+    """The arguments with a learning rate, and for MeZO an eps: those given, else the recipe's.
+
+    InputError where no rate is known: of another rule than sgd, or of shaped estimates.
+    """
+    mezo_lacks = args.method == "mezo" and None in (args.learning_rate, args.mezo_eps)
+    adam_lacks = args.method == "adam" and args.learning_rate is None
+    if not (mezo_lacks or adam_lacks):
+        return args
+    parameters = models.parameters_of(model_args)
+    part = part_of(model_args)
+    if adam_lacks:
+        return replace(args, learning_rate=adam(parameters, part))
+    rate, eps = mezo(parameters, part)
+    for name, known in _FOUND_FOR.items():
+        if args.learning_rate is None and getattr(args, name) not in known:
+            raise InputError(
+                f"{name} {getattr(args, name)} needs a --learning_rate of its own: those known by "
+                "the size of a model are of sgd with two points"
+            )
+    given = args.learning_rate, args.mezo_eps
+    rate, eps = (own if one is None else one for one, own in zip(given, (rate, eps), strict=True))
+    return replace(args, learning_rate=rate, mezo_eps=eps)
+
+
+def told(model_args: ModelArguments, given: "TrainArguments", taken: "TrainArguments") -> str:
+    """What was left to the recipe, in one line; "" where nothing was."""
+    names = [n for n in ("learning_rate", "mezo_eps") if getattr(given, n) != getattr(taken, n)]
+    if not names or (names == ["mezo_eps"] and taken.mezo_eps == MeZOConfig.mezo_eps):
+        return ""
+    chosen = ", ".join(f"{name} {getattr(taken, name):g}" for name in names)
+    part = part_of(model_args) or "all weights"
+    return f"{chosen}: for {part} and a model of this size; what is given by hand wins"

@@ -1,0 +1,142 @@
+"""The tuned model of a run, from its base model and its log.
+
+    model = MeZOAdapter.load("facebook/opt-1.3b", "runs/sst2/run.mezo")
+    model = MeZOAdapter.load("facebook/opt-1.3b", "user/sst2-opt")     # a log on the hub
+
+And for the command line: the same, saved, without loading the model, or as an adapter alone.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezo import trajectory
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.hub import repository as hub
+from mezo.models import adapters as tuners
+from mezo.models import loading as models
+from mezo.trajectory.replay import steps_until
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What of a log's config makes the adapter that the run began with, and what each may be: a log may
+# say how the adapter is made, not where weights come from or what code to run.
+ADAPTER: dict[str, Callable[[Any], bool]] = {
+    "use_peft": lambda x: type(x) is bool,
+    "peft_type": lambda x: isinstance(x, str),  # looked up in a list, as the option is
+    "num_virtual_tokens": lambda x: type(x) is int and 0 < x < 2**20,
+    "peft_options": lambda x: x is None or isinstance(x, str),  # numbers alone: tuners.options_of
+    "load_in_8bit": lambda x: type(x) is bool,
+    "load_in_4bit": lambda x: type(x) is bool,
+    "lora_r": lambda x: type(x) is int and x > 0,
+    "lora_alpha": lambda x: type(x) in (int, float),
+    "lora_target_modules": lambda x: type(x) is list and all(isinstance(one, str) for one in x),
+    "dtype": lambda x: x in DTYPES,
+}
+_PLAIN = {name: getattr(ModelArguments(), name) for name in ADAPTER if name != "dtype"}
+_SAVED = ("adapter_model.safetensors", "adapter_config.json")
+
+
+class MeZOAdapter:
+    """A run log, used as an adapter is: a few KB that make the tuned model of the base model."""
+
+    @classmethod
+    def load(
+        cls,
+        base: torch.nn.Module | str | Path,
+        log: str | Path,
+        *,
+        until: int | None = None,
+    ) -> Any:
+        """The tuned model, in eval mode; the base weights are replaced in place.
+
+            model = MeZOAdapter.load(AutoModelForCausalLM.from_pretrained(name), "run.mezo")
+
+        Args:
+            base: a model, a folder or a hub name: what the run began with. For a log of
+                `mezo train --use_peft` the adapter is added, if the model has none yet.
+            log: a file, or a repository on the hub as `mezo push` makes them: "user/name", or
+                "hub:user/name" where a file could be meant.
+            until: stop at that step of the run.
+
+        Raises InputError if there is no such log, or if it starts from another model.
+        """
+        path = hub.resolve(log)
+        if not isinstance(base, torch.nn.Module):
+            return rebuilt(ModelArguments(str(base)), path, until)[0]
+        model: Any = base
+        header = trajectory.read(path).header
+        if header["config"].get("use_peft"):
+            from peft import PeftModel
+
+            if not isinstance(model, PeftModel):
+                args = arguments_of(ModelArguments(), path, header)
+                model = tuners.with_adapter(model, args, header["seed"])
+        return trajectory.replay(path, model, until=until).eval()
+
+
+def rebuilt(args: ModelArguments, log: str | Path, until: int | None = None) -> tuple:
+    """(model, tokenizer, steps): the base model with what the run began with, and replayed."""
+    found = trajectory.read(log)
+    steps = steps_until(log, found, until)
+    args = arguments_of(args, log, found.header)
+    model, tokenizer = models.load(args, adapter_seed=found.header["seed"])
+    trajectory.replay(log, model, until=until)
+    return model, tokenizer, len(steps)
+
+
+def arguments_of(args: ModelArguments, log: str | Path, header: dict[str, Any]) -> ModelArguments:
+    """`args` with the adapter and, if it is "auto", the dtype that the run began with."""
+    config = header["config"]
+    for name, good in ADAPTER.items():
+        if name in config and not good(config[name]):
+            raise InputError(f"{log}: its config's {name} cannot be {config[name]!r:.80}")
+    if config.get("use_peft") and not models.is_adapter(args.model_name_or_path):
+        made = {name: config[name] for name in ADAPTER if name in config}
+        return replace(args, **(_PLAIN | made))
+    dtypes = {entry["dtype"] for entry in header["tensors"]}
+    only = dtypes.pop() if len(dtypes) == 1 else "auto"
+    dtype = config.get("dtype", only if only in DTYPES else "auto")
+    return replace(args, dtype=dtype) if args.dtype == "auto" else args
+
+
+def replay_by_tensor(
+    args: ModelArguments, log: str | Path, output_dir: str, until: int | None = None
+) -> dict[str, Any]:
+    """`trajectory.replay_checkpoint` on a local folder or an embedded model."""
+    if args.dtype != "auto":
+        raise InputError("the dtype of a replay by tensor is the log's: leave out --dtype")
+    folder = models.folder_of(args.model_name_or_path)
+    steps = trajectory.replay_checkpoint(log, folder, output_dir, until=until)
+    return {"log": str(log), "steps": steps, "output_dir": output_dir}
+
+
+def save_adapter(
+    args: ModelArguments, log: str | Path, output_dir: str, until: int | None = None
+) -> dict[str, Any]:
+    """Rebuild the adapter of a run and save it alone, as peft does; no base weights, no tokenizer.
+
+    Raises InputError for a run that trained weights of the base model.
+    """
+    names = [entry["name"] for entry in trajectory.read(log).header["tensors"]]
+    own = [name for name in names if not tuners.is_of_adapter(name)]
+    if own or not names:
+        raise InputError(
+            f"{log}: the run trained the model's own weights ({', '.join(own[:1])}), and has no "
+            "adapter: replay it without --onto_adapter"
+        )
+    model, _, steps = rebuilt(args, log, until)
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".mezo-", dir=output_dir) as folder:
+            model.save_pretrained(folder)
+            for name in _SAVED:
+                os.replace(Path(folder, name), Path(output_dir, name))
+    except OSError as error:
+        raise InputError(f"output_dir {output_dir}: {error.strerror}") from None
+    return {"log": str(log), "steps": steps, "output_dir": output_dir}

@@ -1,0 +1,1 @@
+"""transformers' Trainer, and TRL's, with MeZO as the optimizer."""

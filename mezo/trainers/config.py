@@ -1,0 +1,217 @@
+"""The Trainer's arguments with MeZO's, and what they make of an optimizer."""
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mezo import layers, rules
+from mezo.errors import InputError
+from mezo.mezo import MeZO
+from mezo.schedules import Schedule, linear
+
+
+@dataclass
+class MeZOConfig(TrainingArguments):
+    """TrainingArguments with MeZO's options and defaults; `learning_rate` and `seed` are MeZO's.
+
+    For a TRL trainer: `@dataclass class MeZOSFTConfig(MeZOConfig, SFTConfig): ...`. Any other
+    TrainingArguments works too, with the defaults of `MeZO` for what it lacks. Without effect, as
+    there is no gradient: optim, adam_*, max_grad_norm, activation_checkpointing, neftune_*, ddp_*.
+    """
+
+    learning_rate: float = field(
+        default=1e-6,  # Tables 15 and 16: 1e-7 to 1e-6 for all weights
+        metadata={
+            "help": "For 1B weights and more: 1e-7 to 1e-6 for all, 5e-5 to 1e-4 for LoRA, 1e-3 to "
+            "1e-2 for a prefix. Larger for smaller models: `mezo check` measures it."
+        },
+    )
+    lr_scheduler_type: str = field(  # type: ignore[assignment]  # TRL narrows it the same way
+        default="constant", metadata={"help": "The paper's runs keep the learning rate constant."}
+    )
+    mezo_eps: float = field(
+        default=1e-3,
+        metadata={"help": "Size of the perturbation; 1e-2 for LoRA, 1e-1 for prefixes."},
+    )
+    num_samples: int = field(
+        default=1, metadata={"help": "Directions a step, averaged; 2 forward passes each."}
+    )
+    num_samples_end: int | None = field(
+        default=None, metadata={"help": "num_samples moves linearly to this by the last step."}
+    )
+    mezo_eps_end: float | None = field(
+        default=None, metadata={"help": "mezo_eps moves linearly to this by the last step."}
+    )
+    fresh_batches: bool = field(
+        default=False,
+        metadata={
+            "help": "Each direction has micro-batches of its own (Algorithm 2): "
+            "gradient_accumulation_steps is a multiple of num_samples."
+        },
+    )
+    rule: str = field(
+        default="sgd",
+        metadata={
+            "help": "sgd, momentum, adam (adam_beta1, adam_beta2, adam_epsilon), sign, scalar_adam."
+        },
+    )
+    momentum: float = field(default=0.9, metadata={"help": "Of the rule momentum."})
+    window: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of momentum and adam: rebuild the moments from so many steps of the run's "
+            "history, or all, instead of keeping buffers."
+        },
+    )
+    estimator: str = field(
+        default="two_point", metadata={"help": "two_point, one_sided or one_point."}
+    )
+    shaping: str | None = field(
+        default=None,
+        metadata={"help": "Of the losses of several directions: z_scores or ranks."},
+    )
+    modified: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directions scaled by the norms of layers: variance or expectation modified "
+            "(Definitions 6 and 7)."
+        },
+    )
+    keep: float | None = field(
+        default=None,
+        metadata={"help": "Train the smallest weights of each tensor alone: this share of them."},
+    )
+    distribution: str = field(
+        default="gaussian", metadata={"help": "Of the directions: gaussian or rademacher."}
+    )
+    perturbation: str | None = field(
+        default=None,
+        metadata={
+            "help": "in_place; scratch: the default for 16-bit weights; low_rank: the fastest."
+        },
+    )
+    rank: int = field(default=1, metadata={"help": "Of low_rank: columns of a direction."})
+    interval: int = field(
+        default=50, metadata={"help": "Of low_rank: steps between two writings of a matrix."}
+    )
+    rounding: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of updates of 16-bit weights: stochastic (the default), compensated, master "
+            "(the default for a 16-bit adapter), nearest."
+        },
+    )
+    clip: float | None = field(
+        default=None, metadata={"help": "Bound on the size of the projected gradient."}
+    )
+    clip_quantile: float | None = field(
+        default=None, metadata={"help": "The bound is this quantile of the last 100 sizes."}
+    )
+    probe_groups: int = field(
+        default=1,
+        metadata={
+            "help": "Of several processes: so many groups have directions of their own; -1: each."
+        },
+    )
+    max_refused: int = field(
+        default=10, metadata={"help": "Stop after so many losses in a row that are not finite."}
+    )
+    offload: bool = field(
+        default=False,
+        metadata={
+            "help": "The model stays on the CPU, and comes to the device block by block: for "
+            "models larger than the device's memory."
+        },
+    )
+    offload_folder: str | None = field(
+        default=None,
+        metadata={
+            "help": "With offload: weights wait in a file there, of the model's size: for models "
+            "larger than the host's memory. Scratch paper, to be deleted afterwards."
+        },
+    )
+    offload_write_every: int = field(
+        default=1,
+        metadata={
+            "help": "With offload: write a block back after so many updates, which spares the "
+            "disk; 0: never, the result is the run log (save_strategy no)."
+        },
+    )
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """The Trainer's question, whether it is to move the model to the device; None: as ever."""
+        return False if self.offload else super().place_model_on_device
+
+
+def mezo_options(
+    args: MeZOConfig, model: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
+) -> dict[str, Any]:
+    """MeZO's options, but for those that differ by parameter group."""
+    names = "num_samples distribution perturbation rank interval estimator shaping"
+    names += " clip clip_quantile max_refused"
+    options = {name: getattr(args, name) for name in names.split()}
+    options |= {"eps": args.mezo_eps, "rule": rule_of(args), "rounding": rounding_of(args, model)}
+    if args.modified is not None:
+        make = {
+            "variance": layers.variance_modified,
+            "expectation": layers.expectation_modified,
+        }.get(args.modified)
+        if make is None:
+            raise InputError(f"modified must be variance or expectation, got {args.modified!r}")
+        options["layers"] = make(layers.parameter_norms(named))
+    if args.keep is not None:
+        options["layers"] = options.get("layers", {}) | layers.small(named, args.keep)
+        options["perturbation"] = args.perturbation or "scratch"
+    return options
+
+
+def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
+    adapter = getattr(model, "peft_config", None) is not None
+    master = adapter and args.perturbation != "low_rank"
+    return args.rounding or ("master" if master else "stochastic")
+
+
+def rule_of(args: MeZOConfig) -> dict[str, Any]:
+    """The rule that the arguments name, with the options of it that they have."""
+    window = args.window
+    if window is not None and window != "all":
+        if not window.isdecimal():
+            raise InputError(f"window is a number of steps or all, got {window!r}")
+        window = int(window)  # type: ignore[assignment]
+    given: dict[str, Any] = {"name": args.rule}
+    if args.rule == "momentum":
+        given |= {"momentum": args.momentum, "window": window}
+    elif args.rule == "adam":
+        betas = [args.adam_beta1, args.adam_beta2]
+        given |= {"betas": betas, "eps": args.adam_epsilon, "window": window}
+    elif window is not None:
+        raise InputError(f"window is for the rules momentum and adam, not {args.rule}")
+    return rules.options(given)
+
+
+def schedule_of(args: TrainingArguments, optimizer: MeZO, steps: int) -> Schedule | None:
+    """How eps and num_samples move in the course of `steps`; None: they do not."""
+    moving: dict[str, Any] = {}
+    for option, name, end in (
+        ("eps", "mezo_eps", "mezo_eps_end"),
+        ("num_samples", "num_samples", "num_samples_end"),
+    ):
+        if getattr(args, end, None) is not None:
+            moving[option] = linear(getattr(args, name), getattr(args, end), max(1, steps))
+    return Schedule(optimizer, **moving) if moving else None
+
+
+def changed(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that are not at their default, as JSON can hold them; the seed always."""
+    found = {"seed": args.seed, "learning_rate": args.learning_rate}
+    given = args.to_dict()
+    for f in fields(args):
+        default = f.default.value if isinstance(f.default, Enum) else f.default
+        known = f.init and not f.name.endswith("_token")  # the hub's tokens are secrets
+        if known and given[f.name] != default and isinstance(given[f.name], str | int | float):
+            found[f.name] = given[f.name]
+    return found

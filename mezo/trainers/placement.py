@@ -1,0 +1,170 @@
+"""Where a Trainer's weights are: on its device, or, with `offload`, on the CPU or in a file.
+
+In the first case there is nothing to do. In the second, `Placement.open()` is entered around
+training, evaluation and whatever else computes with the model; within it, blocks of weights come to
+the device as they are needed (offload.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.models import loading as models
+from mezo.offload.context import Offload, check_settings
+from mezo.trainers.config import MeZOConfig, rounding_of, rule_of
+
+
+class Placement:
+    """Of a Trainer's model, and of the reference model that a DPO trainer has beside it."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+        self.offloads = getattr(trainer.args, "offload", False)  # any TrainingArguments will do
+        self._own: Offload | None = None  # made once: its file is written once
+        self._opened = False
+        self._unwritten = False  # updates are in the run log alone
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Within, the model is computed with on the device. It may be entered again within."""
+        if not self.offloads or self._opened:
+            yield
+            return
+        if self._unwritten:
+            raise InputError(
+                "with offload_write_every=0 the tuned weights are in the run log alone: train, "
+                "evaluate and predict within one `with trainer.offloaded():`, or replay the log"
+            )
+        with ExitStack() as stack:
+            own = stack.enter_context(self.own())
+            if (reference := self._trainer.ref_model) is not None:
+                device = self._trainer.args.device  # it is read: from where it is
+                stack.enter_context(Offload(reference, device=device, write_every=0))
+            self._opened = True
+            try:
+                yield
+            finally:
+                self._opened = False
+                self._unwritten = not own.write_every and own.optimizer is not None
+
+    def own(self) -> Offload:
+        """Of the model; InputError for a model or options that it does not take."""
+        args = self._trainer.args
+        if self._own is None:
+            self._own = Offload(
+                self._trainer.model,
+                device=args.device,
+                folder=args.offload_folder,
+                write_every=args.offload_write_every,
+            )
+        return self._own
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """`open`, and what reads a weight in this thread gets it from the device."""
+        with self.open(), ExitStack() as stack:
+            if self._own is not None:
+                stack.enter_context(self._own.reading())
+            yield
+
+    def take(self, optimizer: Any) -> None:
+        """Training begins with this optimizer, whose settings are known now."""
+        if self._opened and self._own is not None:
+            self._own.take(optimizer)
+
+    def check_saved(self) -> None:
+        """InputError if the model's weights are not those to be saved."""
+        if self._unwritten or (self._own and self._own.optimizer and not self._own.write_every):
+            raise InputError(
+                "offload_write_every=0 leaves the tuned weights in the run log alone: "
+                "`mezo replay --by_tensor` makes the model"
+            )
+
+    def flush(self) -> None:
+        """The weights are, where they lie, those after the last step; none is on the device."""
+        if self._opened and self._own is not None:
+            self._own.flush()
+
+
+def place(model: torch.nn.Module, device: Any = None) -> None:
+    """Moves a model to `device`, or the accelerator, unless its loading has placed it."""
+    found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if found is not None and not placed:
+        model.to(found)
+
+
+def load(model_args: ModelArguments, args: MeZOConfig) -> tuple[Any, Any]:
+    """(model, tokenizer) to begin a run with; with `offload` no weight is read yet."""
+    folders = {Path(str(x)).resolve() for x in (model_args.model_name_or_path, args.output_dir)}
+    if args.offload and len(folders) == 1:
+        raise InputError(
+            f"output_dir {args.output_dir} is the model's own folder, from which offload reads "
+            "the weights while others are saved: take another"
+        )
+    return models.load(model_args, args.seed, offload=args.offload, folder=args.offload_folder)
+
+
+@contextmanager
+def inference(model: torch.nn.Module, device: Any = None, offload: bool = True) -> Iterator[None]:
+    """Within, a model that is not trained is computed with on `device`, or the accelerator.
+
+    With `offload` its weights stay where they are and are read block by block; nothing is moved,
+    pinned or written. Without, they are moved there for good.
+    """
+    if not offload:
+        place(model, device)
+        yield
+        return
+    with Offload(model, device=device, write_every=0) as there, there.reading():
+        yield
+
+
+def check(trainer: Any) -> None:
+    """InputError for arguments, a model or an optimizer that do not go with offload."""
+    args = trainer.args
+    if not isinstance(args, MeZOConfig):
+        return
+    check_arguments(args)
+    if not args.offload:
+        return
+    if trainer.model_init is not None:
+        raise InputError("model_init does not go with offload: give the model")
+    half = any(p.element_size() == 2 for p in trainer.model.parameters() if p.requires_grad)
+    check_settings(_settings(args) | {"rounding": rounding_of(args, trainer.model)}, half=half)
+    trainer._placement.own()
+
+
+def check_arguments(args: MeZOConfig) -> None:
+    """InputError for arguments that do not go with offload, or with nothing else."""
+    if not args.offload:
+        if args.offload_folder is not None or args.offload_write_every != 1:
+            raise InputError("offload_folder and offload_write_every are for offload")
+        return
+    if not args.offload_write_every and (args.save_strategy != "no" or args.load_best_model_at_end):
+        raise InputError(
+            "offload_write_every 0 writes no weights, and a checkpoint would hold the base model's "
+            "own: take save_strategy no and load_best_model_at_end false; the run log is enough to "
+            "go on"
+        )
+    refused = {
+        "torch_compile": args.torch_compile,
+        "fp16_full_eval": args.fp16_full_eval,
+        "bf16_full_eval": args.bf16_full_eval,
+        "sync_ref_model": getattr(args, "sync_ref_model", False),  # TRL's
+        f"a run of {args.world_size} processes": args.world_size > 1,
+    }
+    for option, given in refused.items():
+        if given:
+            raise InputError(f"{option} does not go with offload")
+    check_settings(_settings(args), half=False)
+
+
+def _settings(args: MeZOConfig) -> dict[str, Any]:
+    layers = args.modified or args.keep is not None
+    return {"rule": rule_of(args), "estimator": args.estimator, "layers": layers}

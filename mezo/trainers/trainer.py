@@ -1,0 +1,301 @@
+"""MeZO under transformers' Trainer, and under every trainer built on it (TRL's SFT, DPO, reward).
+
+    from mezo import MeZOConfig, MeZOTrainer
+    MeZOTrainer(model, MeZOConfig("out", max_steps=20_000), train_dataset=train).train()
+
+    class MeZOSFTTrainer(MeZOMixin, SFTTrainer): ...
+
+The loop, schedules, evaluation, callbacks, checkpoints and loggers are the Trainer's own. Where it
+would run one backward pass a micro-batch, an update here is one walk theta + eps z, theta - eps z,
+theta with all micro-batches evaluated at either end.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.utils import PushToHubMixin
+
+from mezo import trajectory
+from mezo.distributed.elastic import writer_of
+from mezo.distributed.processes import join
+from mezo.distributed.sharding import reshard
+from mezo.errors import InputError
+from mezo.estimators import merged, passes_of
+from mezo.forms.low_rank import Both, Paired
+from mezo.guards import check_loaded
+from mezo.mezo import Estimate, MeZO
+from mezo.trainers import placement
+from mezo.trainers.config import MeZOConfig, changed, mezo_options, schedule_of
+from mezo.trainers.resume import Tail
+
+_Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
+
+
+class MeZOMixin(_Host):
+    """Puts MeZO into a Trainer class: `class MeZODPOTrainer(MeZOMixin, DPOTrainer): ...`.
+
+    Trains whatever has requires_grad=True. Both passes run in eval mode: dropout would drown their
+    difference. Only the `training` flag of a transformers or peft model itself stays True, by which
+    TRL tells training from evaluation. `compute_loss` is called twice a micro-batch and direction,
+    without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
+    absolute value, and `output_dir/run.mezo` is the run's log (see trajectory.py).
+
+    Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, `fsdp=`, context
+    parallelism, DataParallel, another optimizer. Not for trainers that generate in
+    `_prepare_inputs` (GRPO, RLOO): for their reward functions there is MeZOPolicyTrainer.
+    """
+
+    optimizer: Any  # MeZO; while training, in Accelerate's wrapper
+    run_config: dict[str, Any] | None = None  # for the run log; None: the changed arguments
+    pair_loss: Any = None  # (model, inputs, both) -> a micro-batch's two losses: low_rank.Paired
+    ref_model: Any = None  # TRL's, beside the model
+    _placement: placement.Placement
+
+    def __init__(self, *args, **kwargs):
+        model = args[0] if args else kwargs.get("model")
+        if isinstance(model, torch.nn.Module):  # before the Trainer moves it
+            check_loaded(model.named_parameters())
+        super().__init__(*args, **kwargs)
+        _check(self)
+        placement.check(self)
+        self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
+        self._estimates: list[Estimate] = []  # of the latest update, one a direction
+        self._tail = Tail(self)
+        self._run_log = _RunLog(self)
+        self.add_callback(self._run_log)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's; with `offload` nothing else moves the model to the device."""
+        super().create_accelerator_and_postprocess()
+        self._placement = placement.Placement(self)
+        self.accelerator.device_placement &= not self._placement.offloads
+
+    def offloaded(self) -> AbstractContextManager[None]:
+        """With args.offload: within this context `self.model` is computed with on the device.
+
+        Training, evaluation and prediction enter it by themselves. Around several of them it is
+        entered once; the model's own calls, such as `generate`, want it. Without, it does nothing.
+        """
+        return self._placement.open()
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the Trainer's; True goes on from the last checkpoint *and* the tail of the run log.
+
+        Without a checkpoint, from the model as it was given and the log (see resume.py).
+        """
+        with self.offloaded():
+            try:
+                if resume_from_checkpoint is True:
+                    resume_from_checkpoint = self._tail.begin()
+                if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
+                    return ended
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:  # whatever ended it: the log is complete up to the last step
+                self._window = []
+                self._write()
+                self._tail.end()
+                self._run_log.close()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint = self._tail.checkpoint_of(resume_from_checkpoint)
+        if checkpoint is not None:
+            self._placement.flush()
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
+
+    def _write(self) -> None:
+        """Low-rank directions, offload: bring the weights up to date."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, MeZO):
+            optimizer.write()
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._write()
+        with self._placement.reading():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def save_model(self, *args, **kwargs):
+        self._placement.check_saved()
+        self._write()
+        super().save_model(*args, **kwargs)
+
+    def _load_best_model(self):
+        self._write()  # or what is summed up would be added to what is loaded
+        super()._load_best_model()
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
+        if self.optimizer is None:
+            model, args = self.model if model is None else model, self.args
+            reshard(model)  # after an evaluation
+            decayed = set(self.get_decay_parameter_names(model))
+            named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [pair for pair in named if pair[0] in decayed]},
+                {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
+            ]
+            options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+            if isinstance(args, MeZOConfig):
+                options |= mezo_options(args, model, named)
+            self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
+        return self.optimizer
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        """Autocast and compile, without DDP: its gradient buckets are as large as the weights."""
+        model = super()._wrap_model(model, training=False, dataloader=dataloader)
+        return self.accelerator.prepare_model(model, evaluation_mode=True) if training else model
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Keep the micro-batch; with the last one of the update, estimate along every direction.
+
+        Returns the update's loss, the mean of both passes, once: 0 for the other micro-batches.
+        """
+        scaled = self.loss_is_scaled_for_ga  # the rule of Trainer.training_step
+        if scaled is None:
+            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = takes_count or self.compute_loss_func is not None
+        divisor = 1 if scaled else self.current_gradient_accumulation_steps
+        self._window.append((inputs, num_items_in_batch, divisor))
+        if not self.accelerator.sync_gradients:  # more micro-batches to come
+            return torch.zeros((), device=self.args.device)
+        window, self._window = self._window, []
+        model.eval()
+        self.model.training = isinstance(self.model, PushToHubMixin)  # transformers' and peft's
+        optimizer = self.optimizer.optimizer
+        fresh = getattr(self.args, "fresh_batches", False)
+        if (schedule := schedule_of(self.args, optimizer, self.state.max_steps)) is not None:
+            schedule.step()
+        self._estimates, clean = [], None
+        own = optimizer.processes.own(optimizer.param_groups[0]["num_samples"])
+        optimizer.weights.together(optimizer, () if fresh else own)
+        for probe, part in zip(own, _parts(window, len(own), fresh), strict=False):
+            closure = self._closure(model, part)
+            found = optimizer.estimate(closure, probe, clean=clean)  # restored: callbacks may save
+            clean = None if fresh else found.loss
+            self._estimates.append(found)
+        loss = sum(estimate.loss for estimate in self._estimates) / len(self._estimates)
+        return torch.tensor(loss, device=self.args.device)
+
+    def _closure(self, model, window) -> Callable[[], float | torch.Tensor]:
+        alone = partial(self._window_loss, model, window)
+        if self.pair_loss is None:
+            return alone
+        return Paired(alone, partial(self._window_pair, model, window))
+
+    def _window_pair(self, model, window, both: Both) -> tuple[float, float]:
+        """Both losses of an update, each micro-batch and its copy in one forward pass."""
+        losses = [0.0, 0.0]
+        for inputs, _, divisor in window:
+            with self.compute_loss_context_manager():
+                pair = self.pair_loss(model, self._prepare_inputs(inputs), both)
+            losses = [loss + float(x) / divisor for loss, x in zip(losses, pair, strict=True)]
+        return losses[0], losses[1]
+
+    def _window_loss(self, model, window) -> float:
+        """The loss over this process's micro-batches of an update."""
+        loss = 0.0
+        for inputs, num_items, divisor in window:
+            # a new dict each time: compute_loss pops from it, adds to it
+            fresh = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                micro = self.compute_loss(model, fresh, num_items_in_batch=num_items)
+            loss += float(micro) / divisor
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        """Length of the update in units of lr |z|: |projected_grad|, if there is one direction.
+
+        `grad_norm` comes from clipping no gradients at all, and is 0. `log` has all processes'.
+        """
+        return _norm([estimate.projected_grad for estimate in self._estimates])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._estimates:
+            latest = self.optimizer.optimizer.processes.latest.values()
+            grads = [merged(estimates).projected_grad for estimates in latest]
+            logs["projected_grad"] = sum(grads) / len(grads)
+            if "grad_norm" in logs:
+                logs["grad_norm"] = _norm(grads)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """2 per weight, token and forward pass, where Trainer counts 6 with a backward pass."""
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
+        group = self.optimizer.param_groups[0]
+        passes = passes_of(group["estimator"], group["num_samples"])
+        return super().floating_point_ops(tensors) * passes // 3
+
+
+class MeZOTrainer(MeZOMixin, Trainer):
+    """transformers' Trainer with MeZO: same arguments, same loop, forward passes alone."""
+
+
+class _RunLog(TrainerCallback):
+    """Opens `output_dir/run.mezo` when everything is loaded and the optimizer's step is known."""
+
+    def __init__(self, trainer: MeZOMixin) -> None:
+        self._trainer = trainer
+        self._writer: trajectory.Writer | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer
+        self._trainer._placement.take(mezo)
+        self._trainer._tail.catch_up()
+        self.close()  # auto_find_batch_size begins again
+        join(mezo, model, probes=getattr(args, "probe_groups", 1))
+        resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step
+        given = self._trainer.run_config
+        config = changed(args) if given is None else given
+        self._writer = writer_of(mezo, path, model=model, config=config, resume=resume)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _norm(grads: list[float]) -> float:
+    return math.hypot(*grads) / len(grads)
+
+
+def _parts(window: list[tuple], n: int, fresh: bool) -> list[list[tuple]]:
+    """The micro-batches of n directions: all of them, or a share each, whose loss is a mean."""
+    if not fresh:
+        return [window] * n
+    shares = [window[i::n] for i in range(min(n, len(window)))]
+    return [[(x, c, d * len(part) / len(window)) for x, c, d in part] for part in shares]
+
+
+def _check(trainer: Trainer) -> None:
+    """InputError for settings that MeZO cannot honour; a warning for those without effect."""
+    args, mezo = trainer.args, (type(None), MeZO)
+    refused = {
+        "fp16=True": (args.fp16, "it scales gradients, and there are none: use bf16=True"),
+        "deepspeed": (trainer.is_deepspeed_enabled, "use torchrun alone"),
+        "fsdp": (
+            args.fsdp or trainer.is_fsdp_enabled,
+            "load the model with distributed_config=DistributedConfig(fsdp_size=...)",
+        ),
+        "parallelism_config": (args.parallelism_config, "use torchrun alone"),
+        "DataParallel": (args.n_gpu > 1, f"use torchrun --nproc_per_node={args.n_gpu}, or one GPU"),
+        "optimizer_cls_and_kwargs": (trainer.optimizer_cls_and_kwargs, "the optimizer is MeZO"),
+        "optimizers": (not isinstance(trainer.optimizer, mezo), "the optimizer must be a MeZO"),
+    }
+    for option, (given, instead) in refused.items():
+        if given:
+            raise InputError(f"{option} does not go with MeZO: {instead}")
+    logger = logging.getLogger("mezo")
+    if args.activation_checkpointing:  # TRL's default
+        logger.warning("activation_checkpointing has no effect: no activations are kept anyway")
+    if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
+        message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
+        logger.warning(message, args.learning_rate)

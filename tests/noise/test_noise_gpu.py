@@ -1,0 +1,354 @@
+"""The Triton kernel against the definition: interpreted, compiled for sm_90, and on a device."""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from mezo import noise
+from mezo.noise import KEEP, NEAREST, ROUND_PERTURBED, ROUND_UPDATE, Move
+
+KEY = noise.tensor_key(7, "model.layers.0.weight")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAST = 2**32 - 3, 2**24 - 1  # step and probe
+WALK = [Move(*LAST, 1.0, c) for c in (1e-3, -2e-3, 1e-3)]
+MANY = [  # nine moves along four directions, with every rounding after every other
+    Move(*LAST, 1.0, 1e-3, ROUND_PERTURBED),
+    Move(*LAST, 1.0, -2e-3, ROUND_UPDATE),
+    Move(*LAST, 1.0, 1e-3, KEEP),
+    Move(2**32 - 3, 0, 0.999, -3.7e-5, KEEP),
+    Move(0, 0, 1.0, 3e-5, NEAREST),
+    Move(0, 0, 1.0, -1e-5, NEAREST),
+    Move(0, 0, 0.5, 1.0, ROUND_UPDATE),
+    Move(*LAST, 1.0, 1e-3, NEAREST),
+    Move(*LAST, 1.0, -7e-4, ROUND_PERTURBED),
+]
+
+
+def normal(*shape, dtype=torch.float32):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+
+
+def every_number(dtype):
+    """Each number of 16 bits: subnormals, infinities and those that are none."""
+    return torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(dtype)
+
+
+def outcome(apply_, weights, moves, *, device="cpu", in_place=True, **where):
+    """What `apply_` makes of the weights; they stay as they are where they are only read."""
+    weights = weights.clone().to(device)
+    if in_place:
+        apply_(weights, KEY, moves, **where)
+        return weights.cpu()
+    before, out = weights.clone(), torch.full_like(weights, 7)
+    apply_(out, KEY, moves, source=weights, **where)
+    check_equal(weights, before)
+    return out.cpu()
+
+
+def check_equal(found, expected):
+    """Bit by bit; what is not a number may be any of them."""
+    good = ~expected.isnan()
+    assert torch.equal(found.isnan(), ~good)
+    bits = torch.int32 if found.dtype == torch.float32 else torch.int16
+    assert torch.equal(found[good].view(bits), expected[good].view(bits))
+
+
+def plain(tensor, key, moves, **where):
+    noise.apply_(tensor, key, moves, kernel=False, **where)
+
+
+def check(apply_, weights, moves, device="cpu", **where):
+    expected = outcome(plain, weights, moves, **where)
+    check_equal(outcome(apply_, weights, moves, device=device, **where), expected)
+
+
+# What the interpreter is asked for, in a process of its own: TRITON_INTERPRET counts at import
+
+
+def interpreted(tensor, key, moves, *, distribution="gaussian", offset=0, source=None, rows=None):
+    from mezo.noise import gpu
+
+    gpu.apply_(tensor, key, noise.table(moves), distribution, offset, source, rows)
+
+
+def check_moves(distribution):
+    """One move or many, of a part of a tensor that begins anywhere; in place and from another."""
+    where = {"distribution": distribution}
+    far = {"offset": 2**42 + 8190, "in_place": False} | where
+    for dtype in DTYPES:
+        check(interpreted, normal(1, dtype=dtype), WALK[:1], **where)
+        check(interpreted, normal(1025, dtype=dtype), WALK, offset=32_000, **where)
+        check(interpreted, normal(1500, dtype=dtype), MANY, offset=1, **where)
+        check(interpreted, normal(900, dtype=dtype), MANY, **far)
+
+
+def check_lookups(distribution):
+    """Rows that begin anywhere, repeated and out of order; of parameters as long as any."""
+    for width, rows in ((77, [39, 0, 39]), (3000, [2**33, 1])):
+        for dtype in (torch.float32, torch.bfloat16):
+            weights, rows = normal(len(rows), width, dtype=dtype), torch.tensor(rows)
+            check(interpreted, weights, MANY[:2], rows=rows, distribution=distribution)
+
+
+def check_rounding(dtype):
+    """Into subnormals, over the largest number, and of all that a tensor can hold."""
+    numbers = every_number(dtype)[::32].clone()
+    numbers[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
+    move = Move(*LAST, 1.0, 65_519.9, ROUND_PERTURBED)
+    check(interpreted, numbers, [move])
+    for exponent in (-40, -28, -24, -20, -13, 15, 127):
+        move = Move(*LAST, 1.0, 2.0**exponent, ROUND_UPDATE)
+        check(interpreted, numbers, [move])
+    check(interpreted, numbers, [move._replace(scale=1.7, coefficient=0.0)])
+
+
+def check_one_copy():
+    """The moves go to the device once, not with every tensor."""
+    from mezo.noise import gpu
+
+    gpu._on_device.cache_clear()
+    for _ in range(3):
+        interpreted(torch.zeros(3), KEY, WALK)
+    interpreted(torch.zeros(3), KEY, WALK[:1])
+    assert gpu._on_device.cache_info().misses == 2
+
+
+def test_the_interpreted_kernel_has_the_bits_of_the_definition():
+    """numpy rounds every operation of float32 by itself, keeps subnormals and has IEEE's root.
+
+    Triton's interpreter wrongly rounds float32 to bfloat16: half goes up, and a carry out of the
+    significand is lost. torch's conversions take the place of that one function.
+    """
+    pytest.importorskip("triton")
+    program = """
+        import numpy as np
+        import torch
+        from triton.runtime import interpreter
+
+        def convert(data, source, target, rounding):
+            bits = torch.from_numpy(np.array(data))
+            if str(source) == "bf16":
+                return bits.view(torch.bfloat16).float().numpy()
+            return bits.to(torch.bfloat16).view(torch.uint16).numpy()
+
+        interpreter._convert_float = convert
+        torch.set_num_threads(1)
+
+        from test_noise_gpu import check_lookups, check_moves, check_one_copy, check_rounding
+
+        for distribution in ("gaussian", "rademacher"):
+            check_moves(distribution)
+            check_lookups(distribution)
+        for dtype in (torch.bfloat16, torch.float16):
+            check_rounding(dtype)
+        check_one_copy()
+        print("equal")
+    """
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "equal\n", done.stderr
+
+
+def compiled(dtype, rademacher, rows, lookup):
+    """PTX instructions for sm_90, each with its count in `rows` rows of 16 elements a thread."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from mezo.noise import gpu
+
+    types = {"out": f"*{dtype}", "source": f"*{dtype}", "rows": "*i64", "table": "*i32"}
+    types |= {"n": "i64", "offset": "i64", "key": "u64", "count": "i32"}
+    constants = {"RADEMACHER": rademacher, "ROWS": rows} | ({} if lookup else {"rows": None})
+    names = gpu._kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    even = [names.index(n) for n in ("out", "source", "n", "offset")]  # as for weights
+    multiple = {(i,): [["tt.divisibility", 16]] for i in even}
+    source = triton.compiler.ASTSource(gpu._kernel, signature, constants, multiple)
+    target = GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(source, target=target, options=gpu.OPTIONS).asm["ptx"]
+    return Counter(re.findall(r"^\s*(?:@\S+\s+)?([a-z][\w.]*) ", ptx, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distribution", "rows", "lookup"),
+    [
+        *(("fp32", "gaussian", 1, lookup) for lookup in (False, True)),
+        *(("fp32", "rademacher", 4, False), ("fp32", "rademacher", 1, True)),
+        *((half, "gaussian", rows, False) for half in ("bf16", "fp16") for rows in (1, 2)),
+        *((half, "rademacher", rows, False) for half in ("bf16", "fp16") for rows in (2, 4)),
+        ("bf16", "gaussian", 2, True),
+    ],
+)
+def test_the_compiled_kernel_rounds_where_the_contract_does(
+    dtype, distribution, rows, lookup, monkeypatch, tmp_path
+):
+    """No fused, approximate or flushing instruction; 16 bits twice, for a move and at the end."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    gaussian = distribution == "gaussian"
+    found = compiled(dtype, not gaussian, rows, lookup)
+    assert not [name for name in found if re.search(r"fma|mad.*\.f|approx|ftz", name)]
+    assert not [n for n in found if re.match(r"(add|sub|mul|sqrt).*\.f", n) and ".rn." not in n]
+    assert found["sqrt.rn.f32"] == (8 * rows if gaussian else 0)
+    assert found["mul.rn.f32"] >= 2 * 16 * rows
+    assert found["add.rn.f32"] >= 16 * rows
+    if gaussian:  # 4 lanes of 20 multiplications; words that round, once for both rows
+        assert found["mul.hi.u32"] <= 80 * (rows + rows // 2)
+    wide = "v4" if dtype == "fp32" else "v2"  # 4 elements of a thread at a time
+    assert found[f"ld.global.{wide}.b32"] == found[f"st.global.{wide}.b32"] == 4 * rows
+    if dtype != "fp32":
+        kind = dtype.replace("fp", "f")
+        one, two = found[f"cvt.rn.{kind}.f32"], found[f"cvt.rn.{kind}x2.f32"]
+        assert one + 2 * two == 2 * 16 * rows
+
+
+def test_without_triton_plain_torch_draws(monkeypatch, caplog):
+    """The same bits, and one line in the log however many tensors follow."""
+    caplog.set_level("INFO", "mezo")
+    monkeypatch.setitem(sys.modules, "mezo.noise.gpu", None)
+    noise._kernel.cache_clear()
+    noise._tell.cache_clear()
+    try:
+        assert noise._kernel("cuda") is None
+        assert noise._kernel("cuda") is None
+        assert noise._kernel("meta") is None
+    finally:
+        noise._kernel.cache_clear()
+    line, _ = caplog.messages  # the other one is of meta
+    assert line.startswith("noise is drawn by plain torch, slower: the kernel for cuda cannot be")
+
+
+# What needs a device: python -m pytest -m gpu tests/test_noise_gpu.py
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 33_000, 2**42 + 5])
+def test_the_kernel_on_the_device_has_the_bits_of_the_definition(distribution, dtype, offset):
+    """Kernel and plain torch on the device, against the definition on the CPU."""
+    assert noise._kernel("cuda") is not None
+    where = {"distribution": distribution, "offset": offset}
+    for moves in (WALK[:1], WALK, MANY):
+        for apply_ in (noise.apply_, plain):
+            check(apply_, normal(70_001, dtype=dtype), moves, "cuda", **where)
+    check(noise.apply_, normal(3000, dtype=dtype), MANY * 20, "cuda", in_place=False, **where)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [77, 3000, 4096])
+def test_rows_of_an_embedding_on_the_device_have_the_bits_of_the_definition(
+    distribution, dtype, width
+):
+    """More of them than a grid has programs along any axis but the first."""
+    index = torch.arange(70_000 if width == 77 else 300).flip(0) * 7 % 50_000
+    where = {"rows": index.cuda(), "distribution": distribution}
+    found = normal(len(index), width, dtype=dtype).cuda()
+    expected = found.clone()
+    noise.apply_(found, KEY, MANY[:3], **where)
+    for i in (0, 1, len(index) - 1):
+        row = expected[i].cpu().clone()
+        plain(row, KEY, MANY[:3], offset=int(index[i]) * width, distribution=distribution)
+        check_equal(found[i].cpu(), row)
+    if width > 77:
+        plain(expected, KEY, MANY[:3], **where)
+        check_equal(found.cpu(), expected.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", [NEAREST, ROUND_UPDATE, ROUND_PERTURBED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_device_rounds_16_bits_as_the_cpu_does(dtype, rounding):
+    """Every 16-bit number in, and float32 numbers of every magnitude out."""
+    every = every_number(dtype)
+    for coefficient in [0.0, *(2.0**e for e in range(-40, 20)), 65_519.9, 65_520.0, 3e38]:
+        for scale in (1.0, 0.7):
+            move = Move(0, 0, scale, coefficient, rounding)
+            check(noise.apply_, every, [move], "cuda", distribution="rademacher")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+def test_sixteen_million_elements_are_the_same_on_both_devices(distribution):
+    """2^24 elements meet most of the 2^23 radii and angles; torch and kernel, CUDA and CPU."""
+    z, size = torch.zeros(2**24), 2**20
+    noise.apply_(z, KEY, [Move(3, 0, 1.0, 1.0)], distribution=distribution)
+    p = torch.zeros(2**24, device="cuda")
+    noise.apply_(p, KEY, [Move(3, 0, 1.0, 1.0)], distribution=distribution)
+    assert torch.equal(p.cpu(), z)
+    for start in range(0, 2**24, size):
+        where = {"step": 3, "distribution": distribution, "device": "cuda"}
+        drawn = noise.draw(KEY, start, start + size, **where)
+        assert torch.equal(drawn.cpu(), z[start : start + size])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", [NEAREST, ROUND_UPDATE])
+def test_a_tensor_of_more_than_2_31_elements_is_moved_to_its_end(rounding):
+    n = 2**31 + 5000
+    if torch.cuda.mem_get_info()[0] < 3 * n:
+        pytest.skip("needs 6 GB of free device memory")
+    p, move = torch.zeros(n, dtype=torch.bfloat16, device="cuda"), Move(3, 0, 1.0, 1.0, rounding)
+    noise.apply_(p, KEY, [move])
+    for start, stop in ((0, 5000), (2**31 - 5000, n)):
+        part = torch.zeros(stop - start, dtype=torch.bfloat16)
+        plain(part, KEY, [move], offset=start)
+        assert torch.equal(p[start:stop].cpu(), part)
+
+
+@pytest.mark.gpu
+def test_the_kernel_allocates_nothing_beside_its_moves():
+    """20 bytes each, once for all tensors."""
+    p, moves = torch.zeros(2**20, device="cuda"), [Move(12_345, 0, 1.0, 1e-3)]
+    before = torch.cuda.memory_allocated()
+    noise.apply_(p, KEY, moves)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    assert held <= before + 512  # what the allocator rounds up to
+    for _ in range(3):
+        noise.apply_(p, KEY, moves)
+    assert torch.cuda.max_memory_allocated() == held
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_on_the_device_replays_on_the_cpu(distribution, dtype, tmp_path):
+    """50 steps; the losses are the device's own, the weights they lead to are not."""
+    from test_mezo import Regression, weights
+
+    from mezo import MeZO, trajectory
+
+    model = Regression(dtype)
+    base = copy.deepcopy(model)
+    model.cuda()
+    model.x, model.y = model.x.cuda(), model.y.cuda()
+    optimizer = MeZO(
+        model.named_parameters(),
+        lr=1e-2,
+        weight_decay=0.1,
+        num_samples=2,
+        seed=6,
+        distribution=distribution,
+    )
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
+        for _ in range(50):
+            optimizer.step(model)
+    assert not torch.equal(weights(base), weights(model).cpu())
+    trajectory.replay(tmp_path / "run.mezo", base)
+    assert torch.equal(weights(base), weights(model).cpu())

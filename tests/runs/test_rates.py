@@ -1,0 +1,117 @@
+"""The learning rate where none is given: found, told, and in the run's records."""
+
+import json
+
+import pytest
+from folders import mezo, model_folder, reviews, training
+from trainers import quick_collection  # noqa: F401  # an autouse fixture
+
+from mezo import MeZOConfig, trajectory
+from mezo.arguments import ModelArguments
+from mezo.errors import InputError
+from mezo.models import loading as models
+from mezo.runs import rates
+from mezo.runs.reward import RewardTrainArguments
+from mezo.runs.task import TrainArguments
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rates")
+    model_folder(folder / "tiny")
+    reviews(folder / "reviews.jsonl")
+    return folder
+
+
+def without_rate(place, output_dir, *more):
+    argv = training(place, place / "tiny", output_dir=output_dir, max_steps=2, eval_steps=1)
+    return ["train", *(word for word in argv if not word.startswith("--learning_rate")), *more]
+
+
+def taken(model=None, **options):
+    """(learning rate, eps) for causal-lm, which has 3.0 million weights."""
+    model = ModelArguments(**({"model_name_or_path": "causal-lm"} | (model or {})))
+    found = rates.resolved(model, TrainArguments("x", use_cpu=True, **options))
+    return found.learning_rate, found.mezo_eps
+
+
+def test_it_follows_what_is_trained_and_how_large_the_model_is():
+    number = models.parameters_of(ModelArguments("causal-lm"))
+    assert number == pytest.approx(3.0e6, rel=0.02)
+    assert taken() == taken({"trainable": "bias|norm"}) == rates.mezo(number, "") == (1e-3, 1e-3)
+    assert taken({"trainable": "head"}) == rates.mezo(number, "head")
+    assert taken({"use_peft": True}) == rates.mezo(number, "lora") == (3e-3, 1e-2)
+    assert taken({"use_peft": True, "peft_type": "prefix"}) == rates.mezo(number, "prefix")
+    assert taken({"use_peft": True, "peft_type": "ia3"}) == rates.mezo(number, "lora")
+    assert taken({"use_peft": True}, method="adam")[0] == rates.adam(number, "lora")
+    large = rates.mezo(13_000_000_000, "")[0]
+    assert large == 2.3e-7  # Table 16: 1e-7 to 1e-6
+
+
+def test_a_saved_adapter_is_told_by_its_config(place, tmp_path):
+    model, _ = models.load(ModelArguments(str(place / "tiny"), use_peft=True, peft_type="prefix"))
+    model.save_pretrained(tmp_path)
+    given = {"use_peft": True, "peft_type": "prefix", "model_name_or_path": str(place / "tiny")}
+    assert taken({"model_name_or_path": str(tmp_path)}) == taken(given)
+    assert taken(given) != taken(given | {"peft_type": "lora"})
+
+
+def test_what_is_given_wins_and_other_faces_keep_their_defaults():
+    assert taken(learning_rate=5e-4) == (5e-4, 1e-3)
+    assert taken({"use_peft": True}, mezo_eps=0.5) == (3e-3, 0.5)
+    assert taken(learning_rate=5e-4, method="adam") == (5e-4, None)
+    assert taken(method="lp") == (None, None)
+    assert (MeZOConfig.learning_rate, MeZOConfig.mezo_eps) == (1e-6, 1e-3)
+    rewarded = RewardTrainArguments("x", use_cpu=True)
+    assert (rewarded.learning_rate, rewarded.mezo_eps) == (1e-6, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "adam"}, "rule adam needs a --learning_rate"),
+        ({"shaping": "ranks"}, "shaping ranks needs"),
+        ({"estimator": "one_point"}, "estimator one_point needs"),
+        ({"modified": "expectation"}, "modified expectation needs"),
+    ],
+)
+def test_a_step_of_another_scale_needs_a_rate_of_its_own(options, message):
+    """Adam's and sign's rate is the size of a weight's step; momentum's adds up over steps."""
+    with pytest.raises(InputError, match=message):
+        taken(**options)
+    assert taken(**options, learning_rate=1e-5) == (1e-5, 1e-3)
+
+
+def test_the_rate_is_told_in_a_line_and_is_in_every_record(place, tmp_path, capsys):
+    lora = without_rate(place, tmp_path / "run", "--use_peft", "--json")
+    code, out, err = mezo(capsys, *lora)
+    assert code == 0, err
+    number = models.parameters_of(ModelArguments(str(place / "tiny")))
+    rate, eps = rates.mezo(number, "lora")
+    assert err.count(f"learning_rate {rate:g}, mezo_eps {eps:g}: for lora and a model") == 1
+    log = trajectory.read(tmp_path / "run" / "run.mezo")
+    for config in (json.loads(out)["config"], log.header["config"]):
+        assert (config["learning_rate"], config["mezo_eps"]) == (rate, eps)
+    assert {(step.eps, *step.lrs) for step in log.steps} == {(eps, rate)}
+    given = without_rate(place, tmp_path / "given", "--learning_rate=1e-3")
+    _, _, err = mezo(capsys, *given)
+    assert "for all weights" not in err
+
+
+def test_a_mistake_is_still_one_line(place, tmp_path, capsys):
+    code, _, err = mezo(capsys, *without_rate(place, tmp_path / "run", "--peft_type=prefix"))
+    assert (code, err.count("\n")) == (2, 1)
+    code, _, err = mezo(capsys, *without_rate(place, tmp_path / "run", "--model=./none"))
+    assert (code, err) == (2, "mezo: model ./none: no such folder\n")
+
+
+def test_a_cell_without_a_rate_of_its_own_is_found_again(place, tmp_path, capsys):
+    """And one that had another is not taken for it."""
+    (tmp_path / "grid.yaml").write_text("seed: [1]\n")
+    argv = without_rate(place, tmp_path / "grid", f"--grid={tmp_path / 'grid.yaml'}")
+    argv = [word for word in argv if not word.startswith("--seed")]
+    assert "run: seed=1" in mezo(capsys, *argv)[2]
+    code, _, err = mezo(capsys, *argv)
+    assert (code, "found: seed=1" in err) == (0, True)
+    code, _, err = mezo(capsys, *argv, "--learning_rate=1e-30")
+    assert (code, "with learning_rate" in err) == (2, True)
