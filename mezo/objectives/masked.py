@@ -14,6 +14,8 @@ from mezo.tasks.task import MASK, Example, fill
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_BEFORE = "I "  # a word and a space: tokenizers that mark the beginning of a text mark it there
+
 
 @dataclass(frozen=True, eq=False)
 class Masked(Form):
@@ -42,8 +44,17 @@ class Masked(Form):
         return front + word + fill(behind, fields), len(front)
 
     def verbalizer(self, word: str) -> int:
-        """The token of a word at the mask. Not one token, or unknown: InputError."""
+        """Return the token of a word at the mask, as it would stand in running text.
+
+        Where no text of the template stands before the mask, as in TREC's "{mask}: {text}", the
+        word is taken as after a space: byte-level BPE has its words so (`ĠExpression`), and the
+        published code takes space and word everywhere.
+
+        Raises InputError for a word that is not one token or is unknown.
+        """
         text, start = self._fill(dict.fromkeys(self.task.columns, ""), word)
+        if start == 0:
+            text, start = _BEFORE + text, len(_BEFORE)
         (tokens,) = tokenize(self.tokenizer, [text], [start], [start + len(word)])
         ids = tokens.ids[tokens.first : tokens.last]
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
