@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen2Config
 
 from mezo import MeZO
-from mezo.forms.low_rank import Paired, double
+from mezo.closures import Paired, double
 from mezo.memory.measured import PeakMemory
 from mezo.memory.plan import METHODS, Planner, config_of
 from mezo.offload.context import Offload

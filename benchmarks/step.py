@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO
-from mezo.forms.low_rank import Paired, double
+from mezo.closures import Paired, double
 from mezo.memory.plan import OPT
 from mezo.runs.task import environment
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mezo import layers, tasks
+from mezo import layer_norms, layers, tasks
 from mezo.arguments import ModelArguments
 from mezo.demo.tune import Recipe, tune
 from mezo.errors import InputError
@@ -149,13 +149,13 @@ class Setting:
 def _layers(model, form, train, method: Method) -> dict[str, Any]:
     named = list(model.named_parameters())
     if method.layers == "small":
-        return layers.small(named, 0.5)
+        return layer_norms.small(named, 0.5)
     modified, norms = method.layers.split()
     if norms == "parameters":
-        scales = layers.parameter_norms(named)
+        scales = layer_norms.parameter_norms(named)
     else:
         batch = form.collate([form.encode(e) for e in train[:: len(train) // 32]])
-        scales = layers.gradient_norms(named, lambda: form.loss(model, batch))
+        scales = layer_norms.gradient_norms(named, lambda: form.loss(model, batch))
     make = {"variance": layers.variance_modified, "expectation": layers.expectation_modified}
     return make[modified](scales)
 

@@ -12,14 +12,15 @@ a population of one is left as it is.
 """
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
+from mezo.closures import Closure, Mean
+
 ESTIMATORS = ("two_point", "one_sided", "one_point")
 SHAPINGS = (None, "z_scores", "ranks")
 _HISTORY, _ENOUGH = 100, 10  # projected gradients that a quantile is taken of
@@ -33,22 +34,6 @@ class Estimate:
     loss: float  # at theta: for two points (loss_plus + loss_minus) / 2 = L(theta) + O(eps^2)
     losses: tuple[float, ...] = ()  # (loss_plus, loss_minus), or loss_plus alone
     examples: float = 1.0  # its weight among the estimates of one direction
-
-
-@dataclass(frozen=True)
-class Mean:
-    """A closure whose loss is the mean over so many examples (or tokens): its weight in a mean.
-
-        optimizer.step(Mean(lambda: model(**batch).loss, len(batch["labels"])))
-
-    For batches of unequal sizes: of several processes, or of several estimates of one direction.
-    """
-
-    closure: Closure
-    examples: float
-
-    def __call__(self) -> float | torch.Tensor:
-        return self.closure()
 
 
 FAILED = Estimate(math.nan, math.nan, (math.nan, math.nan))

@@ -1,10 +1,7 @@
 """What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
 
-import logging
 from collections.abc import Iterable
-from typing import Any
 
-import numpy as np
 import torch
 
 from mezo import noise
@@ -16,7 +13,6 @@ from mezo.perturbation import FORMS
 
 _ONE = "eps seed distribution num_samples perturbation rank interval"
 _ONE += " rounding clip clip_quantile max_refused rule estimator shaping layers"
-_JUDGED = 20  # steps looked at before a warning: a schedule may begin near 0
 
 
 def check_group(group: dict, first: dict) -> None:
@@ -128,85 +124,4 @@ def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
             raise InputError(
                 f"parameters {seen[place]} and {name} share memory without being one parameter; "
                 "tie them with model.tie_weights() or train one of them"
-            )
-
-
-def last_place(tensors: list[torch.Tensor]) -> tuple[float, torch.dtype]:
-    """The median unit in the last place of the 16-bit weights, else of all; and their dtype.
-
-    Of at most 4,096 elements a tensor, each for as many as the tensor has.
-    """
-    tensors = [t for t in tensors if t.dtype in HALF] or tensors
-    units, weights = [], []
-    for t in tensors:
-        part = t.detach().flatten()[:: max(1, t.numel() // 4096)].float()
-        unit = torch.finfo(t.dtype).eps * torch.exp2(torch.frexp(part)[1] - 1.0)
-        units.append(unit * (part != 0))
-        weights.append(torch.full_like(part, t.numel() / max(1, len(part))))
-    unit, weight = torch.cat([u.cpu() for u in units]), torch.cat([w.cpu() for w in weights])
-    order = unit.argsort()
-    half = torch.searchsorted(weight[order].cumsum(0), weight.sum() / 2)
-    return float(unit[order[half]]), tensors[0].dtype
-
-
-class Watch:
-    """Looks at every step, says once what will not work, and stops what has stopped learning."""
-
-    def __init__(self) -> None:
-        self.refused = 0  # updates in a row
-        self._unit: float | None = None  # of the last place of the weights, once it is known
-        self._sizes: list[float] = []  # of the first projected gradients
-        self._log = logging.getLogger("mezo")
-
-    def first(self, closure, perturbed) -> None:
-        """After the first estimate: is everything read perturbed, and is eps z representable?"""
-        if self._unit is not None:
-            return
-        perturbed.check(closure)
-        self._unit, dtype = last_place([local(p) for _, p, _ in perturbed.rows])
-        if perturbed.eps < self._unit / 2:
-            name = str(dtype).removeprefix("torch.")
-            self._log.warning(
-                "eps %g is under half a unit in the last place (%.2g) of most %s weights: the two "
-                "losses differ by rounding more than by z; take eps %.0e",
-                *(perturbed.eps, self._unit, name, 4 * self._unit),
-            )
-
-    def step(self, applied: bool, grads: dict[int, float], loss: float, optimizer) -> None:
-        group = optimizer.param_groups[0]
-        self.refused = 0 if applied else self.refused + 1
-        if not applied:
-            self._log.warning("step %d: loss %s: update refused", group["step"], loss)
-            return
-        if self._unit is not None and len(self._sizes) < _JUDGED:
-            self._sizes.append(max(map(abs, grads.values())))
-            if len(self._sizes) == _JUDGED:
-                self._judge(self._unit, group, optimizer.perturbation)
-
-    def _judge(self, unit: float, group: dict[str, Any], perturbation: str) -> None:
-        """After some steps: are the losses told apart, and do the updates survive rounding?"""
-        size = float(np.median(self._sizes))
-        if size == 0:
-            self._log.warning(
-                "in most of the first %d steps both losses were the same number, and moved no "
-                "weight: take a larger batch (for rewards more prompts a step, or a reward with "
-                "more values), raise eps, or compute the loss in float32 (logits.float())",
-                _JUDGED,
-            )
-        update, rounded = float(group["lr"]) * size, perturbation == "in_place"
-        if (rounded or group["rounding"] == "nearest") and 0 < update < unit / 2:
-            self._log.warning(
-                "updates of lr * |projected_grad| = %.2g are under half a unit in the last place "
-                "(%.2g) of most weights, and are rounded away: raise lr, or for 16-bit weights "
-                'take rounding="stochastic"',
-                *(update, unit),
-            )
-
-    def stop(self, group: dict[str, Any]) -> None:
-        """InputError if the last max_refused updates were all refused."""
-        if self.refused >= group["max_refused"]:
-            raise InputError(
-                f"the loss was not finite in {self.refused} steps in a row, the last one step "
-                f"{group['step'] - 1}: the weights are those before them; lower lr or eps, "
-                "or look at the data"
             )

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
+from mezo.closures import Closure
 from mezo.distributed.processes import Alone
 from mezo.errors import Held
-from mezo.estimators import FAILED, Closure, Estimate, applied, one_way, weighed
-from mezo.forms.low_rank import write_due_
+from mezo.estimators import FAILED, Estimate, applied, one_way, weighed
+from mezo.forms.factors import write_due_
 from mezo.forms.rounding import keep_dtypes
 from mezo.forms.updates import Update
-from mezo.guards import Watch, check_group, check_storage
+from mezo.guards import check_group, check_storage
 from mezo.layers import check_layers
 from mezo.perturbation import InPlace, Resident, Scratch, form, trained
 from mezo.rules import Record, Rule, options, remember
+from mezo.watch import Watch
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ import torch
 
 from mezo import noise
 from mezo.errors import Held
-from mezo.forms.low_rank import LowRank, write_now_
+from mezo.forms.factors import write_now_
+from mezo.forms.low_rank import LowRank
+from mezo.forms.reads import Rows
 from mezo.forms.rounding import HALF
-from mezo.forms.scratch import Rows, Scratch
+from mezo.forms.scratch import Scratch
 from mezo.forms.updates import Update, make_
 from mezo.layers import PLAIN, Own, own_of, owns
 from mezo.noise import Move

@@ -12,14 +12,8 @@ from torch.autograd import forward_ad
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
 from mezo.estimators import shaped
-from mezo.layers import (
-    expectation_modified,
-    gradient_norms,
-    layer_of,
-    parameter_norms,
-    small,
-    variance_modified,
-)
+from mezo.layer_norms import gradient_norms, layer_of, parameter_norms, small
+from mezo.layers import expectation_modified, variance_modified
 from mezo.mezo import Estimate
 
 SIZES = {"a": 3, "b": 5}  # two tensors of a quadratic of 8 variables

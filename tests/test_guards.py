@@ -9,7 +9,7 @@ from test_mezo import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
-from mezo.guards import last_place
+from mezo.watch import last_place
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from mezo.compare.grids import GRIDS
 from mezo.demo.tune import select
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
-from mezo.guards import last_place
 from mezo.memory.measured import PeakMemory
 from mezo.mezo import MeZO, Record
 from mezo.models import loading as models
@@ -38,6 +37,7 @@ from mezo.objectives import Batch, Causal, Feature, Form, Masked, evaluating, to
 from mezo.objectives.form import unwrap
 from mezo.runs import rates
 from mezo.runs.task import environment, form_of, load_splits, task_of
+from mezo.watch import last_place
 
 SHOWN = 200  # dev examples for the zero-shot accuracy
 SCANNED = 4  # directions that are estimated at eps / 10 and 10 eps too

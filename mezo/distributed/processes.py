@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed as dist
 
+from mezo.closures import Closure, Mean
 from mezo.distributed.exchange import Link, fingerprint
 from mezo.distributed.sharding import Sharded
 from mezo.errors import InputError
-from mezo.estimators import FAILED, Closure, Estimate, Mean, merged
+from mezo.estimators import FAILED, Estimate, merged
 from mezo.noise.sharded import is_sharded
 from mezo.perturbation import InPlace, Resident, perturb, sides
 

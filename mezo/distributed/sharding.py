@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mezo.closures import Closure
 from mezo.distributed.exchange import Link, fingerprint
 from mezo.errors import InputError
-from mezo.estimators import FAILED, Closure
+from mezo.estimators import FAILED
 from mezo.forms.scratch import Scratch
 from mezo.noise.sharded import is_sharded, local, partners, place
 from mezo.perturbation import InPlace, Resident

@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from mezo.errors import InputError
-from mezo.forms.scratch import LOOKUP, Moved, Reads, tensors
+from mezo.forms.reads import LOOKUP, Reads, tensors
+from mezo.forms.scratch import Moved
 
 if TYPE_CHECKING:
     from mezo.forms.low_rank import LowRank

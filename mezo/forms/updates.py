@@ -16,7 +16,7 @@ import torch
 
 from mezo import noise
 from mezo.errors import Held
-from mezo.forms import low_rank
+from mezo.forms import factors
 from mezo.forms.rounding import HALF, last_rounding
 from mezo.layers import PLAIN, Own, within
 from mezo.noise import Move
@@ -88,7 +88,7 @@ def make_(
         moves, update = [*moves, *update.moves(own.factor, settings["rounding"])], None
     interrupt = Held()
     with interrupt:
-        low_rank.update_(tensor, name, moves, settings, state)
+        factors.update_(tensor, name, moves, settings, state)
     if update is not None:
         _update_(tensor, name, update, settings, state, own, interrupt)
     interrupt.release()
@@ -97,8 +97,8 @@ def make_(
 def _update_(tensor, name: str, update: Update, settings, state, own: Own, interrupt: Held) -> None:
     """The rule's update, piece by piece; of a matrix along low-rank directions, on its factor."""
     key, rounding, decay = noise.tensor_key(settings["seed"], name), settings["rounding"], None
-    if low_rank.is_factored(tensor, settings):
-        tensor, key = low_rank.factor(tensor, name, settings, state)
+    if factors.is_factored(tensor, settings):
+        tensor, key = factors.factor(tensor, name, settings, state)
         decay = state.get("decay", 1.0) * (1 - update.lr * update.weight_decay)
     stored = _Stored(tensor, key, rounding, update.step, state)
     wide = stored.wide

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from mezo.closures import Both, double
 from mezo.errors import InputError
-from mezo.forms.low_rank import Both, double
 from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device, unwrap
 from mezo.objectives.packing import IGNORED, apart, double_rows, pack, reach, spread, together
 from mezo.objectives.tokens import Tokens, tokenize

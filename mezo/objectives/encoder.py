@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
+from mezo.closures import Both, double
 from mezo.errors import InputError
-from mezo.forms.low_rank import Both, double
 from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device
 from mezo.tasks.task import Example, fill
 

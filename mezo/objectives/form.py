@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from mezo.closures import Both, Paired, double
 from mezo.errors import InputError
-from mezo.forms.low_rank import Both, Paired, double
 from mezo.objectives.packing import padded
 from mezo.objectives.tokens import Tokens
 from mezo.tasks.task import Example, Task

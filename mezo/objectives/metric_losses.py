@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
+from mezo.closures import Both, Paired
 from mezo.errors import InputError
-from mezo.forms.low_rank import Both, Paired
 from mezo.objectives.form import Batch, Form
 from mezo.tasks import metrics
 

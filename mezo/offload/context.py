@@ -27,7 +27,7 @@ import torch
 from mezo import noise
 from mezo.distributed.exchange import Link
 from mezo.errors import InputError
-from mezo.forms import low_rank
+from mezo.forms import factors
 from mezo.forms.updates import Update
 from mezo.mezo import MeZO
 from mezo.models.mapped import Homes, load_mapped, move_to_file
@@ -248,11 +248,11 @@ class Offload:
             moves = [*moves, *update.moves(1.0, settings["rounding"])]
         if not len(moves):
             return
-        if not low_rank.is_factored(p, settings):
+        if not factors.is_factored(p, settings):
             self.streams.update(p, noise.table(moves))
             return
         with self.reading():  # the sum is kept on the device
-            low_rank.update_(p, name, moves, settings, state)
+            factors.update_(p, name, moves, settings, state)
         optimizer.state[p] = state
         self._summed.setdefault(id(p), []).extend(moves)
         if (settings["step"] + 1) % settings["interval"] == 0:
@@ -261,7 +261,7 @@ class Offload:
     def queue(self, optimizer: MeZO, p: torch.Tensor, name: str, program: Program) -> bool:
         """The moves of a replay, too, are made when the block is there."""
         settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
-        if not low_rank.is_factored(p, settings):
+        if not factors.is_factored(p, settings):
             self.streams.update(p, program.table)
             return True
         before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.table)
@@ -270,7 +270,7 @@ class Offload:
             before = []
             state.clear()
         with self.reading():
-            low_rank.update_(p, name, rest, settings, state)
+            factors.update_(p, name, rest, settings, state)
         if state:
             optimizer.state[p] = state
             self._summed[id(p)] = [*before, *(Move(*row) for row in rest.tolist())]

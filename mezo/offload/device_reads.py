@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mezo.forms.scratch import METADATA, of_tensors
+from mezo.forms.reads import METADATA, of_tensors
 from mezo.offload.blocks import Block, Loaded, Streams
 from mezo.offload.turns import Relay
 

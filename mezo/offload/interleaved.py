@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mezo.forms.scratch import Moved, Rows, Scratch, eager
+from mezo.forms.reads import Rows, eager
+from mezo.forms.scratch import Moved, Scratch
 from mezo.noise import Move
 from mezo.offload.turns import Relay
 from mezo.perturbation import walk

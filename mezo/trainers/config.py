@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mezo import layers, rules
+from mezo import layer_norms, layers, rules
 from mezo.errors import InputError
 from mezo.mezo import MeZO
 from mezo.schedules import Schedule, linear
@@ -162,9 +162,9 @@ def mezo_options(
         }.get(args.modified)
         if make is None:
             raise InputError(f"modified must be variance or expectation, got {args.modified!r}")
-        options["layers"] = make(layers.parameter_norms(named))
+        options["layers"] = make(layer_norms.parameter_norms(named))
     if args.keep is not None:
-        options["layers"] = options.get("layers", {}) | layers.small(named, args.keep)
+        options["layers"] = options.get("layers", {}) | layer_norms.small(named, args.keep)
         options["perturbation"] = args.perturbation or "scratch"
     return options
 

@@ -23,12 +23,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import PushToHubMixin
 
 from mezo import trajectory
+from mezo.closures import Both, Paired
 from mezo.distributed.elastic import writer_of
 from mezo.distributed.processes import join
 from mezo.distributed.sharding import reshard
 from mezo.errors import InputError
 from mezo.estimators import merged, passes_of
-from mezo.forms.low_rank import Both, Paired
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
 from mezo.trainers import placement

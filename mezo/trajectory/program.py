@@ -10,7 +10,7 @@ import torch
 
 from mezo import noise, rules
 from mezo.errors import InputError
-from mezo.forms.low_rank import is_factored, restart_, write_
+from mezo.forms.factors import is_factored, restart_, write_
 from mezo.forms.updates import Applied, Update
 from mezo.forms.updates import make_ as step_
 from mezo.layers import Own

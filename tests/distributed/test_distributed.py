@@ -8,9 +8,9 @@ from processes import run
 from torch import distributed as dist
 
 from mezo import MeZO, trajectory
+from mezo.closures import Mean
 from mezo.distributed import processes as distributed
 from mezo.errors import InputError
-from mezo.estimators import Mean
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-2, "seed": 3}
 

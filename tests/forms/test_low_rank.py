@@ -11,7 +11,7 @@ from test_mezo import Regression, weights
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
-from mezo.forms import low_rank as low_rank_module
+from mezo.forms import factors
 from mezo.noise import Move, definition
 from mezo.perturbation import perturb
 
@@ -287,7 +287,7 @@ def test_an_interrupt_while_matrices_are_written_comes_when_they_are(dtype, monk
     base = torch.nn.Linear(700, 300).to(dtype)  # four pieces
     base.weight.data = torch.randn(300, 700, generator=generator).to(dtype)
     a, found = torch.randn(300, 1, generator=generator), []
-    original = low_rank_module.summed
+    original = factors.summed
     for interrupted in range(-1, 4):
         model, calls = copy.deepcopy(base), []
         optimizer = optimizer_of(model, weight_decay=0.1)
@@ -300,7 +300,7 @@ def test_an_interrupt_while_matrices_are_written_comes_when_they_are(dtype, monk
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(low_rank_module, "summed", summed)
+        monkeypatch.setattr(factors, "summed", summed)
         if interrupted < 0:
             optimizer.write()
         else:

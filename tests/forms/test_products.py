@@ -11,8 +11,9 @@ from test_perturbation import ARCHITECTURES, Largest, architecture
 from torch.nn import functional as F
 
 from mezo import MeZO, noise, tasks, trajectory
+from mezo.closures import Paired, double
 from mezo.errors import InputError
-from mezo.forms.low_rank import Paired, Unpaired, double
+from mezo.forms.products import Unpaired
 from mezo.noise import Move
 from mezo.objectives import form_for
 from mezo.perturbation import perturb

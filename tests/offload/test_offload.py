@@ -12,10 +12,10 @@ from test_perturbation import architecture
 from torch.nn import functional as F
 
 from mezo import MeZO, trajectory
+from mezo.closures import Paired, double
 from mezo.distributed.exchange import Link
 from mezo.distributed.processes import join
 from mezo.errors import InputError
-from mezo.forms.low_rank import Paired, double
 from mezo.models.mapped import COPY
 from mezo.offload.context import Offload, load_offloaded, offload
 

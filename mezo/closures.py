@@ -1,0 +1,62 @@
+"""What `MeZO.step` takes: a function of no arguments whose value is the loss of one batch.
+
+optimizer.step(lambda: model(**batch).loss)
+optimizer.step(Mean(lambda: model(**batch).loss, examples))   # batches of unequal sizes
+optimizer.step(Paired(alone, halves))                         # low rank: one pass, both losses
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
+Both = Callable[[int], AbstractContextManager[None]]  # LowRank.both
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A closure whose loss is the mean over so many examples (or tokens): its weight in a mean.
+
+        optimizer.step(Mean(lambda: model(**batch).loss, len(batch["labels"])))
+
+    For batches of unequal sizes: of several processes, or of several estimates of one direction.
+    """
+
+    closure: Closure
+    examples: float
+
+    def __call__(self) -> float | torch.Tensor:
+        return self.closure()
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A closure that can have both losses from one forward pass, over the batch and its copy.
+
+        def halves(both):
+            with both(batch_size=16):
+                losses = per_example(model, double(batch))  # (32,)
+            return losses[:16].mean(), losses[16:].mean()  # of theta + eps z, of theta - eps z
+
+        optimizer.step(Paired(lambda: per_example(model, batch).mean(), halves))
+
+    `both` is `LowRank.both`. Where directions have full rank, or where the model cannot be stacked,
+    the closure is `alone`. A run's first step calls each of them some times more, to compare.
+    """
+
+    alone: Callable[[], float | torch.Tensor]
+    halves: Callable[[Both], tuple[float | torch.Tensor, float | torch.Tensor]]
+
+    def __call__(self) -> float | torch.Tensor:
+        return self.alone()
+
+
+def double(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch and its copy behind it: every tensor twice along its first dimension."""
+    return {
+        key: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x
+        for key, x in batch.items()
+    }

@@ -1,0 +1,123 @@
+"""Which of torch's functions reads a parameter, and may be given theta + eps z in its place."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from mezo.errors import InputError
+
+Rows = Sequence[tuple[str, torch.Tensor, tuple[int, int]]]  # name, tensor and key of z, each
+
+
+class Placed(Protocol):
+    """Tensors that a model reads in the place of trained shards (sharding.py)."""
+
+    def find(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """If x is one: the shard, and x as what it is of the whole parameter, a DTensor perhaps."""
+
+    def of_all(self, names: set[str]) -> set[str]:
+        """The names that every process gives; called by all."""
+
+
+def eager():
+    """Compiled code reads parameters directly: it is run uncompiled, if anything was compiled."""
+    compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
+
+
+def of_tensors(names: str) -> set:
+    found = [getattr(torch.Tensor, name) for name in names.split()]
+    return {f if callable(f) else f.__get__ for f in found}
+
+
+# What asks for no element; `device` and the like are properties.
+METADATA = of_tensors(
+    "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_sparse"
+    " is_quantized is_mkldnn is_nested grad grad_fn _version itemsize nbytes retains_grad size dim"
+    " ndimension numel nelement stride storage_offset is_contiguous is_floating_point is_complex"
+    " is_signed element_size get_device requires_grad_ __len__ __hash__"
+) | {torch.is_floating_point, torch.is_complex, torch.numel}
+_POINTERS = of_tensors("data_ptr untyped_storage storage __dlpack__ __cuda_array_interface__")
+_ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
+LOOKUP = torch.nn.functional.embedding
+
+
+class Reads(TorchFunctionMode):
+    """While it is entered, `call` makes the calls of torch's functions that read a parameter."""
+
+    def __init__(self, perturbed: Any):
+        super().__init__()
+        self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
+        self.read, self.placed = perturbed.read, perturbed.placed
+        self._known: dict[int, torch.Tensor] = {}  # parameters that were looked up in `placed`
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in METADATA:
+            return function(*args, **kwargs)
+        if self.placed is not None:
+            self._find(self.placed, (args, kwargs))
+        if not (self._reads(args) or self._reads(kwargs.values())):
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "__set__":
+            return function(*args, **kwargs)
+        self._refuse(function, name, self.rows.get(id(args[0])) if args else None, kwargs)
+        return self.call(function, args, kwargs)
+
+    def call(self, function, args: tuple, kwargs: dict):
+        """What the function makes of theta + eps z where it is given theta."""
+        raise NotImplementedError
+
+    def _reads(self, given) -> bool:
+        return any(
+            id(x) in self.rows or (type(x) in (tuple, list) and self._reads(x)) for x in given
+        )
+
+    def _find(self, placed: Placed, given: Any) -> None:
+        """Parameters that are none of the rows: do they stand in the place of one?"""
+        for x in tensors(given):
+            known = id(x) in self.rows or id(x) in self._known
+            if not known and isinstance(x, torch.nn.Parameter):
+                self._known[id(x)] = x
+                if (found := placed.find(x)) is not None:
+                    name, _, key = self.rows[id(found[0])]
+                    self.know(x, (name, found[1], key))
+
+    def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
+        """From now on, what is given x reads that row."""
+        self.rows[id(x)] = row
+
+    def embedding(self, weight: torch.Tensor, max_norm: float | None) -> tuple:
+        """Its row. InputError if a lookup changes it."""
+        if max_norm is not None:
+            name, *_ = self.rows[id(weight)]
+            raise InputError(f"the embedding {name} has max_norm and rescales itself: freeze it")
+        return self.rows[id(weight)]
+
+    def _refuse(self, function, name: str, first, kwargs: dict) -> None:
+        """InputError for what would get an address, or write to what is thrown away."""
+        in_place = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+        written = first if in_place else self.rows.get(id(kwargs.get("out")))
+        if written:
+            raise InputError(
+                f"the forward pass writes to the trained parameter {written[0]} ({name}): freeze it"
+            )
+        if first and function in _POINTERS:
+            raise InputError(
+                f"the model reads {first[0]} by its address ({name}), where scratch perturbation "
+                'cannot reach: perturb a float32 model in place, perturbation="in_place"'
+            )
+
+
+def tensors(given: Any) -> Iterator[torch.Tensor]:
+    """All in what a function is given."""
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, dict | tuple | list):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from tensors(one)
