@@ -26,7 +26,8 @@ from mezo import tasks
 from mezo.arguments import ModelArguments
 from mezo.evaluation.evaluate import score
 from mezo.models import loading as models
-from mezo.objectives import Form, evaluating, form_for
+from mezo.models.modes import evaluating
+from mezo.objectives import Form, form_for
 from mezo.runs.task import environment
 
 FIRST = "one at a time"

@@ -6,8 +6,8 @@ what TRL's GRPOTrainer takes; under the Trainer it goes into MeZOPolicyTrainer(r
 
 from mezo import Generation, MeZO, rewards
 from mezo.arguments import ModelArguments
-from mezo.demo.tune import select
 from mezo.models.loading import load
+from mezo.models.trainable import select
 
 model, tokenizer = load(ModelArguments("causal-lm"))
 prompts = ["This film", "I went to see", "The plot", "My wife and I", "It", "The actors"] * 4

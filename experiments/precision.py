@@ -21,8 +21,9 @@ from mezo.demo.tune import Recipe, tune
 from mezo.evaluation.evaluate import evaluate
 from mezo.forms.rounding import update_
 from mezo.models import loading as models
+from mezo.models.modes import to_device
 from mezo.noise import NEAREST, ROUND_UPDATE, Move
-from mezo.objectives import form_for, to_device
+from mezo.objectives import form_for
 from mezo.runs.task import environment
 from mezo.trajectory.program import make_, program_of
 

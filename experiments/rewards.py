@@ -18,10 +18,12 @@ from pathlib import Path
 
 from mezo import MeZO, rewards, tasks
 from mezo.arguments import ModelArguments
-from mezo.demo.tune import batches, select
+from mezo.demo.tune import batches
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
-from mezo.objectives import evaluating, form_for, to_device
+from mezo.models.modes import evaluating, to_device
+from mezo.models.trainable import select
+from mezo.objectives import form_for
 from mezo.objectives.generation import Generation
 from mezo.objectives.metric_losses import metric_closure
 from mezo.runs.task import environment

@@ -37,7 +37,8 @@ from mezo.errors import InputError
 from mezo.estimators import Estimate, clipped
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
-from mezo.objectives import evaluating, form_for
+from mezo.models.modes import evaluating
+from mezo.objectives import form_for
 from mezo.runs.task import environment
 
 SEEDS = (13, 21)

@@ -26,15 +26,15 @@ from mezo import tasks
 from mezo.arguments import DataArguments, ModelArguments
 from mezo.check.findings import ERRORS, advice, findings
 from mezo.compare.grids import GRIDS
-from mezo.demo.tune import select
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
 from mezo.memory.measured import PeakMemory
 from mezo.mezo import MeZO, Record
 from mezo.models import loading as models
 from mezo.models.frozen import FrozenLower
-from mezo.objectives import Batch, Causal, Feature, Form, Masked, evaluating, to_device
-from mezo.objectives.form import unwrap
+from mezo.models.modes import evaluating, to_device, unwrap
+from mezo.models.trainable import select
+from mezo.objectives import Batch, Causal, Feature, Form, Masked
 from mezo.runs import rates
 from mezo.runs.task import environment, form_of, load_splits, task_of
 from mezo.watch import last_place

@@ -4,7 +4,6 @@ For the demo and the experiments. A user's own training is `mezo train` or the T
 checkpoints; here a run starts from the weights given and ends in the same process.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,9 @@ from mezo.estimators import passes_of
 from mezo.evaluation.evaluate import evaluate
 from mezo.memory.measured import PeakMemory
 from mezo.mezo import MeZO
-from mezo.objectives import Batch, Feature, Form, evaluating, to_device
-from mezo.objectives.form import unwrap
+from mezo.models.modes import Batch, evaluating, to_device
+from mezo.models.trainable import select
+from mezo.objectives import Feature, Form
 from mezo.tasks import Example
 
 Step = Callable[[Sequence[Batch], float], float]  # (batch or batches, learning rate) -> loss
@@ -65,38 +65,6 @@ class Tuned:
     points: list[Point]
     losses: list[float] = field(default_factory=list)  # one a step
     seconds: float = 0.0
-
-
-def select(model: torch.nn.Module, trainable: str) -> int:
-    """Train the parameters whose names the expression finds, freeze the rest; their number.
-
-    "head" is the output layer: all that is above the base model, with the output embeddings.
-    """
-    if trainable == "head":
-        trainable = head_of(model)
-    try:
-        pattern = re.compile(trainable)
-    except re.error as error:
-        raise InputError(f"trainable {trainable!r} is no regular expression: {error}") from None
-    chosen = {name for name, _ in model.named_parameters() if pattern.search(name)}
-    if not chosen:
-        raise InputError(f"trainable {trainable!r} matches no parameter of the model")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in chosen)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def head_of(model: torch.nn.Module) -> str:
-    """An expression for the names of the head's parameters. InputError for a model without."""
-    inner: Any = unwrap(model)
-    embeddings = inner.get_output_embeddings()
-    of_base = set() if inner.base_model is inner else set(map(id, inner.base_model.parameters()))
-    head = {id(p) for p in inner.parameters()} - of_base if of_base else set()
-    head |= set() if embeddings is None else set(map(id, embeddings.parameters()))
-    names = [name for name, p in model.named_parameters() if id(p) in head]
-    if not names:
-        raise InputError(f"trainable head: {type(inner).__name__} has no head")
-    return "|".join(f"^{re.escape(name)}$" for name in names)
 
 
 def batches(features: Sequence[Feature], size: int, seed: int) -> Iterator[list[Feature]]:

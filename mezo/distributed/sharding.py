@@ -1,6 +1,6 @@
 """Models that FSDP2 (`fully_shard`) or tensor parallelism has spread over processes.
 
-Each process moves its own shards by the same z as one device would (noise/shards.py). Perturbed in
+Each process moves its own shards by the same z as one device would (noise/sharded.py). Perturbed in
 place, they are gathered as they are; in scratch and along low-rank directions they lie still, and
 what stands in their place in a forward pass is perturbed where it is read: what FSDP has gathered,
 or the plain tensor that transformers takes a tensor parallel weight for. Three things would spoil a

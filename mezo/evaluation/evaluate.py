@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from mezo.errors import InputError
-from mezo.objectives import Feature, Form, Generated, evaluating, to_device
+from mezo.models.modes import evaluating, to_device
+from mezo.objectives import Feature, Form, Generated
 from mezo.objectives.generation import Generation, generate
 from mezo.tasks.metrics import exact_match, macro_f1, token_f1
 from mezo.tasks.task import Example, Task

@@ -15,9 +15,9 @@ import torch
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, candidate_metrics
 from mezo.evaluation.evaluate import evaluate as evaluate_form
-from mezo.objectives import Causal, Encoder, Form, Masked, evaluating, to_device
+from mezo.models.modes import evaluating, to_device, unwrap
+from mezo.objectives import Causal, Encoder, Form, Masked
 from mezo.objectives.encoder import embed
-from mezo.objectives.form import unwrap
 from mezo.objectives.tokens import tokenize
 from mezo.tasks import Example, Task
 from mezo.tasks.task import fill

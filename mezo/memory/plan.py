@@ -1,6 +1,6 @@
 """What a run will need, from a model's config alone: memory, log, time. No weights are loaded.
 
-Each method's step is carried out on the meta device (living.py). Added to that is what does not
+Each method's step is carried out on the meta device (meta.py). Added to that is what does not
 show there: what the directions take, the weights of a block on its way, a machine's speeds, which
 `calibrate` measures.
 """
@@ -28,8 +28,8 @@ from mezo.forms.scratch import Moved, Scratch
 from mezo.memory.meta import FusedAttention, Living
 from mezo.models.adapters import with_adapter
 from mezo.models.loading import EMBEDDED
+from mezo.models.modes import unwrap
 from mezo.noise import Move
-from mezo.objectives.form import unwrap
 from mezo.offload.blocks import blocks_of
 
 OPT = {  # hidden size, layers, heads: Zhang et al. (2022), Table 1, and the configs on the hub

@@ -1,7 +1,7 @@
 """Memory of a step by model size and method, for the figure of `mezo compare`.
 
 `python -m benchmarks.sizes` prints ESTIMATES anew, in two minutes: each method's step carried out
-on the meta device (planning.py): 700 tokens, batch 1, loss on the last position, fused attention.
+on the meta device (plan.py): 700 tokens, batch 1, loss on the last position, fused attention.
 
     inference   bfloat16, as all but the last line
     MeZO        scratch: a weight is made anew while it is read

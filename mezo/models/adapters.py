@@ -21,6 +21,7 @@ import torch
 
 from mezo.arguments import ModelArguments
 from mezo.errors import InputError
+from mezo.models.modes import evaluating
 
 SHORT = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}
 _TASKS = "it wants a task's number with every batch, which no objective here gives"
@@ -205,8 +206,6 @@ def _start_at_activations(model, seed: int) -> None:
     prefix, that every token attends to, does not.
     """
     from peft import initialize_kv_prefix_from_past_key_values
-
-    from mezo.objectives import evaluating  # which looks at tuners itself
 
     base, count = model.get_base_model(), model.active_peft_config.num_virtual_tokens
     embeddings = base.get_input_embeddings()

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from mezo.errors import InputError
-from mezo.objectives import evaluating
-from mezo.objectives.form import unwrap
+from mezo.models.modes import evaluating, unwrap
 
 ROWS = ("position_ids", "token_type_ids")  # beside input_ids, what a lower layer's states depend on
 ABOVE = ("labels", "use_cache", "logits_to_keep", "return_dict")  # what they do not depend on

@@ -10,7 +10,8 @@ import torch
 
 from mezo.closures import Both, double
 from mezo.errors import InputError
-from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device, unwrap
+from mezo.models.modes import Batch, evaluating, to_device, unwrap
+from mezo.objectives.form import Feature, Form
 from mezo.objectives.packing import IGNORED, apart, double_rows, pack, reach, spread, together
 from mezo.objectives.tokens import Tokens, tokenize
 from mezo.tasks.task import Example, fields_of, fill
@@ -25,7 +26,7 @@ class Causal(Form):
 
     What is read is what stands before the candidate's last token; candidates whose rows are equal,
     as all single tokens after one prompt, share a row, and others the tokens that their rows begin
-    with, where the model can (shared.py). Padding is on the left: the tokens that are scored are
+    with, where the model can (packing.py). Padding is on the left: the tokens that are scored are
     last in each row.
     """
 

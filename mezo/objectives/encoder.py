@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from mezo.closures import Both, double
 from mezo.errors import InputError
-from mezo.objectives.form import Batch, Feature, Form, evaluating, to_device
+from mezo.models.modes import Batch, evaluating, to_device
+from mezo.objectives.form import Feature, Form
 from mezo.tasks.task import Example, fill
 
 SCALE = 20.0  # of the cosine, as in the losses of sentence-transformers

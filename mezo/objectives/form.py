@@ -1,8 +1,7 @@
 """What the three forms have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,39 +11,15 @@ from torch.nn import functional as F
 
 from mezo.closures import Both, Paired, double
 from mezo.errors import InputError
+from mezo.models.modes import Batch, evaluating, to_device
 from mezo.objectives.packing import padded
 from mezo.objectives.tokens import Tokens
 from mezo.tasks.task import Example, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Feature = dict[str, Any]
-Batch = dict[str, torch.Tensor]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; each module's mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def to_device(batch: Batch, model: torch.nn.Module) -> Batch:
-    """The batch where the model is; where it is offloaded, its hooks move the batch."""
-    device = next(model.parameters()).device
-    return batch if device.type == "meta" else {key: t.to(device) for key, t in batch.items()}
-
-
-def unwrap(model: torch.nn.Module) -> "PreTrainedModel":
-    """The transformers model inside peft's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,9 +21,9 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from mezo.errors import InputError
+from mezo.models.modes import evaluating, unwrap
 from mezo.noise import tensor_key
 from mezo.noise.definition import philox
-from mezo.objectives.form import evaluating, unwrap
 from mezo.objectives.tokens import stack
 
 if TYPE_CHECKING:

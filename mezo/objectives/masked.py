@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from mezo.errors import InputError
-from mezo.objectives.form import Batch, Feature, Form, unwrap
+from mezo.models.modes import Batch, unwrap
+from mezo.objectives.form import Feature, Form
 from mezo.objectives.tokens import tokenize
 from mezo.tasks.task import MASK, Example, fill
 

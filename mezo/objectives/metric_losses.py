@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from mezo.closures import Both, Paired
 from mezo.errors import InputError
-from mezo.objectives.form import Batch, Form
+from mezo.models.modes import Batch
+from mezo.objectives.form import Form
 from mezo.tasks import metrics
 
 

@@ -25,13 +25,13 @@ from transformers import Trainer
 
 from mezo import __version__, tasks
 from mezo.arguments import DataArguments, ModelArguments
-from mezo.demo.tune import select
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result
 from mezo.evaluation.evaluate import evaluate as evaluate_form
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.frozen import FrozenLower
+from mezo.models.trainable import select
 from mezo.objectives import Form, Generated, form_for
 from mezo.runs import methods, rates
 from mezo.runs.rebuild import rebuilt

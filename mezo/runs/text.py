@@ -26,11 +26,11 @@ from trl import (
 )
 
 from mezo.arguments import ModelArguments, TextArguments
-from mezo.demo.tune import select
 from mezo.errors import InputError
 from mezo.memory.measured import PeakMemory
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.trainable import select
 from mezo.runs.methods import check_adapter, keep_start, passes_of_a_step, started_with
 from mezo.runs.task import checkpoint_of, environment, make_folder, write_result
 from mezo.trainers.placement import load

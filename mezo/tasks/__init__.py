@@ -49,7 +49,7 @@ TASKS = {task.name: task for task in (*SENTENCES, *PAIRS, *PASSAGES)}
 
 
 def get(name: str) -> Task:
-    """The task of that name, or of a YAML file of one's own (own.py).
+    """The task of that name, or of a YAML file of one's own (yaml_task.py).
 
     An unknown one is an InputError with the nearest name.
     """

@@ -7,8 +7,8 @@
 docs/trajectory.md is the specification.
 """
 
-from mezo.trajectory.compact import compact
-from mezo.trajectory.format import Log, Step, read
+from mezo.trajectory.files import compact, read
+from mezo.trajectory.format import Log, Step
 from mezo.trajectory.merge import merge
 from mezo.trajectory.replay import replay
 from mezo.trajectory.replay_files import replay_checkpoint

@@ -10,8 +10,6 @@ specification.
 
 import struct
 import zlib
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ import numpy as np
 from mezo import noise
 from mezo.errors import InputError
 from mezo.trajectory import columns
-from mezo.trajectory.format import COMPACT, Log, Segment, layout, read, save
+from mezo.trajectory.format import COMPACT, Log, Segment, layout
 from mezo.trajectory.header import (
     Damage,
     Keys,
@@ -37,48 +35,13 @@ MAX_HEAD = 2**24  # bytes of JSON
 MAX_VALUES = 2**23  # numbers in the records of a log
 
 
-def compact(path: str | Path, out: str | Path, *, losses: bool = True) -> None:
-    """Write the log at `path` to a new file in compact form: reading it gives the same log.
-
-    Bit for bit; only an unfinished record at the end is gone. losses=False leaves the losses out,
-    half of the bytes: a replay is the same, the learning curve is not there.
-    Raises InputError for a log that cannot be read or is too large, or if `out` exists or has no
-    room.
-    """
-    segments = read(path).segments
-    if not losses:
-        segments = [replace(s, losses=_no_losses(len(s.losses))) for s in segments]
-        segments[0] = replace(segments[0], header=segments[0].header | {"losses": False})
-    try:
-        data = _encode(segments, losses)
-    except Damage as damage:
-        raise InputError(f"{path} cannot be made compact: it has {damage}") from None
-    if not _same(segments, _decode(data).segments):
-        raise RuntimeError(f"{path}: its compact form is not the same")
-    save(out, data)
-
-
-def decode(path: str | Path, data: bytes) -> Log:
-    """The log whose compact form is `data`. InputError, with `path`, if it is not whole."""
-    try:
-        return _decode(data)
-    except (Damage, InputError) as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _no_losses(steps: int) -> np.ndarray:
+def without_losses(steps: int) -> np.ndarray:
+    """The losses of a log that was made compact without them: (steps,), NaN."""
     return np.full(steps, np.nan, "<f4")
 
 
-def _same(left: list[Segment], right: list[Segment]) -> bool:
-    return [s.header for s in left] == [s.header for s in right] and all(
-        np.array_equal(columns.bits(getattr(one, name)), columns.bits(getattr(other, name)))
-        for one, other in zip(left, right, strict=True)
-        for name in ("grads", "losses", "lrs")
-    )
-
-
-def _encode(segments: list[Segment], losses: bool) -> bytes:
+def encode(segments: list[Segment], losses: bool) -> bytes:
+    """The compact form of a log's segments. Raises Damage for a log that is too large for it."""
     rows = []
     parts: dict[str, list[np.ndarray]] = {"grads": [], "exceptions": [], "lrs": [], "losses": []}
     for segment in segments:
@@ -106,7 +69,11 @@ def _encode(segments: list[Segment], losses: bool) -> bytes:
     return data + struct.pack("<I", zlib.crc32(data))
 
 
-def _decode(data: bytes) -> Log:
+def decode(data: bytes) -> Log:
+    """The log whose compact form is `data`.
+
+    Raises Damage unless `data` is whole, and InputError if a newer version of mezo has written it.
+    """
     if len(data) < 20 or struct.unpack("<I", data[-4:]) != (zlib.crc32(data[:-4]),):
         raise Damage("damaged or cut off; a compact log can be read whole only")
     length, size = struct.unpack_from("<II", data, 8)
@@ -176,7 +143,7 @@ def _segments(rows: list[dict[str, Any]], values: dict[str, np.ndarray]) -> list
                 bits.view("<f8").reshape(steps, len(header["cycles"])),
                 values["losses"][losses].astype("<u4").view("<f4")
                 if "losses" in values
-                else _no_losses(steps),
+                else without_losses(steps),
                 columns.lrs_of_codes(values["lrs"][lrs], row["order"], steps),
             )
         )

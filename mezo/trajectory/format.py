@@ -1,4 +1,4 @@
-"""The run log, format 1, and its reader.
+"""The run log, format 1: a log in memory, and the bytes of its records.
 
     file    = segment, segment, ...
     segment = magic (8 bytes), length (u32), header (JSON), CRC-32 of the header (u32), records
@@ -6,11 +6,10 @@
 
 Little-endian, append-only. 16 bytes a step for plain MeZO. Records have no tag: the segment's
 header says how they look, and a new segment begins where a setting changes (a resumed run, another
-eps, a learning rate that starts to move). docs/trajectory.md is the specification; compact.py has
-the other form of a log, a third as long, which cannot be appended to.
+eps, a learning rate that starts to move). docs/trajectory.md is the specification. compact.py has
+the other form of a log, a third as long, to which nothing can be appended; files.py reads both.
 """
 
-import json
 import struct
 import zlib
 from bisect import bisect_right
@@ -18,19 +17,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from mezo import noise
-from mezo.errors import InputError
 from mezo.mezo import Record
-from mezo.trajectory.header import FORMAT, Damage, check, check_version, parse, text_of
+from mezo.trajectory.header import FORMAT, text_of
 
-__all__ = ["FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "frame", "read"]
+__all__ = ["COMPACT", "FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "encode"]
+__all__ += ["frame", "layout"]
 MAGIC, COMPACT = b"\x89MEZO\r\n\x1a", b"\x89MEZC\r\n\x1a"
-MAX_HEADER = 2**26
 
 
 @dataclass(frozen=True)
@@ -164,130 +160,3 @@ def encode(segments: Sequence[Segment]) -> bytes:
             record = data[i * size : (i + 1) * size - 4]
             parts += [record, struct.pack("<I", checksum(record, segment.start + i))]
     return b"".join(parts)
-
-
-def save(path: str | Path, data: bytes) -> None:
-    """Write a new file, or none. InputError if there is one already, or no room."""
-    try:
-        with open(path, "xb") as file:
-            file.write(data)
-    except FileExistsError:
-        raise InputError(f"{path} exists: a log is not overwritten") from None
-    except OSError as error:
-        Path(path).unlink(missing_ok=True)
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
-def read(path: str | Path, *, recover: bool = False) -> Log:
-    """Read and check a whole log, compact or not. Nothing in it is executed.
-
-    An unfinished record at the very end is what a killed run leaves: it is left out and counted.
-    `recover` keeps what stands before the first damaged byte; of a compact log, nothing.
-    Raises InputError, with the place, for a file that is no log, is damaged, or is too new.
-    """
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(len(MAGIC))  # before the rest, which may be endless
-            data = magic + (file.read() if magic in (MAGIC, COMPACT) else b"")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if magic == COMPACT:
-        from mezo.trajectory.compact import decode
-
-        return decode(path, data)
-    if magic != MAGIC:
-        raise InputError(f"{path} is not a MeZO run log")
-    reader = _Reader(data)
-    try:
-        torn = reader.run()
-    except Damage as damage:
-        if not recover or not reader.segments:
-            intact = f"; the {len(reader.ends)} steps before it are intact"
-            raise InputError(f"{path}: {damage} at byte {reader.at}{intact}") from None
-        torn = len(data) - reader.at
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    if not reader.segments:
-        raise InputError(f"{path}: the header is cut off; nothing can be read")
-    return Log(reader.columns(), torn, ends=reader.ends, first_record=reader.segments[0][1])
-
-
-class _Reader:
-    def __init__(self, data: bytes):
-        self.data, self.at = data, 0
-        self.segments: list[tuple[dict[str, Any], int, int]] = []  # header, first byte, steps
-        self.ends: list[int] = []
-        self.step = 0  # the number of the next record's
-
-    def run(self) -> int:
-        """Reads to the end; returns the bytes that an unfinished segment or record leaves."""
-        while self.at < len(self.data):
-            if self.data.startswith(MAGIC, self.at):
-                done = self.segment()
-            elif MAGIC.startswith(self.data[self.at : self.at + len(MAGIC)]):
-                done = False  # the first bytes of a magic
-            else:
-                done = self.records()
-            if not done:
-                return len(self.data) - self.at
-        return 0
-
-    def segment(self) -> bool:
-        start = self.at + len(MAGIC)
-        if len(self.data) < start + 4:
-            return False
-        (length,) = struct.unpack_from("<I", self.data, start)
-        if length > MAX_HEADER:
-            raise Damage(f"a header of {length} bytes")
-        text = self.data[start + 4 : start + 4 + length]
-        crc = self.data[start + 4 + length : start + 8 + length]
-        if len(crc) < 4:
-            _check_cut(text, length)
-            return False
-        if struct.unpack("<I", crc) != (zlib.crc32(text),):
-            raise Damage("a damaged header")
-        header, first = parse(text), self.segments[0][0] if self.segments else None
-        if first is None:
-            check_version(header)
-        check(header, first)
-        if first is not None and header["start"] != self.step:
-            raise Damage(f"a segment that starts at step {header['start']}, not {self.step}")
-        self.step, self.at = header["start"], start + 8 + length
-        self.segments.append((header, self.at, 0))
-        return True
-
-    def records(self) -> bool:
-        """All records up to the next segment, or to what is no whole record."""
-        header, first, _ = self.segments[-1]
-        size, steps = layout(header).itemsize, len(self.ends)
-        try:
-            while not self.data.startswith(MAGIC, self.at):
-                data = self.data[self.at : self.at + size]
-                if len(data) < size:
-                    return len(data) == 0
-                if self.step == noise.MAX_STEP:
-                    raise Damage(f"a record of step {self.step}, which no run has")
-                if struct.unpack("<I", data[-4:]) != (checksum(data[:-4], self.step),):
-                    raise Damage(f"a damaged record (step {self.step})")
-                self.at, self.step = self.at + size, self.step + 1
-                self.ends.append(self.at)
-        finally:
-            self.segments[-1] = (header, first, len(self.ends) - steps)
-        return True
-
-    def columns(self) -> list[Segment]:
-        found = []
-        for header, first, steps in self.segments:
-            rows = np.frombuffer(self.data, layout(header), steps, first)
-            found.append(Segment(header, rows["grads"], rows["loss"], rows["lrs"]))
-        return found
-
-
-def _check_cut(text: bytes, length: int) -> None:
-    """Damage if what the end of the file seems to cut off is whole, and its length is wrong."""
-    try:
-        _, end = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return
-    if end < length:
-        raise Damage(f"a header of {end} bytes whose length is said to be {length}")

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mezo.errors import InputError
-from mezo.trajectory.format import Log, Segment, Step, Steps, encode, read, save
+from mezo.trajectory.files import read, save
+from mezo.trajectory.format import Log, Segment, Step, Steps, encode
 from mezo.trajectory.header import IDENTITY, Damage, places
 from mezo.trajectory.resume import resumable
 

@@ -13,7 +13,8 @@ import torch
 from mezo import noise
 from mezo.errors import InputError
 from mezo.rules import BUFFERS
-from mezo.trajectory.format import Log, Step, read
+from mezo.trajectory.files import read
+from mezo.trajectory.format import Log, Step
 from mezo.trajectory.program import make_, program_of
 from mezo.trajectory.writer import entry_of, frozen_fingerprint
 

@@ -16,7 +16,8 @@ import torch
 
 from mezo.errors import InputError
 from mezo.models.safetensors_files import Checkpoint, Place, write
-from mezo.trajectory.format import Step, read
+from mezo.trajectory.files import read
+from mezo.trajectory.format import Step
 from mezo.trajectory.program import make_, program_of
 from mezo.trajectory.replay import FROZEN_DIFFER, match, steps_until
 from mezo.trajectory.stored_parameters import Layout, layout_of

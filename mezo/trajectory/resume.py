@@ -7,7 +7,8 @@ from typing import Any
 
 from mezo.errors import InputError
 from mezo.mezo import MeZO
-from mezo.trajectory.format import Log, read
+from mezo.trajectory.files import read
+from mezo.trajectory.format import Log
 from mezo.trajectory.program import make_, program_of
 from mezo.trajectory.writer import check_identity, entry_of
 

@@ -17,7 +17,8 @@ from mezo.errors import InputError
 from mezo.layers import PLAIN, owns
 from mezo.mezo import MeZO, Record
 from mezo.noise.sharded import is_sharded
-from mezo.trajectory.format import FORMAT, checksum, frame, read
+from mezo.trajectory.files import read
+from mezo.trajectory.format import FORMAT, checksum, frame
 from mezo.trajectory.header import IDENTITY, Damage, check, places
 
 try:

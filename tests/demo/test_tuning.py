@@ -8,8 +8,9 @@ import torch
 
 from mezo import trajectory
 from mezo.demo import tune as tuning
-from mezo.demo.tune import Recipe, batches, select, tune
+from mezo.demo.tune import Recipe, batches, tune
 from mezo.errors import InputError
+from mezo.models.trainable import select
 from mezo.objectives import form_for
 from mezo.tasks import Example, custom_task
 

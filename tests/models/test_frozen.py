@@ -9,7 +9,8 @@ from transformers import AlbertConfig, AlbertModel, BloomConfig, BloomForCausalL
 from mezo import MeZO
 from mezo.errors import InputError
 from mezo.models.frozen import FrozenLower
-from mezo.objectives import evaluating, form_for
+from mezo.models.modes import evaluating
+from mezo.objectives import form_for
 from mezo.tasks import Example, custom_task
 
 TASK = custom_task("{text} It was", [" terrible", " great"])

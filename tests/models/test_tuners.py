@@ -14,7 +14,7 @@ from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
-from mezo.objectives import evaluating
+from mezo.models.modes import evaluating
 
 OPTIONS = {  # sizes that fit a model of width 16
     "adaption_prompt": {"adapter_len": 3, "adapter_layers": 2},

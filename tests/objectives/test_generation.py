@@ -1,4 +1,4 @@
-"""mezo.generation: what is sampled depends on (seed, draw, row, position) and the weights alone."""
+"""Generation: what is sampled depends on (seed, draw, row, position) and the weights alone."""
 
 import math
 

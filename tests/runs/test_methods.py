@@ -17,11 +17,11 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from mezo import MeZO, MeZOAdapter, objectives, tasks, trajectory
 from mezo.arguments import ModelArguments
-from mezo.demo.tune import head_of
 from mezo.errors import InputError
 from mezo.evaluation import linear_probe as baselines
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.trainable import head_of
 from mezo.runs import rebuild as adapter
 from mezo.runs import task as run
 from mezo.runs.methods import START, passes_of_a_step

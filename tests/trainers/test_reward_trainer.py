@@ -21,7 +21,7 @@ from trainers import quick_collection, settings, weights  # noqa: F401
 
 from mezo import MeZOPolicyConfig, MeZOPolicyTrainer, trajectory
 from mezo.errors import InputError
-from mezo.objectives import unwrap
+from mezo.models.modes import unwrap
 from mezo.rewards import RewardFunctions
 
 WORDS = ["the film", "It was", "no wit", "a boring movie", "terrible", "charming", "long", "a"]

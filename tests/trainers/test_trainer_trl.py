@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from mezo import MeZOConfig, MeZOMixin, trajectory
 
 trl = pytest.importorskip("trl")
-sft = pytest.importorskip("mezo.sft")
+sft = pytest.importorskip("mezo.runs.text")
 
 # peft 0.21 and TRL 1.16 still read a name that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

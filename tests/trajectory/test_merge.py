@@ -10,7 +10,7 @@ from test_mezo import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
-from mezo.trajectory.format import read
+from mezo.trajectory.files import read
 
 
 def steps(model, optimizer, until):
