@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from mezo.arguments import ModelArguments
+from mezo.compatibility import cache_of
 from mezo.errors import InputError
 from mezo.models.modes import evaluating
 
@@ -220,7 +221,7 @@ def _keys_and_values(base, tokens: torch.Tensor) -> list[tuple[torch.Tensor, tor
     """Of each layer, (1, heads, tokens, head size)."""
     mask = torch.ones_like(tokens)
     if base.can_generate():
-        cache = base(input_ids=tokens, attention_mask=mask, use_cache=True).past_key_values
+        cache = cache_of(base(input_ids=tokens, attention_mask=mask, use_cache=True))
         return [(layer.keys, layer.values) for layer in cache.layers]
     found: dict[str, list[torch.Tensor]] = {"key": [], "value": []}
     with ExitStack() as hooks:  # encoders return none

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from mezo import noise
+from mezo.compatibility import CACHE_ARGUMENTS
 from mezo.distributed.exchange import Link
 from mezo.errors import InputError
 from mezo.forms import factors
@@ -41,7 +42,6 @@ from mezo.rules import is_linear
 from mezo.trajectory.program import Program, split_at_writing, written_after
 
 __all__ = ["Offload", "load_offloaded", "offload"]
-_CACHE = ["past_key_values"]  # stays on the device, from one call to the next
 
 
 def load_offloaded(
@@ -310,7 +310,8 @@ class Offload:
         def move(given: Any, to: torch.device | None) -> Any:
             if self.device.type == "cpu" or to is None:
                 return given
-            return send_to_device(given, to, skip_keys=_CACHE)
+            # the cache stays on the device from one call to the next
+            return send_to_device(given, to, skip_keys=CACHE_ARGUMENTS)
 
         buffers = [(b, b.data) for b in self.model.buffers()]
         whole: Any = self.model

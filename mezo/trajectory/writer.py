@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mezo import noise
+from mezo.compatibility import unpacked
 from mezo.errors import InputError
 from mezo.layers import PLAIN, owns
 from mezo.mezo import MeZO, Record
@@ -252,7 +253,7 @@ def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:
 def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
     """One fingerprint for all that is not trained: an adapter's base. None: nothing is frozen."""
     named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
-    digests = "".join(fingerprint(p) for name, p in named.items() if name not in trained)
+    digests = "".join(fingerprint(unpacked(p)) for name, p in named.items() if name not in trained)
     return hashlib.sha256(digests.encode()).hexdigest()[:16] if digests else None
 
 

@@ -175,7 +175,7 @@ def scores_of(kind, peft_type, tokenizer):
     texts = ("a charming journey .", "no wit , only labored gags never too long")
     examples = [tasks.Example({"sentence": text}, i) for i, text in enumerate(texts)]
     with evaluating(model), warnings.catch_warnings():
-        warnings.simplefilter("error")  # peft's, of what it drops
+        warnings.simplefilter("error", UserWarning)  # peft's, of what it drops
         features = [form.encode(example) for example in examples]
         together = form.scores(model, form.collate(features))
         alone = [form.scores(model, form.collate([feature])) for feature in features]
