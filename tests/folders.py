@@ -3,20 +3,21 @@
 import json
 from pathlib import Path
 
-import tiny
 import torch
+from models import tiny_model
 from safetensors.torch import load_file
+from tiny_tokenizers import byte_bpe, unigram, word_piece
 
 from mezo.cli import main as cli
 
-TOKENIZERS = {"opt": tiny.byte_bpe, "llama": tiny.unigram, "encoder": tiny.word_piece}
+TOKENIZERS = {"opt": byte_bpe, "llama": unigram, "encoder": word_piece}
 OWN = ["--prompt", "{text} It was", "--candidates", " terrible", " great"]
 
 
 def model_folder(path: Path, kind: str = "opt") -> Path:
     """A random model of two layers and its tokenizer, as save_pretrained leaves them."""
     tokenizer = TOKENIZERS[kind]()
-    tiny.model(kind, len(tokenizer)).float().save_pretrained(path)
+    tiny_model(kind, len(tokenizer)).float().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

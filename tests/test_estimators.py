@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 import reference
 import torch
-from test_mezo import ROUNDING, Regression, weights
+from models import ROUNDING, Regression, weights
 from torch.autograd import forward_ad
 
 from mezo import MeZO, noise, trajectory

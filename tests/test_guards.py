@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_mezo import Regression, weights
+from models import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError

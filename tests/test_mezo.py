@@ -6,27 +6,9 @@ import math
 import pytest
 import reference
 import torch
+from models import ROUNDING, Regression
 
 from mezo import MeZO, noise, trajectory
-
-ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-
-
-class Regression(torch.nn.Module):
-    """A small network and its data: `model()` is the loss."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(64, 6, generator=generator, dtype=torch.float64)
-        self.x, self.y = x.to(dtype), x.sin().sum(1, keepdim=True).to(dtype)
-        for name, shape in {"first": (16, 6), "bias": (16,), "last": (1, 16)}.items():
-            value = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5
-            setattr(self, name, torch.nn.Parameter(value.to(dtype)))
-
-    def forward(self):
-        hidden = torch.tanh(self.x @ self.first.T + self.bias)
-        return ((hidden @ self.last.T - self.y) ** 2).mean()
 
 
 def weights(model):

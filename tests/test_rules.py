@@ -7,7 +7,7 @@ import math
 import pytest
 import reference
 import torch
-from test_mezo import ROUNDING, Regression, weights
+from models import ROUNDING, Regression, weights
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError

@@ -10,7 +10,6 @@ from dataclasses import fields
 
 import pytest
 from folders import OWN, mezo, model_folder, reviews, same_weights, training
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo import arguments, objectives, trajectory
 from mezo.cli import main as cli

@@ -7,10 +7,8 @@ import sys
 
 import pytest
 from folders import mezo, model_folder
+from logs import eventful, make_parts, run
 from safetensors.torch import load_file, save_file
-from test_compact import eventful
-from test_merge import make_parts
-from test_trajectory import run
 
 from mezo import MeZO, trajectory
 

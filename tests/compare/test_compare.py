@@ -13,7 +13,6 @@ import pytest
 import sklearn.linear_model  # noqa: F401
 import yaml
 from folders import OWN, mezo, model_folder, reviews
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo.arguments import DataArguments, ModelArguments
 from mezo.cli import compare as cli_compare

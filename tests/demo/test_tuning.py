@@ -3,8 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe
 
 from mezo import trajectory
 from mezo.demo import tune as tuning
@@ -20,8 +21,8 @@ EXAMPLES = [Example({"text": TEXTS[i % 4] + " never" * (i % 5)}, i % 2) for i in
 
 
 def made():
-    tokenizer = tiny.byte_bpe()
-    model = tiny.model("opt", len(tokenizer)).float()
+    tokenizer = byte_bpe()
+    model = tiny_model("opt", len(tokenizer)).float()
     return model, form_for(model, tokenizer, TASK)
 
 

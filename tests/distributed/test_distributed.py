@@ -1,43 +1,14 @@
 """Several processes take the steps of one: data parallel, probe parallel, and what stops a run."""
 
-import hashlib
-
 import pytest
 import torch
+from perceptron import OPTIONS, digest, loss, message, model, points, weights
 from processes import run
 from torch import distributed as dist
 
 from mezo import MeZO, trajectory
 from mezo.closures import Mean
 from mezo.distributed import processes as distributed
-from mezo.errors import InputError
-
-OPTIONS = {"lr": 1e-2, "eps": 1e-2, "seed": 3}
-
-
-def model(dtype=torch.float32, seed=0, width=7):
-    with torch.random.fork_rng():
-        torch.random.manual_seed(seed)
-        layers = [torch.nn.Linear(5, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)]
-        return torch.nn.Sequential(*layers).to(dtype)
-
-
-def points(count, dtype=torch.float32):
-    x = torch.randn(count, 5, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    return x, x.sum(1, keepdim=True).sin()
-
-
-def loss(net, x, y):
-    return (net(x) - y).square().mean()
-
-
-def weights(net):
-    return torch.cat([p.detach().flatten().double() for p in net.parameters()])
-
-
-def digest(net):
-    return hashlib.sha256(weights(net).numpy().tobytes()).hexdigest()
-
 
 SIZES = (2, 3, 7)  # examples of each process
 
@@ -196,14 +167,6 @@ def test_a_gather_does_as_well_as_messages(tmp_path):
     """Messages are gloo's, for up to 64 processes; NCCL and more processes gather."""
     found = run(two_ways, 3, tmp_path)
     assert len({one for row in found for one in row}) == 1
-
-
-def message(call):
-    try:
-        call()
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def stopped(rank):

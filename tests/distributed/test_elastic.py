@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from perceptron import OPTIONS, digest, loss, model, points
 from processes import run
-from test_distributed import OPTIONS, digest, loss, model, points
 from torch import distributed as dist
 
 from mezo import MeZO, trajectory

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from perceptron import OPTIONS, digest, loss, message, model, points, weights
 from processes import run
-from test_distributed import OPTIONS, digest, loss, message, model, points, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from perceptron import OPTIONS, loss, message, model, points, weights
 from processes import run
-from test_distributed import OPTIONS, loss, message, model, points, weights
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -4,8 +4,8 @@ import os
 
 import pytest
 import torch
+from models import llama
 from processes import run
-from trainers import llama
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe, word_piece
 
 from mezo import tasks
 from mezo.errors import InputError
@@ -22,8 +23,8 @@ TOLERANCE = 10 * 64 * 2.0**-24
 
 
 def made(name, task=LONG):
-    tokenizer = {"opt": tiny.byte_bpe, "bert": tiny.word_piece, "encoder": tiny.word_piece}[name]()
-    model = tiny.model(name)
+    tokenizer = {"opt": byte_bpe, "bert": word_piece, "encoder": word_piece}[name]()
+    model = tiny_model(name)
     return model, form_for(model, tokenizer, task if name == "opt" else tasks.get("sst2"))
 
 
@@ -112,7 +113,7 @@ OWN = [(" terrible", " it was"), (" a", " the great film", " never dull"), (" du
 
 def test_examples_may_have_their_own_candidates_and_several_right_ones():
     """F1 is of what the candidate stands for; accuracy counts any that is right."""
-    model, tokenizer = tiny.model("opt"), tiny.byte_bpe()
+    model, tokenizer = tiny_model("opt"), byte_bpe()
     form = form_for(model, tokenizer, CHOICE)
     rows = list(zip(EXAMPLES, OWN, strict=False))
     plain = [Example(e.fields, 0, candidates=own) for e, own in rows]

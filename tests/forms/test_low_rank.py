@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import reference
 import torch
-from test_mezo import Regression, weights
+from models import Regression, weights
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError

@@ -5,16 +5,10 @@ import gc
 from contextlib import nullcontext
 
 import pytest
-import tiny
 import torch
+from buffers import Largest
+from models import ARCHITECTURES, architecture, tiny_model
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-)
 
 from mezo import MeZO, noise
 from mezo.errors import InputError
@@ -66,50 +60,9 @@ def assert_materialised(model, call):
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen2", "gpt2", "bert", "roberta"])
 def test_models_see_the_perturbed_weights(name, dtype):
     """Tied embeddings, Conv1D, layer norms, RMS norms, positions: all of them."""
-    model = tiny.model(name).to(dtype)
+    model = tiny_model(name).to(dtype)
     words = torch.randint(5, 90, (3, 20), generator=torch.Generator().manual_seed(0))
     assert_materialised(model, lambda m: m(input_ids=words).logits)
-
-
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
-SMALL |= {
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-}
-SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-HEADS = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
-DIMENSIONS = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-ARCHITECTURES = {  # what is unlike the six above
-    "mixtral": EXPERTS,  # experts' weights in three dimensions
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-    "gpt_oss": EXPERTS,  # and their biases; attention sinks
-    "gemma": {},  # norms by 1 + weight, a scaled embedding
-    "gemma3_text": {},
-    "mistral": {},
-    "phi": {},  # a bias of the head
-    "phi3": {},  # one matrix for query, key and value, another for gate and up
-    "mamba": {"state_size": 4},  # parameters that are no layer's weight
-    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-    "bloom": {"n_head": 4, "n_layer": 2},
-    "gptj": HEADS,
-    "albert": {"embedding_size": 16},  # one layer, used twice
-    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
-    "t5": DIMENSIONS | {"decoder_start_token_id": 0},  # a bias shared between layers
-}
-
-
-def architecture(name, dtype):
-    config = AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
-    kind = {"t5": AutoModelForSeq2SeqLM, "albert": AutoModelForMaskedLM}
-    kind |= {"deberta": AutoModelForMaskedLM, "deberta-v2": AutoModelForMaskedLM}
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        made = kind.get(name, AutoModelForCausalLM).from_config(config)
-    return made.to(dtype).eval()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -135,7 +88,7 @@ def test_any_architecture_sees_the_perturbed_weights(name):
 def test_adapters_see_the_perturbed_weights(config):
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
-        model = get_peft_model(tiny.model("opt").float(), copy.deepcopy(config))
+        model = get_peft_model(tiny_model("opt").float(), copy.deepcopy(config))
     model = model.to(torch.bfloat16).eval()
     words = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     assert_materialised(model, lambda m: m(input_ids=words).logits)
@@ -169,7 +122,7 @@ def test_ties_outside_reads_and_slices_are_perturbed():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_untouched_by_any_number_of_estimates(dtype):
-    model = tiny.model("llama").to(dtype)
+    model = tiny_model("llama").to(dtype)
     before, words = bits(model), torch.arange(5, 25).view(2, 10)
     optimizer = MeZO(model.named_parameters(), lr=0.0, seed=1, perturbation="scratch")
     for step in range(20):
@@ -196,7 +149,7 @@ def test_the_form_follows_the_weights():
 
 def test_both_forms_give_the_same_estimate():
     """float64: in place, theta - eps z is off by two roundings of |theta| + 2 eps |z| < 4."""
-    model = tiny.model("gpt2")
+    model = tiny_model("gpt2")
     words = torch.arange(5, 25).view(2, 10)
     found = []
     for form in ("in_place", "scratch"):
@@ -205,21 +158,6 @@ def test_both_forms_give_the_same_estimate():
     gradient = 1e3  # of the loss by any direction: far above this model's
     bound = gradient * 2 * 2.0**-53 * 4 / (2 * 1e-3) + 1e3 * 2.0**-53 / 2e-3
     assert abs(found[0].projected_grad - found[1].projected_grad) < bound
-
-
-class Largest(TorchDispatchMode):
-    """The largest new tensor of the weights' dtype that an operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = [a.data_ptr() for a in args if isinstance(a, torch.Tensor)]
-        if isinstance(out, torch.Tensor) and out.data_ptr() not in given:
-            self.elements = max(self.elements, out.numel())
-        return out
 
 
 def test_scratch_is_what_one_operation_reads_and_of_an_embedding_the_rows():

@@ -4,10 +4,11 @@ import copy
 import math
 
 import pytest
-import tiny
 import torch
+from buffers import Largest
+from models import ARCHITECTURES, architecture, tiny_model
 from peft import LoraConfig, get_peft_model
-from test_perturbation import ARCHITECTURES, Largest, architecture
+from tiny_tokenizers import byte_bpe, word_piece
 from torch.nn import functional as F
 
 from mezo import MeZO, noise, tasks, trajectory
@@ -81,7 +82,7 @@ def adapted(name):
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-        return get_peft_model(tiny.model(name), config).double().eval()
+        return get_peft_model(tiny_model(name), config).double().eval()
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -89,7 +90,7 @@ def adapted(name):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_models_see_the_perturbed_weights_in_two_passes_and_in_one(name, rank):
     """Tied embeddings, Conv1D, positions of one row for all, norms by halves, adapters."""
-    model = adapted("opt") if name == "lora" else tiny.model(name)
+    model = adapted("opt") if name == "lora" else tiny_model(name)
     perturbed, halves = assert_materialised(model, lambda m: m(input_ids=WORDS).logits, rank)
     assert perturbed.read == {name for name, p, _ in perturbed.rows if p.requires_grad}
     with torch.no_grad(), perturbed.both(len(WORDS)):
@@ -147,7 +148,7 @@ def test_products_on_either_side_and_other_reads_are_perturbed():
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
 def test_16_bit_models_are_as_near_as_their_rounding(name, dtype):
     """Against float64: in the mean, the factors are off by no more than perturbed weights are."""
-    exact = tiny.model(name).to(dtype).double()
+    exact = tiny_model(name).to(dtype).double()
     model = copy.deepcopy(exact).to(dtype)
     perturbed = low_rank(model)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_16_bit_models_are_as_near_as_their_rounding(name, dtype):
 
 
 def test_autocast_computes_in_its_dtype():
-    model = tiny.model("opt").float()
+    model = tiny_model("opt").float()
     perturbed = low_rank(model)
     with torch.no_grad():
         expected = materialised(model, +1)(input_ids=WORDS).logits
@@ -299,10 +300,10 @@ def test_an_exception_in_one_pass_leaves_all_as_it_was():
 
 LONG = custom_task("{sentence} It was", [" a terrible, awful, boring movie", " great"])
 FORMS = {
-    "candidates": ("opt", tiny.byte_bpe, LONG, {}),
-    "tokens": ("llama", tiny.byte_bpe, LONG, {"objective": "tokens"}),
-    "masked": ("bert", tiny.word_piece, tasks.get("sst2"), {}),
-    "encoder": ("encoder", tiny.word_piece, tasks.get("sst2"), {}),
+    "candidates": ("opt", byte_bpe, LONG, {}),
+    "tokens": ("llama", byte_bpe, LONG, {"objective": "tokens"}),
+    "masked": ("bert", word_piece, tasks.get("sst2"), {}),
+    "encoder": ("encoder", word_piece, tasks.get("sst2"), {}),
 }
 
 
@@ -310,7 +311,7 @@ FORMS = {
 def test_every_form_has_both_losses_of_one_pass(form):
     name, tokenizer, task, options = FORMS[form]
     tokenizer = tokenizer()
-    model = tiny.model(name, len(tokenizer))
+    model = tiny_model(name, len(tokenizer))
     form = form_for(model, tokenizer, task, **options)
     texts = ["a charming journey . ", "no wit , only labored gags and no wit ", "dull"]
     examples = [Example({"sentence": s}, i % 2) for i, s in enumerate(texts)]

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from test_mezo import Regression, weights
+from models import Regression, weights
 
 from mezo import MeZO, noise, trajectory
 from mezo.forms.rounding import ROUNDINGS, last_rounding, update_

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from folders import mezo
-from test_offload import made
+from offloading import made
 from torch.nn import functional as F
 
 from mezo.errors import InputError

@@ -1,9 +1,10 @@
 """Skipping frozen lower layers changes the work, and nothing else."""
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
 from peft import LoraConfig, get_peft_model
+from tiny_tokenizers import byte_bpe, unigram, word_piece
 from transformers import AlbertConfig, AlbertModel, BloomConfig, BloomForCausalLM
 
 from mezo import MeZO
@@ -16,8 +17,8 @@ from mezo.tasks import Example, custom_task
 TASK = custom_task("{text} It was", [" terrible", " great"])
 TEXTS = ("a charming journey .", "no wit , only labored gags", "dull", "the film of the year")
 EXAMPLES = [Example({"text": text}, i % 2) for i, text in enumerate(TEXTS)]
-CAUSAL = {"opt": tiny.byte_bpe, "llama": tiny.unigram, "gpt2": tiny.byte_bpe}  # padded on the left
-KINDS = CAUSAL | {"bert": tiny.word_piece, "encoder": tiny.word_piece}  # padded on the right
+CAUSAL = {"opt": byte_bpe, "llama": unigram, "gpt2": byte_bpe}  # padded on the left
+KINDS = CAUSAL | {"bert": word_piece, "encoder": word_piece}  # padded on the right
 # float64: a pass rounds by about depth * width * 2^-53 ~ 1e-14 of scores of size 10; a wrong
 # position or mask moves them by more than 1e-3
 ATOL = 1e-11
@@ -26,7 +27,7 @@ ATOL = 1e-11
 def made(kind):
     """A model of two layers, a padded batch of texts of unlike length, and their form."""
     tokenizer = KINDS[kind]()
-    model = tiny.model(kind, len(tokenizer))
+    model = tiny_model(kind, len(tokenizer))
     form = form_for(model, tokenizer, TASK)
     return model, form, form.collate([form.encode(example) for example in EXAMPLES])
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_offload import WORDS, made, same
+from offloading import WORDS, made, same
 from transformers import AutoModelForCausalLM
 
 from mezo.offload.context import load_offloaded

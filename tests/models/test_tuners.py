@@ -4,10 +4,10 @@ import json
 import warnings
 
 import pytest
-import tiny
 import torch
+from models import llama, tiny_model
 from peft import PeftType
-from trainers import llama
+from tiny_tokenizers import byte_bpe, word_piece
 
 from mezo import MeZO, objectives, tasks, trajectory
 from mezo.arguments import ModelArguments
@@ -32,7 +32,7 @@ OPTIONS = {  # sizes that fit a model of width 16
 WORKING = sorted({one.name.lower() for one in PeftType} - tuners.REFUSED.keys())
 IDS = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
 CAUSAL = ["opt", "gpt2", "llama", "qwen2"]  # qwen2: fewer heads for keys than for queries
-KINDS = {"bert": tiny.word_piece, "roberta": lambda: tiny.byte_bpe(mask=True)}
+KINDS = {"bert": word_piece, "roberta": lambda: byte_bpe(mask=True)}
 
 
 def asked(peft_type, **options):
@@ -108,10 +108,10 @@ def test_a_wrong_adapter_is_one_line(changes, message):
 
 def prefixed(kind, seed=3):
     """A model and the same behind a prefix, in float64 both, and the tokens of the prefix."""
-    model = tuners.with_adapter(tiny.model(kind), asked("prefix"), seed).double().eval()
+    model = tuners.with_adapter(tiny_model(kind), asked("prefix"), seed).double().eval()
     tuners._start_at_activations(model, seed)  # peft's encoder is made in float32
     tokens = torch.randint(400, (1, 5), generator=torch.Generator().manual_seed(seed))
-    return tiny.model(kind), model, tokens.expand(2, 5)
+    return tiny_model(kind), model, tokens.expand(2, 5)
 
 
 def padded_ids():
@@ -170,7 +170,7 @@ def test_a_start_is_its_seed_s():
 
 
 def scores_of(kind, peft_type, tokenizer):
-    model = tuners.with_adapter(tiny.model(kind, len(tokenizer)), asked(peft_type), 3).eval()
+    model = tuners.with_adapter(tiny_model(kind, len(tokenizer)), asked(peft_type), 3).eval()
     form = objectives.form_for(model, tokenizer, tasks.get("sst2"))
     texts = ("a charming journey .", "no wit , only labored gags never too long")
     examples = [tasks.Example({"sentence": text}, i) for i, text in enumerate(texts)]
@@ -186,7 +186,7 @@ def scores_of(kind, peft_type, tokenizer):
 @pytest.mark.parametrize("kind", [*CAUSAL, *KINDS])
 def test_scores_behind_a_prefix_do_not_depend_on_the_batch(kind, peft_type):
     """Padding is between prefix and text, on the left: positions are counted without it."""
-    tokenizer = KINDS.get(kind, tiny.byte_bpe)()
+    tokenizer = KINDS.get(kind, byte_bpe)()
     together, alone = scores_of(kind, peft_type, tokenizer)
     # the prefix is float32, all else float64, and the scores are float32
     assert (together - alone).abs().max() <= 100 * 2.0**-24 * alone.abs().max()
@@ -207,9 +207,9 @@ def test_generation_behind_a_prompt_does_not_depend_on_the_batch():
 
 
 def test_a_prefix_takes_positions_of_the_context():
-    tokenizer = tiny.byte_bpe()
+    tokenizer = byte_bpe()
     for peft_type, left in (("prefix", 59), ("lora", 64)):
-        model = tuners.with_adapter(tiny.model("opt", len(tokenizer)), asked(peft_type), 0)
+        model = tuners.with_adapter(tiny_model("opt", len(tokenizer)), asked(peft_type), 0)
         assert objectives.form_for(model, tokenizer, tasks.get("sst2")).max_length == left
 
 

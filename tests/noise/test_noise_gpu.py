@@ -11,114 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from noise_checks import DTYPES, KEY, MANY, WALK, check, check_equal, every_number, normal, plain
 
 from mezo import noise
-from mezo.noise import KEEP, NEAREST, ROUND_PERTURBED, ROUND_UPDATE, Move
-
-KEY = noise.tensor_key(7, "model.layers.0.weight")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAST = 2**32 - 3, 2**24 - 1  # step and probe
-WALK = [Move(*LAST, 1.0, c) for c in (1e-3, -2e-3, 1e-3)]
-MANY = [  # nine moves along four directions, with every rounding after every other
-    Move(*LAST, 1.0, 1e-3, ROUND_PERTURBED),
-    Move(*LAST, 1.0, -2e-3, ROUND_UPDATE),
-    Move(*LAST, 1.0, 1e-3, KEEP),
-    Move(2**32 - 3, 0, 0.999, -3.7e-5, KEEP),
-    Move(0, 0, 1.0, 3e-5, NEAREST),
-    Move(0, 0, 1.0, -1e-5, NEAREST),
-    Move(0, 0, 0.5, 1.0, ROUND_UPDATE),
-    Move(*LAST, 1.0, 1e-3, NEAREST),
-    Move(*LAST, 1.0, -7e-4, ROUND_PERTURBED),
-]
-
-
-def normal(*shape, dtype=torch.float32):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-
-
-def every_number(dtype):
-    """Each number of 16 bits: subnormals, infinities and those that are none."""
-    return torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(dtype)
-
-
-def outcome(apply_, weights, moves, *, device="cpu", in_place=True, **where):
-    """What `apply_` makes of the weights; they stay as they are where they are only read."""
-    weights = weights.clone().to(device)
-    if in_place:
-        apply_(weights, KEY, moves, **where)
-        return weights.cpu()
-    before, out = weights.clone(), torch.full_like(weights, 7)
-    apply_(out, KEY, moves, source=weights, **where)
-    check_equal(weights, before)
-    return out.cpu()
-
-
-def check_equal(found, expected):
-    """Bit by bit; what is not a number may be any of them."""
-    good = ~expected.isnan()
-    assert torch.equal(found.isnan(), ~good)
-    bits = torch.int32 if found.dtype == torch.float32 else torch.int16
-    assert torch.equal(found[good].view(bits), expected[good].view(bits))
-
-
-def plain(tensor, key, moves, **where):
-    noise.apply_(tensor, key, moves, kernel=False, **where)
-
-
-def check(apply_, weights, moves, device="cpu", **where):
-    expected = outcome(plain, weights, moves, **where)
-    check_equal(outcome(apply_, weights, moves, device=device, **where), expected)
-
-
-# What the interpreter is asked for, in a process of its own: TRITON_INTERPRET counts at import
-
-
-def interpreted(tensor, key, moves, *, distribution="gaussian", offset=0, source=None, rows=None):
-    from mezo.noise import gpu
-
-    gpu.apply_(tensor, key, noise.table(moves), distribution, offset, source, rows)
-
-
-def check_moves(distribution):
-    """One move or many, of a part of a tensor that begins anywhere; in place and from another."""
-    where = {"distribution": distribution}
-    far = {"offset": 2**42 + 8190, "in_place": False} | where
-    for dtype in DTYPES:
-        check(interpreted, normal(1, dtype=dtype), WALK[:1], **where)
-        check(interpreted, normal(1025, dtype=dtype), WALK, offset=32_000, **where)
-        check(interpreted, normal(1500, dtype=dtype), MANY, offset=1, **where)
-        check(interpreted, normal(900, dtype=dtype), MANY, **far)
-
-
-def check_lookups(distribution):
-    """Rows that begin anywhere, repeated and out of order; of parameters as long as any."""
-    for width, rows in ((77, [39, 0, 39]), (3000, [2**33, 1])):
-        for dtype in (torch.float32, torch.bfloat16):
-            weights, rows = normal(len(rows), width, dtype=dtype), torch.tensor(rows)
-            check(interpreted, weights, MANY[:2], rows=rows, distribution=distribution)
-
-
-def check_rounding(dtype):
-    """Into subnormals, over the largest number, and of all that a tensor can hold."""
-    numbers = every_number(dtype)[::32].clone()
-    numbers[:4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])
-    move = Move(*LAST, 1.0, 65_519.9, ROUND_PERTURBED)
-    check(interpreted, numbers, [move])
-    for exponent in (-40, -28, -24, -20, -13, 15, 127):
-        move = Move(*LAST, 1.0, 2.0**exponent, ROUND_UPDATE)
-        check(interpreted, numbers, [move])
-    check(interpreted, numbers, [move._replace(scale=1.7, coefficient=0.0)])
-
-
-def check_one_copy():
-    """The moves go to the device once, not with every tensor."""
-    from mezo.noise import gpu
-
-    gpu._on_device.cache_clear()
-    for _ in range(3):
-        interpreted(torch.zeros(3), KEY, WALK)
-    interpreted(torch.zeros(3), KEY, WALK[:1])
-    assert gpu._on_device.cache_info().misses == 2
+from mezo.noise import NEAREST, ROUND_PERTURBED, ROUND_UPDATE, Move
 
 
 def test_the_interpreted_kernel_has_the_bits_of_the_definition():
@@ -142,7 +38,7 @@ def test_the_interpreted_kernel_has_the_bits_of_the_definition():
         interpreter._convert_float = convert
         torch.set_num_threads(1)
 
-        from test_noise_gpu import check_lookups, check_moves, check_one_copy, check_rounding
+        from noise_checks import check_lookups, check_moves, check_one_copy, check_rounding
 
         for distribution in ("gaussian", "rademacher"):
             check_moves(distribution)
@@ -330,7 +226,7 @@ def test_the_kernel_allocates_nothing_beside_its_moves():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_run_on_the_device_replays_on_the_cpu(distribution, dtype, tmp_path):
     """50 steps; the losses are the device's own, the weights they lead to are not."""
-    from test_mezo import Regression, weights
+    from models import Regression, weights
 
     from mezo import MeZO, trajectory
 

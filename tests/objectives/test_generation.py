@@ -3,8 +3,9 @@
 import math
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe, unigram
 
 from mezo.arguments import ModelArguments
 from mezo.errors import InputError
@@ -18,8 +19,8 @@ NAMES = ("opt", "llama", "gpt2", "qwen2")
 
 
 def pair(name="opt"):
-    tokenizer = tiny.byte_bpe()
-    return tiny.model(name, len(tokenizer)), tokenizer
+    tokenizer = byte_bpe()
+    return tiny_model(name, len(tokenizer)), tokenizer
 
 
 def naive(model, tokenizer, prompt, settings, row, draw=0):
@@ -155,8 +156,8 @@ def test_modes_are_restored_and_adapters_are_run():
 
 
 def test_the_end_that_a_tokenizer_puts_behind_a_text_is_not_read():
-    tokenizer = tiny.unigram()  # ... </s>
-    model = tiny.model("llama", len(tokenizer))
+    tokenizer = unigram()  # ... </s>
+    model = tiny_model("llama", len(tokenizer))
     ids = tokenizer("the film")["input_ids"][:-1]
     given = generate(model, tokenizer, [ids], Generation(4))
     assert generate(model, tokenizer, ["the film"], Generation(4)) == given

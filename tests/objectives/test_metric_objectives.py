@@ -1,8 +1,9 @@
 """mezo.objectives.metrics: accuracy and F1 of a batch as the loss, alone and beside others."""
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe
 from torch.nn import functional as F
 
 from mezo import MeZO, tasks
@@ -27,8 +28,8 @@ def test_the_loss_is_what_is_written(objective, expected):
 
 
 def batch_of():
-    tokenizer = tiny.byte_bpe()
-    model = tiny.model("opt", len(tokenizer))
+    tokenizer = byte_bpe()
+    model = tiny_model("opt", len(tokenizer))
     task = tasks.custom_task("{text} It was", (" terrible", " great"))
     form = form_for(model, tokenizer, task)
     texts = ["no wit", "a charming journey", "dull", "the film of the year", "awful"]

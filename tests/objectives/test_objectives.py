@@ -3,9 +3,10 @@
 import copy
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from tiny_tokenizers import byte_bpe, word_piece
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as Seq2Seq
 
@@ -31,7 +32,7 @@ TOLERANCE = 64 * ROUNDING
 
 @pytest.fixture(scope="module")
 def bpe():
-    return tiny.byte_bpe()
+    return byte_bpe()
 
 
 def batch_of(form, examples=EXAMPLES):
@@ -70,31 +71,31 @@ def refused(match, call, *args, **options):
 def test_prompts_of_sst2_are_the_papers(bpe):
     """Golden strings: a change of one character is a new version of the task."""
     example = Example({"sentence": "that loves its characters "}, 1)
-    causal = form_for(tiny.model("opt"), bpe, SST2)
+    causal = form_for(tiny_model("opt"), bpe, SST2)
     assert causal.texts(example) == [
         "that loves its characters It was terrible",
         "that loves its characters It was great",
     ]
-    roberta = form_for(tiny.model("roberta"), tiny.byte_bpe(mask=True), SST2)
+    roberta = form_for(tiny_model("roberta"), byte_bpe(mask=True), SST2)
     assert roberta.texts(example) == ["that loves its characters It was <mask>."]
-    encoder = form_for(tiny.model("encoder"), tiny.word_piece(), SST2)
+    encoder = form_for(tiny_model("encoder"), word_piece(), SST2)
     assert encoder.texts(example) == ["that loves its characters"]
 
 
 def test_demonstrations_stand_before_the_prompt_with_their_labels(bpe):
-    form = form_for(tiny.model("opt"), bpe, SST2).in_context(None, EXAMPLES[:2])
+    form = form_for(tiny_model("opt"), bpe, SST2).in_context(None, EXAMPLES[:2])
     assert form.texts(EXAMPLES[2])[1] == (
         "a charming journey . It was terrible\n\n"
         "no wit , only labored gags and no wit It was great\n\n"
         "dull It was great"
     )
-    assert form.encode(EXAMPLES[2]) == form_for(tiny.model("opt"), bpe, SST2).encode(
+    assert form.encode(EXAMPLES[2]) == form_for(tiny_model("opt"), bpe, SST2).encode(
         EXAMPLES[2], demonstrations=EXAMPLES[:2]
     )
 
 
 def test_demonstrations_that_do_not_fit_are_dropped_from_the_left(bpe):
-    plain = form_for(tiny.model("opt"), bpe, SST2, max_length=48)
+    plain = form_for(tiny_model("opt"), bpe, SST2, max_length=48)
     form = plain.in_context(None, EXAMPLES * 3)
     feature = form.encode(EXAMPLES[2])
     kept = (EXAMPLES * 3)[feature["dropped"] :]
@@ -110,20 +111,20 @@ def test_demonstrations_that_do_not_fit_are_dropped_from_the_left(bpe):
 
 
 def test_single_token_candidates_share_one_row(bpe):
-    form = form_for(tiny.model("opt"), bpe, SST2)
+    form = form_for(tiny_model("opt"), bpe, SST2)
     batch = batch_of(form)
     assert batch["input_ids"].shape[0] == len(EXAMPLES)
     assert batch["targets"].shape == (3, 2, 1)
     for share, rows in ((True, 3), (False, 6)):
-        form = form_for(tiny.model("opt"), bpe, LONG, share=share)
+        form = form_for(tiny_model("opt"), bpe, LONG, share=share)
         assert batch_of(form)["input_ids"].shape[0] == rows
 
 
 def test_labels_come_first_in_a_batch(bpe):
     """The Trainer takes the number of examples from a batch's first tensor."""
-    masked = form_for(tiny.model("roberta"), tiny.byte_bpe(mask=True), SST2)
-    encoder = form_for(tiny.model("encoder"), tiny.word_piece(), SST2)
-    for form in (form_for(tiny.model("opt"), bpe, LONG), masked, encoder):
+    masked = form_for(tiny_model("roberta"), byte_bpe(mask=True), SST2)
+    encoder = form_for(tiny_model("encoder"), word_piece(), SST2)
+    for form in (form_for(tiny_model("opt"), bpe, LONG), masked, encoder):
         batch = batch_of(form)
         assert next(iter(batch)) == "labels"
         assert batch["labels"].tolist() == [0, 1, 0]
@@ -133,7 +134,7 @@ def test_labels_come_first_in_a_batch(bpe):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_scores_equal_those_of_one_candidate_at_a_time(name, task, bpe):
     """Padding on the left, shared rows and logits at the end alone change nothing."""
-    model = tiny.model(name)
+    model = tiny_model(name)
     form = form_for(model, bpe, task)
     expected = torch.stack([naive(model, bpe, task, example) for example in EXAMPLES])
     assert (expected[:, 0] - expected[:, 1]).abs().min() > 1e-2  # the test can tell them apart
@@ -144,7 +145,7 @@ def test_scores_equal_those_of_one_candidate_at_a_time(name, task, bpe):
 
 def test_a_forward_without_logits_to_keep_or_positions_gives_the_same(bpe):
     """OPT finds its positions by the mask; all logits are made and the last ones read."""
-    model = tiny.model("opt")
+    model = tiny_model("opt")
     form = form_for(model, bpe, LONG, share=False)
     plain = copy.copy(form)
     object.__setattr__(plain, "accepts", frozenset({"input_ids", "attention_mask"}))
@@ -152,7 +153,7 @@ def test_a_forward_without_logits_to_keep_or_positions_gives_the_same(bpe):
 
 
 def test_logits_are_made_for_the_candidates_positions_alone(bpe):
-    model = tiny.model("llama")
+    model = tiny_model("llama")
     made = []
     model.lm_head.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
     form = form_for(model, bpe, SST2)
@@ -162,7 +163,7 @@ def test_logits_are_made_for_the_candidates_positions_alone(bpe):
 
 def test_the_loss_is_the_cross_entropy_of_the_scores_in_float32(bpe):
     for dtype in (torch.float64, torch.bfloat16):
-        model = tiny.model("opt").to(dtype)
+        model = tiny_model("opt").to(dtype)
         form = form_for(model, bpe, LONG)
         batch = batch_of(form)
         scores = form.scores(model, batch)
@@ -172,7 +173,7 @@ def test_the_loss_is_the_cross_entropy_of_the_scores_in_float32(bpe):
 
 
 def test_the_tokens_objective_is_the_mean_over_the_right_candidates_tokens(bpe):
-    model = tiny.model("opt")
+    model = tiny_model("opt")
     form = form_for(model, bpe, LONG, objective="tokens")
     numbers, total = [], 0.0
     for example in EXAMPLES:
@@ -184,7 +185,7 @@ def test_the_tokens_objective_is_the_mean_over_the_right_candidates_tokens(bpe):
 
 
 def test_truncation_keeps_the_first_special_token_and_the_templates_end(bpe):
-    model = tiny.model("opt")
+    model = tiny_model("opt")
     whole = form_for(model, bpe, SST2).encode(EXAMPLES[1])
     form = form_for(model, bpe, SST2, max_length=10, truncate=True)
     feature = form.encode(EXAMPLES[1])
@@ -199,7 +200,7 @@ def test_candidates_may_name_columns(bpe):
     """Multiple choice: each example brings its own candidates."""
     task = custom_task("{premise} so", [" {choice1}", " {choice2}"])
     example = Example({"premise": "It was dull", "choice1": "a ", "choice2": "no"}, 0)
-    form = form_for(tiny.model("opt"), bpe, task)
+    form = form_for(tiny_model("opt"), bpe, task)
     assert form.texts(example) == ["It was dull so a", "It was dull so no"]
 
 
@@ -208,8 +209,8 @@ def test_candidates_may_name_columns(bpe):
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_masked_scores_are_the_logits_at_the_mask(name):
-    model = tiny.model(name)
-    tokenizer = tiny.word_piece() if name == "bert" else tiny.byte_bpe(mask=True, trim=True)
+    model = tiny_model(name)
+    tokenizer = word_piece() if name == "bert" else byte_bpe(mask=True, trim=True)
     form = form_for(model, tokenizer, SST2)
     words = [tokenizer.convert_tokens_to_ids(t) for t in
              (("terrible", "great") if name == "bert" else ("Ġterrible", "Ġgreat"))]  # fmt: skip
@@ -222,8 +223,8 @@ def test_masked_scores_are_the_logits_at_the_mask(name):
 
 
 def test_masked_logits_are_made_at_the_mask_alone_and_the_hook_is_gone():
-    model = tiny.model("bert")
-    form = form_for(model, tiny.word_piece(), SST2)
+    model = tiny_model("bert")
+    form = form_for(model, word_piece(), SST2)
     made = []
     watch = model.cls.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
     form.scores(model, batch_of(form))
@@ -235,7 +236,7 @@ def test_masked_logits_are_made_at_the_mask_alone_and_the_hook_is_gone():
 
 
 def test_a_mask_in_the_data_is_not_the_templates():
-    model, tokenizer = tiny.model("roberta"), tiny.byte_bpe(mask=True)
+    model, tokenizer = tiny_model("roberta"), byte_bpe(mask=True)
     form = form_for(model, tokenizer, SST2)
     feature = form.encode(Example({"sentence": "a <mask> film"}, 0))
     places = [t for t, i in enumerate(feature["input_ids"]) if i == tokenizer.mask_token_id]
@@ -243,30 +244,30 @@ def test_a_mask_in_the_data_is_not_the_templates():
 
 
 def test_a_masked_text_is_cut_on_the_left():
-    form = form_for(tiny.model("bert"), tiny.word_piece(), SST2, max_length=9, truncate=True)
-    whole = form_for(tiny.model("bert"), tiny.word_piece(), SST2).encode(EXAMPLES[1])
+    form = form_for(tiny_model("bert"), word_piece(), SST2, max_length=9, truncate=True)
+    whole = form_for(tiny_model("bert"), word_piece(), SST2).encode(EXAMPLES[1])
     feature = form.encode(EXAMPLES[1])
     assert feature["input_ids"] == [whole["input_ids"][0], *whole["input_ids"][-8:]]
     assert feature["input_ids"][feature["mask"]] == form.tokenizer.mask_token_id
 
 
 def test_verbalizers_that_are_not_one_token_each_are_refused():
-    model = tiny.model("bert")
+    model = tiny_model("bert")
     words = {"terribly": "must be one token, the tokenizer has t ##e ##r", "日本": r"has \[UNK\]"}
     for word, reason in words.items():
         task = custom_task("{sentence} It was {mask}.", [word, "great"])
-        refused(reason, form_for, model, tiny.word_piece(), task)
+        refused(reason, form_for, model, word_piece(), task)
     same = custom_task("{sentence} It was {mask}.", ["Great", "great"])
-    refused("verbalizers Great, great share a token", form_for, model, tiny.word_piece(), same)
-    bare = tiny.byte_bpe()
-    refused("has no mask token", form_for, tiny.model("roberta"), bare, SST2)
+    refused("verbalizers Great, great share a token", form_for, model, word_piece(), same)
+    bare = byte_bpe()
+    refused("has no mask token", form_for, tiny_model("roberta"), bare, SST2)
 
 
 # Encoder scores
 
 
 def encoder():
-    model, tokenizer = tiny.model("encoder"), tiny.word_piece()
+    model, tokenizer = tiny_model("encoder"), word_piece()
     return model, tokenizer, form_for(model, tokenizer, SST2)
 
 
@@ -297,7 +298,7 @@ def test_encoder_demonstrations_are_averaged_with_the_description():
 
 
 def test_calibration_subtracts_the_scores_of_an_empty_example(bpe):
-    model = tiny.model("opt").train()
+    model = tiny_model("opt").train()
     form = form_for(model, bpe, SST2)
     calibrated = form.calibrate(model)
     assert model.training
@@ -313,9 +314,9 @@ def test_calibration_subtracts_the_scores_of_an_empty_example(bpe):
 @pytest.mark.parametrize("name", ["opt", "roberta", "encoder"])
 def test_a_lora_wrapped_model_scores_as_its_merged_weights(name):
     """peft's wrapper is looked through, and its adapter is in force."""
-    tokenizer = {"opt": tiny.byte_bpe(), "roberta": tiny.byte_bpe(mask=True)}.get(name)
-    tokenizer = tokenizer or tiny.word_piece()
-    base = tiny.model(name)
+    tokenizer = {"opt": byte_bpe(), "roberta": byte_bpe(mask=True)}.get(name)
+    tokenizer = tokenizer or word_piece()
+    base = tiny_model(name)
     modules = ["q_proj", "v_proj"] if name == "opt" else ["query", "value"]
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
@@ -333,10 +334,10 @@ def test_a_lora_wrapped_model_scores_as_its_merged_weights(name):
 def test_a_prefix_scores_the_same_padded_or_not(name):
     """The prefix comes before the padding; positions are counted by the mask."""
     kind = "CAUSAL_LM" if name != "roberta" else "FEATURE_EXTRACTION"
-    tokenizer = tiny.byte_bpe(mask=name == "roberta")
+    tokenizer = byte_bpe(mask=name == "roberta")
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
-        model = get_peft_model(tiny.model(name), PrefixTuningConfig(kind, num_virtual_tokens=3))
+        model = get_peft_model(tiny_model(name), PrefixTuningConfig(kind, num_virtual_tokens=3))
         model.double().eval()
     form = form_for(model, tokenizer, SST2)
     padded = form.scores(model, batch_of(form)).detach()
@@ -345,9 +346,9 @@ def test_a_prefix_scores_the_same_padded_or_not(name):
 
 
 def test_the_kind_may_be_named_and_a_wrong_one_is_refused(bpe):
-    model = tiny.model("bert")
-    assert type(form_for(model.bert, tiny.word_piece(), SST2)).__name__ == "Encoder"
-    assert type(form_for(model, tiny.word_piece(), SST2, kind="masked")).__name__ == "Masked"
+    model = tiny_model("bert")
+    assert type(form_for(model.bert, word_piece(), SST2)).__name__ == "Encoder"
+    assert type(form_for(model, word_piece(), SST2, kind="masked")).__name__ == "Masked"
     refused("kind must be causal, masked, encoder, got 'lm'", form_for, model, bpe, SST2, kind="lm")
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
     classifier = BertForSequenceClassification(BertConfig(**small, vocab_size=50))
@@ -357,16 +358,16 @@ def test_the_kind_may_be_named_and_a_wrong_one_is_refused(bpe):
 
 
 def test_what_does_not_go_together_is_refused(bpe):
-    model = tiny.model("opt")
+    model = tiny_model("opt")
     masked = custom_task("{sentence} It was {mask}.", ["bad", "good"])
     refused("custom has no prompt, which a model of kind causal", form_for, model, bpe, masked)
     refused("max_length must be from 2 to 64, got 65", form_for, model, bpe, SST2, 65)
     refused("objective must be candidates or tokens", form_for, model, bpe, SST2, objective="x")
-    bert, words = tiny.model("bert"), tiny.word_piece()
+    bert, words = tiny_model("bert"), word_piece()
     refused("tokens is for causal", form_for, bert, words, SST2, objective="tokens")
     long = Example({"sentence": "no wit " * 40}, 0, "train.tsv row 9")
     for name, tokenizer in {"opt": bpe, "bert": words, "encoder": words}.items():
-        form = form_for(tiny.model(name), tokenizer, SST2)
+        form = form_for(tiny_model(name), tokenizer, SST2)
         refused("train.tsv row 9 has .* tokens, the limit is 64", form.encode, long)
     refused("for causal models and encoders", form_for(bert, words, SST2).encode, long, [long])
     refused("for causal models and encoders", form_for(bert, words, SST2).in_context, bert, [long])
@@ -374,10 +375,10 @@ def test_what_does_not_go_together_is_refused(bpe):
 
 
 def test_an_example_that_gives_no_tokens_is_refused(bpe):
-    form = form_for(tiny.model("gpt2"), tiny.byte_bpe(bos=False), custom_task("{t}", ["a", "b"]))
+    form = form_for(tiny_model("gpt2"), byte_bpe(bos=False), custom_task("{t}", ["a", "b"]))
     refused("row 3: nothing precedes", form.encode, Example({"t": ""}, 0, "row 3"))
 
 
 def test_the_context_of_roberta_leaves_out_the_positions_before_the_first():
     """64 positions behind padding_idx 0, in a table of 65."""
-    assert form_for(tiny.model("roberta"), tiny.byte_bpe(mask=True), SST2).max_length == 64
+    assert form_for(tiny_model("roberta"), byte_bpe(mask=True), SST2).max_length == 64

@@ -3,9 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
-from test_objectives_shared import CHOICE, EXAMPLES, TOLERANCE, batch_of
+from models import tiny_model
+from shared_prompts import CHOICE, EXAMPLES, TOLERANCE, batch_of
+from tiny_tokenizers import byte_bpe, word_piece
 
 from mezo import MeZO, tasks
 from mezo.errors import InputError
@@ -21,12 +22,12 @@ SENTENCES = [Example({"sentence": s}, i, f"row {i}") for i, s in enumerate(("dul
 
 @pytest.fixture(scope="module")
 def bpe():
-    return tiny.byte_bpe()
+    return byte_bpe()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model("opt")
+    return tiny_model("opt")
 
 
 def log_probs(model, tokenizer, prompt, candidate):
@@ -80,7 +81,7 @@ def test_an_examples_own_candidates_are_scored_after_the_neutral_prompt_too(kind
 
 @pytest.mark.parametrize("share", [True, False])
 def test_a_calibrated_loss_takes_both_signs_at_once(share, bpe):
-    model = tiny.model("opt").float()
+    model = tiny_model("opt").float()
     form = form_for(model, bpe, CHOICE, share=share).calibrate(model, "sfc")
     optimizer = MeZO(model.named_parameters(), eps=0.1, seed=1, perturbation="low_rank")
     perturbed, batch = perturb(optimizer.trained(), optimizer.param_groups[0], 0), batch_of(form)
@@ -104,25 +105,25 @@ def test_demonstrations_stand_before_the_neutral_prompt_if_they_came_first(model
 
 def test_a_candidate_may_begin_the_text_where_something_precedes_it(bpe):
     """No sfc_prompt: the prior is that after the first special token. GPT-2 has none."""
-    model, bare = tiny.model("opt"), replace(LONG, sfc_prompt="")
+    model, bare = tiny_model("opt"), replace(LONG, sfc_prompt="")
     form = form_for(model, bpe, bare).calibrate(model, "sfc")
     found = form.offsets.tolist()
     expected = [log_probs(model, bpe, "", c).sum() for c in WORDS]
     close(torch.tensor(found), torch.tensor(expected))
-    gpt2 = form_for(tiny.model("gpt2"), tiny.byte_bpe(bos=False), bare)
-    refused("the sfc prompt of custom: nothing precedes", gpt2.calibrate, tiny.model("gpt2"), "sfc")
+    gpt2 = form_for(tiny_model("gpt2"), byte_bpe(bos=False), bare)
+    refused("the sfc prompt of custom: nothing precedes", gpt2.calibrate, tiny_model("gpt2"), "sfc")
 
 
 def test_what_cannot_be_calibrated_is_refused(model, bpe):
     form = form_for(model, bpe, LONG)
     refused("must be content_free or sfc, got 'prior'", form.calibrate, model, "prior")
-    masked = form_for(tiny.model("bert"), tiny.word_piece(), tasks.get("sst2"))
-    refused("calibration 'sfc' is for causal models", masked.calibrate, tiny.model("bert"), "sfc")
+    masked = form_for(tiny_model("bert"), word_piece(), tasks.get("sst2"))
+    refused("calibration 'sfc' is for causal models", masked.calibrate, tiny_model("bert"), "sfc")
 
 
 def test_models_of_fixed_words_refuse_an_examples_own_candidates(bpe):
     sst2, own = tasks.get("sst2"), Example({"sentence": "dull"}, 0, "row 4", candidates=(" a",))
     for name in ("bert", "encoder"):
-        form = form_for(tiny.model(name), tiny.word_piece(), sst2)
+        form = form_for(tiny_model(name), word_piece(), sst2)
         refused("row 4 has candidates of its own: they need a causal", form.encode, own)
-    refused("choice has no mask_prompt", form_for, tiny.model("bert"), tiny.word_piece(), CHOICE)
+    refused("choice has no mask_prompt", form_for, tiny_model("bert"), word_piece(), CHOICE)

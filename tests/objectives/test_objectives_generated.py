@@ -1,8 +1,9 @@
 """Tasks whose answer the model writes: the loss on the answer, and evaluation by greedy text."""
 
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe, word_piece
 
 from mezo import MeZO
 from mezo.errors import InputError
@@ -37,12 +38,12 @@ TOLERANCE = 10 * 64 * 2.0**-24  # as in test_objectives_shared.py
 
 @pytest.fixture(scope="module")
 def bpe():
-    return tiny.byte_bpe()
+    return byte_bpe()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.model("opt")
+    return tiny_model("opt")
 
 
 def batch_of(form, examples=EXAMPLES):
@@ -78,7 +79,7 @@ def test_the_loss_is_the_mean_over_the_first_answers_tokens(model, bpe):
 
 
 def test_both_losses_along_low_rank_directions(bpe):
-    model = tiny.model("opt").float()
+    model = tiny_model("opt").float()
     form = form_for(model, bpe, QUESTIONS)
     optimizer = MeZO(model.named_parameters(), eps=0.1, seed=1, perturbation="low_rank")
     perturbed, batch = perturb(optimizer.trained(), optimizer.param_groups[0], 0), batch_of(form)
@@ -128,7 +129,7 @@ def test_demonstrations_are_questions_with_their_first_answers(model, bpe):
 
 def test_demonstrations_leave_room_for_what_is_written(bpe):
     """Those that do not are dropped, the first ones first, and their number is told."""
-    roomy = tiny.model("opt", context=256)
+    roomy = tiny_model("opt", context=256)
     whole = form_for(roomy, bpe, QUESTIONS)
     shown = [EXAMPLES[0]] * 3
     two = whole.encode(EXAMPLES[0], demonstrations=shown[:2])
@@ -160,8 +161,8 @@ def test_what_a_task_that_generates_cannot_do_is_refused(model, bpe):
     form = form_for(model, bpe, QUESTIONS)
     refused("questions generates text: it has no scores", form.calibrate, model)
     refused("row 3 has no answers", form.encode, Example(EXAMPLES[0].fields, -1, "row 3"))
-    words = tiny.word_piece()
+    words = word_piece()
     for name in ("bert", "encoder"):
         kind = {"bert": "masked"}.get(name, name)
         refused(f"questions generates text: it needs a causal model, not {kind}",
-                form_for, tiny.model(name), words, QUESTIONS)  # fmt: skip
+                form_for, tiny_model(name), words, QUESTIONS)  # fmt: skip

@@ -1,9 +1,9 @@
 """Any model with any kind of tokenizer: which tokens are scored, whichever side is padded."""
 
 import pytest
-import tiny
 import torch
-from test_objectives_shared import SHARING, TOLERANCE, model_of
+from shared_prompts import SHARING, TOLERANCE, model_of
+from tiny_tokenizers import byte_bpe, unigram, word_piece
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForMaskedLM
 
@@ -14,7 +14,7 @@ from mezo.tasks import Example, custom_task
 TASK = custom_task("{sentence} It was", [" a terrible, awful movie", " great"])
 TEXTS = ["a charming journey", "no wit , only labored gags and no wit", "dull"]
 EXAMPLES = [Example({"sentence": text}, i % 2, f"row {i}") for i, text in enumerate(TEXTS)]
-TOKENIZERS = {"bpe": tiny.byte_bpe, "unigram": tiny.unigram, "word piece": tiny.word_piece}
+TOKENIZERS = {"bpe": byte_bpe, "unigram": unigram, "word piece": word_piece}
 MASKED = {
     "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
@@ -75,7 +75,7 @@ def test_masked_models_are_asked_at_the_mask_alone(name):
         torch.random.manual_seed(0)
         config = AutoConfig.for_model(name, **(small | MASKED[name]))
         model = AutoModelForMaskedLM.from_config(config).double().eval()
-    tokenizer = tiny.word_piece()
+    tokenizer = word_piece()
     form = form_for(model, tokenizer, tasks.get("sst2"))
     batch, made = form.collate([form.encode(e) for e in EXAMPLES]), []
     hook = model.get_output_embeddings().register_forward_hook(

@@ -1,8 +1,8 @@
 """Which tokens a piece of text becomes, for tokenizers of several kinds."""
 
 import pytest
-import tiny
 import torch
+from tiny_tokenizers import byte_bpe, unigram, word_piece
 
 from mezo.errors import InputError
 from mezo.objectives.tokens import stack, tokenize
@@ -11,11 +11,11 @@ from mezo.objectives.tokens import stack, tokenize
 @pytest.mark.parametrize(
     "tokenizer",
     [
-        tiny.byte_bpe(),
-        tiny.byte_bpe(bos=False),
-        tiny.byte_bpe(mask=True, trim=True),
-        tiny.word_piece(),
-        tiny.unigram(),
+        byte_bpe(),
+        byte_bpe(bos=False),
+        byte_bpe(mask=True, trim=True),
+        word_piece(),
+        unigram(),
     ],
     ids=["bpe with bos", "bpe", "bpe, trimmed offsets", "word piece", "unigram"],
 )
@@ -38,14 +38,14 @@ def test_the_span_is_the_candidate_for_every_kind_of_tokenizer(tokenizer, candid
 
 def test_a_token_across_the_boundary_belongs_to_the_candidate():
     """Prompt "It was ", candidate "great": BPE puts the prompt's space into the candidate."""
-    text, bpe = "It was great", tiny.byte_bpe()
+    text, bpe = "It was great", byte_bpe()
     (tokens,) = tokenize(bpe, [text], [len("It was ")], [len(text)])
     assert bpe.decode(tokens.ids[tokens.first : tokens.last]) == " great"
 
 
 def test_a_span_without_tokens_is_refused():
     with pytest.raises(InputError, match="makes no token of ''"):
-        tokenize(tiny.byte_bpe(), ["It was"], [6], [6])
+        tokenize(byte_bpe(), ["It was"], [6], [6])
 
 
 def test_rows_are_filled_up_on_the_side_asked_for():

@@ -5,9 +5,9 @@ With one, half of the blocks are on the CPU, and computed there: two devices.
 """
 
 import pytest
-import tiny
 import torch
 from accelerate import dispatch_model
+from models import tiny_model
 from trainers import settings
 
 from mezo import MeZO, MeZOTrainer, trajectory
@@ -25,7 +25,7 @@ BLOCKS = ("embed_tokens", "embed_positions", "layers.0", "layers.1", "final_laye
 
 
 def opt(dtype="float32"):
-    return tiny.model("opt").to(getattr(torch, dtype)).eval()
+    return tiny_model("opt").to(getattr(torch, dtype)).eval()
 
 
 def dispatched(model, layers, rest="cpu", **options):

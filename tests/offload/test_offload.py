@@ -5,10 +5,9 @@ import copy
 import threading
 
 import pytest
-import tiny
 import torch
+from offloading import COPIES, WORDS, bits, loss_of, made, same
 from safetensors.torch import load_file
-from test_perturbation import architecture
 from torch.nn import functional as F
 
 from mezo import MeZO, trajectory
@@ -19,27 +18,7 @@ from mezo.errors import InputError
 from mezo.models.mapped import COPY
 from mezo.offload.context import Offload, load_offloaded, offload
 
-WORDS = torch.randint(5, 90, (3, 12), generator=torch.Generator().manual_seed(0))
 STEPS = 3
-COPIES = {"device": "cpu", "copies": True}  # as to another device
-
-
-def made(name, dtype=torch.float32):
-    model = architecture(name, dtype) if name == "mixtral" else tiny.model(name).to(dtype)
-    model.config.use_cache = False
-    return model
-
-
-def loss_of(model):
-    return lambda: model(input_ids=WORDS, labels=WORDS, use_cache=False).loss
-
-
-def bits(model):
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
 
 
 def trained(model, log, place=None, steps=STEPS, **settings):

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import pytest
 from folders import OWN, mezo, model_folder, reviews, same_weights, training
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo import trajectory
 from mezo.offload.context import Offload

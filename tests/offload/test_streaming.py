@@ -4,7 +4,7 @@ import contextlib
 import threading
 
 import torch
-from test_offload import COPIES, loss_of, made
+from offloading import COPIES, loss_of, made
 
 from mezo import MeZO
 from mezo.noise import Move, table

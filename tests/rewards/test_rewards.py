@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from models import tiny_model
+from tiny_tokenizers import byte_bpe
 
 from mezo import MeZO, rewards, trajectory
 from mezo.errors import InputError
@@ -24,8 +25,8 @@ def lengths(completions, **kwargs):
 
 
 def pair():
-    tokenizer = tiny.byte_bpe()
-    return tiny.model("llama", len(tokenizer)).float(), tokenizer
+    tokenizer = byte_bpe()
+    return tiny_model("llama", len(tokenizer)).float(), tokenizer
 
 
 def test_a_function_gets_what_trl_gives_it():

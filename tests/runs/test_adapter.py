@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from folders import mezo, reviews, same_weights, training
+from models import tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
+from tiny_tokenizers import byte_bpe
 from transformers import AutoModelForCausalLM
 
 from mezo import MeZO, MeZOAdapter, trajectory
@@ -29,8 +29,8 @@ LORA = ["--use_peft", "--lora_r=3", "--lora_target_modules", "q_proj", "v_proj"]
 def place(tmp_path_factory):
     """A model in bfloat16, and runs through the command line: full (in float32) and lora."""
     folder = tmp_path_factory.mktemp("adapter")
-    tokenizer = tiny.byte_bpe()
-    tiny.model("opt", len(tokenizer)).bfloat16().save_pretrained(folder / "tiny")
+    tokenizer = byte_bpe()
+    tiny_model("opt", len(tokenizer)).bfloat16().save_pretrained(folder / "tiny")
     tokenizer.save_pretrained(folder / "tiny")
     reviews(folder / "reviews.jsonl")
     short = {"max_steps": 2, "load_best_model_at_end": False, "disable_tqdm": True}

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from folders import mezo, reviews, same_weights, training
+from models import LENGTH, tiny_model
 from safetensors.torch import load_file
-from test_run import data, moved, place, replayed, settings, trained  # noqa: F401
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
+from task_runs import data, moved, replayed, settings, trained
+from tiny_tokenizers import byte_bpe, word_piece
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mezo import MeZO, MeZOAdapter, objectives, tasks, trajectory
@@ -36,7 +36,7 @@ quantised = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs 
     ("method", "passes"),
     [("mezo", 8), ("adam", 12), ("lp", 1), ("zero-shot", 0)],
 )
-def test_every_method_gives_the_same_fields(place, tmp_path, method, passes):  # noqa: F811
+def test_every_method_gives_the_same_fields(place, tmp_path, method, passes):
     """4 steps: 2 passes each, or 3 with the backward as two; a probe reads its 24 texts once."""
     result = trained(place, tmp_path, method=method)
     assert result.keys() >= FIELDS
@@ -72,9 +72,9 @@ def test_a_probe_separates_what_is_separable():
 @pytest.mark.parametrize("kind", ["opt", "llama", "gpt2", "roberta", "bert", "encoder"])
 def test_a_probe_reads_what_the_head_reads(kind):
     """The head's own logits are head(features): at the last token, at the mask, over the text."""
-    masked = {"roberta": tiny.byte_bpe(mask=True), "bert": tiny.word_piece()}
-    tokenizer = masked.get(kind) or (tiny.word_piece() if kind == "encoder" else tiny.byte_bpe())
-    model = tiny.model(kind, len(tokenizer))
+    masked = {"roberta": byte_bpe(mask=True), "bert": word_piece()}
+    tokenizer = masked.get(kind) or (word_piece() if kind == "encoder" else byte_bpe())
+    model = tiny_model(kind, len(tokenizer))
     form = objectives.form_for(model, tokenizer, tasks.get("sst2"))
     texts = ("a charming journey .", "dull", "no wit , only labored gags")
     examples = [tasks.Example({"sentence": text}, i % 2) for i, text in enumerate(texts)]
@@ -96,7 +96,7 @@ def test_a_probe_reads_what_the_head_reads(kind):
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "roberta", "bert", "encoder"])
 def test_the_head_is_what_is_above_the_base_model(kind):
-    model = tiny.model(kind)
+    model = tiny_model(kind)
     if kind == "encoder":
         with pytest.raises(InputError, match="BertModel has no head"):
             head_of(model)
@@ -115,7 +115,7 @@ def test_the_head_is_what_is_above_the_base_model(kind):
         assert not any(".encoder." in name for name in names)
 
 
-def test_head_tuning_moves_the_head_alone(place, tmp_path):  # noqa: F811
+def test_head_tuning_moves_the_head_alone(place, tmp_path):
     trained(place, tmp_path / "a", {"trainable": "head"})
     assert moved(place, tmp_path / "a") == {"model.decoder.embed_tokens.weight"}
     log = tmp_path / "a" / "run.mezo"
@@ -123,7 +123,7 @@ def test_head_tuning_moves_the_head_alone(place, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_adam_with_checkpointing_gives_the_same_in_more_passes(place, tmp_path, lora, monkeypatch):  # noqa: F811
+def test_adam_with_checkpointing_gives_the_same_in_more_passes(place, tmp_path, lora, monkeypatch):
     """The same weights; while training, each layer's forward runs twice a step instead of once."""
     calls, load = [], models.load
 
@@ -148,7 +148,7 @@ def test_passes_count_samples_and_accumulation(tmp_path):
     assert passes_of_a_step(args) == 12
 
 
-def test_a_prefix_run_is_rebuilt_from_its_log(place, tmp_path):  # noqa: F811
+def test_a_prefix_run_is_rebuilt_from_its_log(place, tmp_path):
     """Bitwise: in one line, by the terminal's replay, from the start it kept; and resumed."""
     result = trained(place, tmp_path / "a", PREFIX, mezo_eps=0.1, learning_rate=1e-2)
     assert result["method"] == "mezo-prefix"
@@ -174,7 +174,7 @@ def test_a_prefix_run_is_rebuilt_from_its_log(place, tmp_path):  # noqa: F811
     assert saved["loss"] == result["test"]["loss"]
 
 
-def test_a_prefix_run_goes_on_from_its_log(place, tmp_path):  # noqa: F811
+def test_a_prefix_run_goes_on_from_its_log(place, tmp_path):
     """From the adapter it began with, where there is no checkpoint."""
     options = {"mezo_eps": 0.1, "learning_rate": 1e-2, "save_strategy": "no"}
     whole = trained(place, tmp_path / "whole", PREFIX, **options)
@@ -186,8 +186,8 @@ def test_a_prefix_run_goes_on_from_its_log(place, tmp_path):  # noqa: F811
 
 
 def test_a_prompt_on_a_masked_model_trains_and_replays(tmp_path):
-    tokenizer = tiny.byte_bpe(mask=True)
-    tiny.model("roberta", len(tokenizer)).float().save_pretrained(tmp_path / "tiny")
+    tokenizer = byte_bpe(mask=True)
+    tiny_model("roberta", len(tokenizer)).float().save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     reviews(tmp_path / "reviews.jsonl")
     for peft_type in ("prefix", "prompt"):
@@ -201,9 +201,9 @@ def test_a_prompt_on_a_masked_model_trains_and_replays(tmp_path):
 def wide(tmp_path_factory):
     """A base 64 wide: on processors with AVX-512, bitsandbytes packs 4-bit weights in such rows."""
     folder = tmp_path_factory.mktemp("wide")
-    tokenizer = tiny.byte_bpe()
+    tokenizer = byte_bpe()
     sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "max_position_embeddings": tiny.LENGTH, "init_std": 0.3}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "init_std": 0.3}
     with torch.random.fork_rng():
         torch.random.manual_seed(7)
         model = OPTForCausalLM(
@@ -236,7 +236,7 @@ class Packed(torch.nn.Parameter):
 
 def test_a_quantised_model_is_told_by_its_parameters():
     """Whatever made it: a config, integers, or a tensor of a class of its own."""
-    model = tiny.model("opt")
+    model = tiny_model("opt")
     models.refuse_quantised(model)
     model.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(InputError, match=r"the model is quantised \(gptq\)"):
@@ -245,7 +245,7 @@ def test_a_quantised_model_is_told_by_its_parameters():
         (torch.nn.Parameter, torch.int8, r"fc1\.weight is quantised \(Parameter, int8\)"),
         (Packed, torch.float32, r"fc1\.weight is quantised \(Packed, float32\)"),
     ):
-        model = tiny.model("opt")
+        model = tiny_model("opt")
         weight = torch.zeros(32, 16, dtype=dtype)
         model.model.decoder.layers[0].fc1.weight = kind(weight, requires_grad=False)
         with pytest.raises(InputError, match=message):
@@ -254,7 +254,7 @@ def test_a_quantised_model_is_told_by_its_parameters():
         models.refuse_quantised(model)
 
 
-def test_quantising_needs_its_library(place, monkeypatch):  # noqa: F811
+def test_quantising_needs_its_library(place, monkeypatch):
     args = ModelArguments(str(place / "tiny"), load_in_4bit=True)
     with pytest.raises(InputError, match="exclude each other"):
         models.load(ModelArguments(str(place / "tiny"), load_in_4bit=True, load_in_8bit=True))
@@ -279,7 +279,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(a) for a, _ in REFUSED])
-def test_a_method_that_cannot_be_is_one_line(place, argv, message, capsys, tmp_path):  # noqa: F811
+def test_a_method_that_cannot_be_is_one_line(place, argv, message, capsys, tmp_path):
     code, out, err = mezo(capsys, "train", *training(place, place / "tiny"), *argv)
     assert (code, out) == (2, "")
     assert err.startswith("mezo: ")
@@ -287,7 +287,7 @@ def test_a_method_that_cannot_be_is_one_line(place, argv, message, capsys, tmp_p
     assert message in err
 
 
-def test_a_log_cannot_name_what_is_loaded(place, tmp_path):  # noqa: F811
+def test_a_log_cannot_name_what_is_loaded(place, tmp_path):
     """Its options of an adapter are numbers: none names a tokenizer, a module or a folder."""
     model = models.load(ModelArguments(str(place / "tiny"), use_peft=True))[0]
     for config, message in (

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from folders import mezo, model_folder, reviews, training
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo import MeZOConfig, trajectory
 from mezo.arguments import ModelArguments

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 from datasets import Dataset
 from folders import mezo, model_folder, same_weights
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
+from models import tiny_model
+from tiny_tokenizers import byte_bpe
 from transformers import AutoTokenizer
 
 from mezo import trajectory
@@ -176,8 +176,8 @@ def test_help_needs_no_trl(capsys):
 
 
 def test_a_tokenizer_without_a_template_is_one_line(place, tmp_path, capsys):
-    tiny.model("opt", 400).float().save_pretrained(tmp_path / "bare")
-    tiny.byte_bpe().save_pretrained(tmp_path / "bare")
+    tiny_model("opt", 400).float().save_pretrained(tmp_path / "bare")
+    byte_bpe().save_pretrained(tmp_path / "bare")
     argv = command(place, "sft", "chats.jsonl", tmp_path / "out", f"--model={tmp_path / 'bare'}")
     code, _, err = mezo(capsys, *argv)
     assert code == 2

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 import pytest
 import yaml
 from folders import mezo, model_folder, reviews
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo import tasks
 from mezo.arguments import DataArguments

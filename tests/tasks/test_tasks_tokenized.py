@@ -2,8 +2,8 @@
 
 import pytest
 import real_shapes
-import tiny
-from test_tasks_golden import CAUSAL, GENERATION, PAIRS
+from golden_prompts import CAUSAL, GENERATION, PAIRS
+from models import tiny_model
 
 from mezo import tasks
 from mezo.objectives import form_for
@@ -17,7 +17,7 @@ def bare(text):
 
 
 def form_of(task, tokenizer, kind):
-    model = tiny.model(kind, len(tokenizer), context=4096)
+    model = tiny_model(kind, len(tokenizer), context=4096)
     return form_for(model, tokenizer, task, 4000)
 
 

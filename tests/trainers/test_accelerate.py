@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from perceptron import OPTIONS, digest, loss, message, model, points
 from processes import run
-from test_distributed import OPTIONS, digest, loss, message, model, points
 
 from mezo import MeZO
 from mezo.distributed import processes as distributed

@@ -11,9 +11,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_mezo import Regression, weights
-from trainers import Watch, grads, llama, quick_collection, trainer_at  # noqa: F401
-from trainers import weights as trained_weights
+from models import Regression, llama, weights
+from models import weights as trained_weights
+from trainers import Watch, grads, trainer_at
 from transformers import TrainerCallback
 
 from mezo import MeZO, trajectory

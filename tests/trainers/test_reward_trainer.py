@@ -12,12 +12,13 @@ from pathlib import Path
 
 import folders
 import pytest
-import tiny
 import torch
 from datasets import Dataset
+from models import tiny_model, weights
 from peft import LoraConfig
+from tiny_tokenizers import byte_bpe
 from torch import distributed as dist
-from trainers import quick_collection, settings, weights  # noqa: F401
+from trainers import settings
 
 from mezo import MeZOPolicyConfig, MeZOPolicyTrainer, trajectory
 from mezo.errors import InputError
@@ -34,8 +35,8 @@ def judge(completions, bonus, **kwargs):
 
 
 def made(path, reward_funcs=judge, model=None, rows=None, **changes):
-    tokenizer = tiny.byte_bpe()
-    model = tiny.model("llama", len(tokenizer)).float() if model is None else model
+    tokenizer = byte_bpe()
+    model = tiny_model("llama", len(tokenizer)).float() if model is None else model
     options = {"max_completion_length": 6, "mezo_eps": 1e-2, "learning_rate": 1e-2}
     more = {key: changes.pop(key) for key in ("peft_config",) if key in changes}
     args = settings(path, MeZOPolicyConfig, **(options | changes))
@@ -56,8 +57,8 @@ def test_a_run_learns_logs_and_is_rebuilt_to_the_bit(tmp_path):
     assert all(abs(entry["reward"] + entry["loss"]) < 1e-3 for entry in logs[1:])  # of both halves
     lines = (tmp_path / "completions.jsonl").read_text().splitlines()
     assert {"prompt", "completion", "reward", "judge", "step"} <= json.loads(lines[0]).keys()
-    tokenizer = tiny.byte_bpe()
-    base = tiny.model("llama", len(tokenizer)).float()
+    tokenizer = byte_bpe()
+    base = tiny_model("llama", len(tokenizer)).float()
     trajectory.replay(tmp_path / "run.mezo", base)
     assert torch.equal(weights(base), weights(trainer.model))
     config = trajectory.read(tmp_path / "run.mezo").header["config"]
@@ -130,9 +131,9 @@ def test_rewards_that_tie_are_warned_of_once(tmp_path, caplog):
 
 
 def test_conversations_data_sets_and_adapters_go_in_as_in_trl(tmp_path):
-    tokenizer = tiny.byte_bpe()
+    tokenizer = byte_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    model = tiny.model("llama", len(tokenizer)).float()
+    model = tiny_model("llama", len(tokenizer)).float()
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in WORDS]
     seen = []
 
@@ -171,7 +172,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(InputError, match="no column 'bonus'"):
         made(tmp_path, rows=[*ROWS[:1], {"prompt": "a"}] * 8).train()
     with pytest.raises(InputError, match="processing_class is missing"):
-        MeZOPolicyTrainer(tiny.model("llama"), judge, settings(tmp_path, MeZOPolicyConfig))
+        MeZOPolicyTrainer(tiny_model("llama"), judge, settings(tmp_path, MeZOPolicyConfig))
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -270,8 +271,8 @@ def test_two_processes_take_the_same_steps(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == two
-    tokenizer = tiny.byte_bpe()
-    base = tiny.model("llama", len(tokenizer)).float()
+    tokenizer = byte_bpe()
+    base = tiny_model("llama", len(tokenizer)).float()
     trajectory.replay(tmp_path / "run.mezo", base)
     assert hashlib.sha256(weights(base).numpy().tobytes()).hexdigest() == one["weights"]
 

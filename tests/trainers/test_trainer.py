@@ -8,21 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from trainers import (
-    LR,
-    UNIT,
-    Toy,
-    Watch,
-    grads,
-    llama,
-    points,
-    quick_collection,  # noqa: F401
-    sentences,
-    settings,
-    trained,
-    trainer_at,
-    weights,
-)
+from models import Toy, llama, weights
+from trainers import LR, UNIT, Watch, grads, points, sentences, settings, trained, trainer_at
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from mezo import MeZO, MeZOConfig, MeZOTrainer, trajectory

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from models import llama, weights
 from torch import distributed as dist
-from trainers import UNIT, grads, llama, trainer_at, weights
+from trainers import UNIT, grads, trainer_at
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 

@@ -4,13 +4,9 @@ import copy
 
 import pytest
 import torch
+from models import llama, weights
 from peft import LoraConfig, get_peft_model
-from trainers import (
-    llama,
-    quick_collection,  # noqa: F401
-    trainer_at,
-    weights,
-)
+from trainers import trainer_at
 
 from mezo import trajectory
 

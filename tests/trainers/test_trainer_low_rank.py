@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from trainers import (
-    Toy,
-    grads,
-    llama,
-    points,
-    quick_collection,  # noqa: F401
-    trainer_at,
-    weights,
-)
+from models import Toy, llama, weights
+from trainers import PairedTrainer, grads, points, trainer_at
 
 from mezo import MeZOTrainer, trajectory
 from mezo.runs import task as run
@@ -51,13 +44,6 @@ def test_the_best_model_is_not_added_to(tmp_path):
     trainer.train()
     kept = type(trainer.model).from_pretrained(tmp_path / "checkpoint-2")
     assert torch.equal(weights(trainer.model), weights(kept))
-
-
-class PairedTrainer(MeZOTrainer):
-    def pair_loss(self, model, inputs, both):
-        with both(len(inputs["x"])):
-            found = model.layer(torch.cat([inputs["x"], inputs["x"]])).squeeze(-1)
-        return [(half - inputs["labels"]).square().mean() for half in found.chunk(2)]
 
 
 def test_a_trainer_that_knows_its_pair_takes_one_pass(tmp_path):

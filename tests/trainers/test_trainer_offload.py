@@ -5,17 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer_low_rank import PairedTrainer
-from trainers import (
-    Toy,
-    Watch,
-    llama,
-    points,
-    quick_collection,  # noqa: F401
-    settings,
-    trainer_at,
-    weights,
-)
+from models import Toy, llama, weights
+from trainers import PairedTrainer, Watch, points, settings, trainer_at
 
 from mezo import MeZO, MeZOTrainer, trajectory
 from mezo.arguments import ModelArguments

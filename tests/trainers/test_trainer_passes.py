@@ -4,21 +4,8 @@ import math
 
 import pytest
 import torch
-from trainers import (
-    LR,
-    UNIT,
-    Toy,
-    Watch,
-    grads,
-    llama,
-    points,
-    quick_collection,  # noqa: F401
-    sentences,
-    settings,
-    trained,
-    trainer_at,
-    weights,
-)
+from models import Toy, llama, weights
+from trainers import LR, UNIT, Watch, grads, points, sentences, settings, trained, trainer_at
 from transformers import TrainingArguments
 
 from mezo import MeZO, MeZOTrainer, trajectory

@@ -2,16 +2,8 @@
 
 import pytest
 import torch
-from trainers import (
-    Toy,
-    grads,
-    llama,
-    points,
-    quick_collection,  # noqa: F401
-    settings,
-    trainer_at,
-    weights,
-)
+from models import Toy, llama, weights
+from trainers import grads, points, settings, trainer_at
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 from datasets import Dataset
+from models import llama, weights
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from trainers import (
-    grads,
-    llama,
-    quick_collection,  # noqa: F401
-    weights,
-)
+from trainers import grads
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from mezo import MeZOConfig, MeZOMixin, trajectory
 
 trl = pytest.importorskip("trl")
-sft = pytest.importorskip("mezo.runs.text")
+
+from mezo.runs import text  # noqa: E402  # it needs TRL
 
 # peft 0.21 and TRL 1.16 still read a name that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -188,7 +185,7 @@ def test_reward_modelling_trains_and_replays(tmp_path, data, lora):
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         model = LlamaForSequenceClassification(config)
-    kinds = (sft.MeZORewardTrainer, sft.MeZORewardConfig)
+    kinds = (text.MeZORewardTrainer, text.MeZORewardConfig)
     trainer = trainer_at(tmp_path, *kinds, data(), model=model, lora=lora)
     base = copy.deepcopy(trainer.model)
     trainer.train()

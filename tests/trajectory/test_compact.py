@@ -1,6 +1,5 @@
 """The compact form of a run log: every bit of it, in few bytes, and readable from its document."""
 
-import copy
 import hashlib
 import json
 import lzma
@@ -12,8 +11,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from test_mezo import Regression, weights
-from test_trajectory import run
+from logs import eventful, run
+from models import weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
@@ -28,33 +27,6 @@ def same(left, right):
         for name in ("grads", "losses", "lrs"):
             assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
     return True
-
-
-def eventful(path, dtype=torch.float32):
-    """A run with all that a log can hold: refused steps, cycles, schedules, several segments."""
-    model = Regression(dtype)
-    base = copy.deepcopy(model)
-    groups = [
-        {"params": [("first", model.first), ("bias", model.bias)], "weight_decay": 0.1},
-        {"params": [("last", model.last)], "lr": 3e-3},
-    ]
-    optimizer = MeZO(groups, lr=1e-2, seed=6, num_samples=2, clip=4.0)
-    with trajectory.record(optimizer, path, model=model, config={"task": "toy", "words": ["ä"]}):
-        for step in range(40):
-            if step == 5:
-                optimizer.step(lambda: float("nan"))
-            if step == 8:
-                for probe in (0, 0, 1):
-                    optimizer.estimate(model, probe)
-                optimizer.step()
-            if step == 12:
-                optimizer.param_groups[0]["eps"] = optimizer.param_groups[1]["eps"] = 2e-3
-            if step > 20:
-                optimizer.param_groups[1]["lr"] = 3e-3 * (1 - step / 40)
-            optimizer.step(model)
-    with trajectory.record(optimizer, path, resume=True):
-        optimizer.step(lambda: 0.5)  # projected_grads of 0
-    return base, model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

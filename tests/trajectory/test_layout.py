@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from checkpoints import base, loaded, same, tune, weights
 from safetensors.torch import save_file
-from test_shards import base, loaded, same, tune, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError

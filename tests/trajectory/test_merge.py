@@ -6,43 +6,17 @@ import math
 
 import pytest
 import torch
-from test_mezo import Regression, weights
+from logs import make_parts, steps
+from models import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
 from mezo.trajectory.files import read
 
 
-def steps(model, optimizer, until):
-    while optimizer.param_groups[0]["step"] < until:
-        step = optimizer.param_groups[0]["step"]
-        optimizer.step(model if step != 7 else lambda: math.nan)
-
-
 @pytest.fixture
 def parts(tmp_path):
     return make_parts(tmp_path)
-
-
-def make_parts(folder, dtype=torch.float32, **options):
-    """A run to step 9, resumed on another machine at steps 4 and 6: without the earlier logs.
-
-    whole.mezo is of all steps, the others of those they are named after.
-    """
-    model, saved = Regression(dtype), {}
-    base = copy.deepcopy(model)
-    optimizer = MeZO(model.named_parameters(), **({"lr": 1e-2, "seed": 6} | options))
-    with trajectory.record(optimizer, folder / "whole.mezo", model=model):
-        for until in (0, 4, 6, 9):
-            steps(model, optimizer, until)
-            saved[until] = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for start, end in ((0, 4), (0, 6), (4, 6), (4, 9), (6, 9)):
-        model.load_state_dict(saved[start][0])
-        optimizer.load_state_dict(copy.deepcopy(saved[start][1]))
-        path = folder / f"{start}-{end}.mezo"
-        with trajectory.record(optimizer, path, model=model, resume=True):
-            steps(model, optimizer, end)
-    return base, {step: state for step, (state, _) in saved.items()}
 
 
 def at(step, states, dtype=torch.float32):

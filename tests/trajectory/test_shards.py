@@ -9,53 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from checkpoints import base, loaded, same, tune, weights
 from safetensors.torch import load_file, save_file
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
 from mezo.models import safetensors_files as checkpoint
 from mezo.trajectory import replay_checkpoint
-
-
-def base(path, kind="opt", dtype=torch.float32, **options):
-    """A base model's folder, in its own dtype; the model as loading it gives it."""
-    model = tiny.model(kind).to(dtype)
-    model.save_pretrained(path, **options)
-    tiny.byte_bpe().save_pretrained(path)
-    return loaded(path, type(model), dtype)
-
-
-def loaded(path, kind, dtype="auto"):
-    return kind.from_pretrained(path, dtype=dtype).eval()
-
-
-def tune(model, path, steps=3, keep=lambda name: True, **options):
-    """A run on a loss that changes with every weight; its log, at `path`."""
-    named = [(name, p) for name, p in model.named_parameters() if keep(name)]
-    for name, p in model.named_parameters():
-        p.requires_grad_(keep(name))
-    optimizer = MeZO(named, **({"lr": 1e-2, "seed": 3, "weight_decay": 0.1} | options))
-    ids = torch.arange(12).view(2, 6)
-    with trajectory.record(optimizer, path, model=model):
-        for _ in range(steps):
-            optimizer.step(lambda: model(input_ids=ids, labels=ids).loss)
-    return model
-
-
-def weights(path):
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
-    )
-
 
 CASES = [
     ("opt", torch.float32, {}),

@@ -12,21 +12,11 @@ import zlib
 
 import pytest
 import torch
-from test_mezo import Regression, weights
+from logs import run
+from models import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
-
-
-def run(path, steps=10, model=None, **options):
-    """A logged run of `steps` steps; returns the base model and the trained one."""
-    model = model or Regression(torch.float32)
-    base = copy.deepcopy(model)
-    optimizer = MeZO(model.named_parameters(), **({"lr": 1e-2, "seed": 6} | options))
-    with trajectory.record(optimizer, path, model=model, config={"task": "toy"}):
-        for _ in range(steps):
-            optimizer.step(model)
-    return base, model
 
 
 @pytest.mark.parametrize(
@@ -248,7 +238,7 @@ def test_killing_the_process_loses_at_most_the_step_in_flight(tmp_path):
     script = textwrap.dedent(
         """
         import os, sys, torch
-        from test_mezo import Regression
+        from models import Regression
         from mezo import MeZO, trajectory
         model = Regression(torch.float32)
         optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=6)

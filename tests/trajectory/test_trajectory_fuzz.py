@@ -13,9 +13,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_compact import eventful
-from test_mezo import Regression
-from test_trajectory import run
+from logs import eventful, run
+from models import Regression
 
 from mezo import trajectory
 from mezo.cli import main as cli

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_mezo import Regression, weights
-from test_trajectory import run
+from logs import run
+from models import Regression, weights
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError

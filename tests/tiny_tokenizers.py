@@ -1,6 +1,5 @@
-"""Tokenizers of three kinds and random models of several, in miniature; no network."""
+"""Tokenizers of three kinds in miniature: trained on nothing, read from no network."""
 
-import torch
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -10,20 +9,7 @@ from tokenizers import (
     processors,
 )
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 TEXT = (
@@ -34,9 +20,6 @@ WORDS = sorted(set(TEXT.split()))
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,I<>"
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<mask>"]
 NAMES = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-WIDE = {"initializer_range": 0.3}  # weights large enough that a wrong position shows in the scores
-LENGTH = 64  # context of all models
 
 
 def byte_bpe(*, bos=True, mask=False, trim=False):
@@ -95,31 +78,3 @@ def unigram():
         single="$A </s>", special_tokens=[("</s>", 2)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **NAMES)
-
-
-def model(name, vocabulary=400, context=LENGTH):
-    """A random model in float64, evaluation mode."""
-    shape = SHAPE | WIDE | {"vocab_size": vocabulary, "max_position_embeddings": context}
-    bert = {"intermediate_size": 32, "pad_token_id": 0}
-    with torch.random.fork_rng():
-        torch.random.manual_seed(7)
-        made = {
-            "opt": lambda: OPTForCausalLM(
-                OPTConfig(**_opt(shape), ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0)
-            ),
-            "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=32)),
-            "qwen2": lambda: Qwen2ForCausalLM(
-                Qwen2Config(**shape, intermediate_size=32, num_key_value_heads=1)
-            ),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)),
-            "bert": lambda: BertForMaskedLM(BertConfig(**shape, **bert)),
-            "roberta": lambda: RobertaForMaskedLM(
-                RobertaConfig(**(shape | {"max_position_embeddings": context + 1}), **bert)
-            ),
-            "encoder": lambda: BertModel(BertConfig(**shape, **bert)),
-        }[name]()
-    return made.double().eval()
-
-
-def _opt(shape):
-    return {("init_std" if key == "initializer_range" else key): v for key, v in shape.items()}

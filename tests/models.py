@@ -1,0 +1,154 @@
+"""Models small enough for a test: random weights of many architectures, nets that are a loss."""
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = {"initializer_range": 0.3}  # weights large enough that a wrong position shows in the scores
+LENGTH = 64  # context of all models
+
+
+def tiny_model(name, vocabulary=400, context=LENGTH):
+    """A random model in float64, evaluation mode."""
+    shape = SHAPE | WIDE | {"vocab_size": vocabulary, "max_position_embeddings": context}
+    bert = {"intermediate_size": 32, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.random.manual_seed(7)
+        made = {
+            "opt": lambda: OPTForCausalLM(
+                OPTConfig(**_opt(shape), ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0)
+            ),
+            "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=32)),
+            "qwen2": lambda: Qwen2ForCausalLM(
+                Qwen2Config(**shape, intermediate_size=32, num_key_value_heads=1)
+            ),
+            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)),
+            "bert": lambda: BertForMaskedLM(BertConfig(**shape, **bert)),
+            "roberta": lambda: RobertaForMaskedLM(
+                RobertaConfig(**(shape | {"max_position_embeddings": context + 1}), **bert)
+            ),
+            "encoder": lambda: BertModel(BertConfig(**shape, **bert)),
+        }[name]()
+    return made.double().eval()
+
+
+def _opt(shape):
+    return {("init_std" if key == "initializer_range" else key): v for key, v in shape.items()}
+
+
+def llama(seed=0, dropout=0.0):
+    """Random weights: vocabulary 64, hidden 16, 2 layers; about 6,000 parameters."""
+    with torch.random.fork_rng():
+        torch.random.manual_seed(seed)
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "max_position_embeddings": 32}
+        config = LlamaConfig(vocab_size=64, attention_dropout=dropout, **shape, **heads)
+        return LlamaForCausalLM(config)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+class Toy(torch.nn.Module):
+    """Regression in float64: a loss that is a plain mean and takes no number of items."""
+
+    def __init__(self, broken_backward=False):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.random.manual_seed(0)
+            self.layer = torch.nn.Linear(4, 1, dtype=torch.float64)
+        self.broken_backward = broken_backward
+
+    def forward(self, x, labels):
+        y = Undifferentiable.apply(self.layer(x)) if self.broken_backward else self.layer(x)
+        return {"loss": (y.squeeze(-1) - labels).square().mean()}
+
+
+class Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise AssertionError("a backward pass ran")
+
+
+ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+class Regression(torch.nn.Module):
+    """A small network and its data: `model()` is the loss."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(64, 6, generator=generator, dtype=torch.float64)
+        self.x, self.y = x.to(dtype), x.sin().sum(1, keepdim=True).to(dtype)
+        for name, shape in {"first": (16, 6), "bias": (16,), "last": (1, 16)}.items():
+            value = torch.randn(shape, generator=generator, dtype=torch.float64) * 0.5
+            setattr(self, name, torch.nn.Parameter(value.to(dtype)))
+
+    def forward(self):
+        hidden = torch.tanh(self.x @ self.first.T + self.bias)
+        return ((hidden @ self.last.T - self.y) ** 2).mean()
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+SMALL |= {
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "initializer_range": 0.2,
+}
+SMALL |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+HEADS = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+DIMENSIONS = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+ARCHITECTURES = {  # what is unlike the six above
+    "mixtral": EXPERTS,  # experts' weights in three dimensions
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "gpt_oss": EXPERTS,  # and their biases; attention sinks
+    "gemma": {},  # norms by 1 + weight, a scaled embedding
+    "gemma3_text": {},
+    "mistral": {},
+    "phi": {},  # a bias of the head
+    "phi3": {},  # one matrix for query, key and value, another for gate and up
+    "mamba": {"state_size": 4},  # parameters that are no layer's weight
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "gptj": HEADS,
+    "albert": {"embedding_size": 16},  # one layer, used twice
+    "deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "t5": DIMENSIONS | {"decoder_start_token_id": 0},  # a bias shared between layers
+}
+
+
+def architecture(name, dtype):
+    config = AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
+    kind = {"t5": AutoModelForSeq2SeqLM, "albert": AutoModelForMaskedLM}
+    kind |= {"deberta": AutoModelForMaskedLM, "deberta-v2": AutoModelForMaskedLM}
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        made = kind.get(name, AutoModelForCausalLM).from_config(config)
+    return made.to(dtype).eval()
