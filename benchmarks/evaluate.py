@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 
 from mezo import tasks
-from mezo.arguments import ModelArguments
 from mezo.evaluation.evaluate import score
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 from mezo.objectives import Form, form_for
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 FIRST = "one at a time"
 LONG = (" a terrible, awful, boring movie", " a great, wonderful, enjoyable movie")

@@ -174,7 +174,7 @@ def main() -> None:
     if args.rank is not None:
         return work(args.rank, args.size, args.seconds, args.folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    from mezo.runs.task import environment
+    from mezo.runs.result import environment
 
     rows = []
     for size in args.sizes:

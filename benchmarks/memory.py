@@ -18,7 +18,7 @@ import torch
 
 from mezo import noise
 from mezo.memory.measured import PeakMemory
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 from .step import SHAPES, build, methods
 

@@ -27,7 +27,7 @@ from mezo import MeZO, noise
 from mezo.memory.measured import PeakMemory
 from mezo.memory.plan import calibrate
 from mezo.offload.context import load_offloaded, offload
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 from .step import SHAPES, build
 

@@ -22,7 +22,7 @@ from mezo.closures import Paired, double
 from mezo.memory.measured import PeakMemory
 from mezo.memory.plan import METHODS, Planner, config_of
 from mezo.offload.context import Offload
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 _LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 32000}
 SHAPES: dict[str, tuple[Any, int, int]] = {  # config, batch, tokens

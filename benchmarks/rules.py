@@ -20,7 +20,7 @@ import torch
 from benchmarks.step import SHAPES, build, reference_step
 from mezo import MeZO
 from mezo.rules import Adam, Momentum, Rule
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 RULES: dict[str, str | Rule] = {
     "sgd, in place": "sgd",

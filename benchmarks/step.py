@@ -27,7 +27,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from mezo import MeZO
 from mezo.closures import Paired, double
 from mezo.memory.plan import OPT
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 SHAPES = {"tiny": (64, 2, 2), **OPT}  # hidden size, layers, heads
 EPS, LR = 1e-3, 1e-6

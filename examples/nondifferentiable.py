@@ -3,8 +3,8 @@
 import torch
 
 from mezo import MeZO, tasks
-from mezo.arguments import ModelArguments
 from mezo.evaluation.evaluate import evaluate
+from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.loading import load
 from mezo.objectives import form_for

@@ -5,7 +5,7 @@ what TRL's GRPOTrainer takes; under the Trainer it goes into MeZOPolicyTrainer(r
 """
 
 from mezo import Generation, MeZO, rewards
-from mezo.arguments import ModelArguments
+from mezo.models.arguments import ModelArguments
 from mezo.models.loading import load
 from mezo.models.trainable import select
 

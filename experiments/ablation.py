@@ -18,16 +18,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from mezo import layer_norms, layers, tasks
-from mezo.arguments import ModelArguments
 from mezo.demo.tune import Recipe, tune
 from mezo.errors import InputError
 from mezo.estimators import passes_of
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.objectives import form_for
 from mezo.rules import Momentum, ScalarAdam
 from mezo.rules import options as rule_options
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 RESULTS = Path(__file__).parent / "results"

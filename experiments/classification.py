@@ -19,10 +19,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mezo.arguments import DataArguments, ModelArguments
+from mezo.arguments import DataArguments
 from mezo.compare import compare, recipes
 from mezo.errors import InputError
-from mezo.runs.task import TrainArguments
+from mezo.models.arguments import ModelArguments
+from mezo.runs.arguments import TrainArguments
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("sst2", "sst5", "snli", "rte", "boolq", "multirc")

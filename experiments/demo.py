@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from mezo.demo import demo
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 OUT = Path(__file__).parent / "results" / "demo.json"
 

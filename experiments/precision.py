@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from mezo import MeZO, noise, tasks, trajectory
-from mezo.arguments import ModelArguments
 from mezo.demo.tune import Recipe, tune
 from mezo.evaluation.evaluate import evaluate
 from mezo.forms.rounding import update_
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import to_device
 from mezo.noise import NEAREST, ROUND_UPDATE, Move
 from mezo.objectives import form_for
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 from mezo.trajectory.program import make_, program_of
 
 RESULT = Path(__file__).parent / "results" / "precision.json"

@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mezo import MeZO, rewards, tasks
-from mezo.arguments import ModelArguments
 from mezo.demo.tune import batches
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating, to_device
 from mezo.models.trainable import select
 from mezo.objectives import form_for
 from mezo.objectives.generation import Generation
 from mezo.objectives.metric_losses import metric_closure
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 BIASES = r"bias|LayerNorm|layer_norm"

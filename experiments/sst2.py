@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mezo import tasks
-from mezo.arguments import ModelArguments
 from mezo.demo.tune import Recipe, tune
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.objectives import form_for
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 SEEDS = (13, 21, 42, 87, 100)  # the paper's
 ZERO_SHOT = ("zero-shot", "zero-shot-calibrated")

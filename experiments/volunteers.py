@@ -29,7 +29,6 @@ import torch
 from torch.nn import functional as F
 
 from mezo import MeZO, tasks, trajectory
-from mezo.arguments import ModelArguments
 from mezo.demo.tune import batches
 from mezo.distributed.processes import Alone, Processes
 from mezo.distributed.sharding import Sharded
@@ -37,9 +36,10 @@ from mezo.errors import InputError
 from mezo.estimators import Estimate, clipped
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 from mezo.objectives import form_for
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 SEEDS = (13, 21)
 RESULTS = Path(__file__).parent / "results"

@@ -1,43 +1,69 @@
 """MeZO: fine-tune language models with forward passes alone (Malladi et al., arXiv:2305.17333)."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from mezo.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from mezo import trajectory
-    from mezo.mezo import Estimate, MeZO, spsa
-    from mezo.objectives.generation import Generation
-    from mezo.runs.rebuild import MeZOAdapter
-    from mezo.trainers.policy import MeZOPolicyConfig, MeZOPolicyTrainer
-    from mezo.trainers.trainer import MeZOConfig, MeZOMixin, MeZOTrainer
+    from mezo import distributed as distributed
+    from mezo import offload as offload
+    from mezo import rewards as rewards
+    from mezo import rules as rules
+    from mezo import trajectory as trajectory
+    from mezo.mezo import Estimate as Estimate
+    from mezo.mezo import MeZO as MeZO
+    from mezo.mezo import spsa as spsa
+    from mezo.objectives.generation import Generation as Generation
+    from mezo.runs.rebuild import load as load
+    from mezo.trainers.config import MeZOConfig as MeZOConfig
+    from mezo.trainers.policy import MeZOPolicyConfig as MeZOPolicyConfig
+    from mezo.trainers.policy import MeZOPolicyTrainer as MeZOPolicyTrainer
+    from mezo.trainers.trainer import MeZOMixin as MeZOMixin
+    from mezo.trainers.trainer import MeZOTrainer as MeZOTrainer
+    from mezo.trainers.trl import MeZODPOConfig as MeZODPOConfig
+    from mezo.trainers.trl import MeZODPOTrainer as MeZODPOTrainer
+    from mezo.trainers.trl import MeZORewardConfig as MeZORewardConfig
+    from mezo.trainers.trl import MeZORewardTrainer as MeZORewardTrainer
+    from mezo.trainers.trl import MeZOSFTConfig as MeZOSFTConfig
+    from mezo.trainers.trl import MeZOSFTTrainer as MeZOSFTTrainer
 
-__version__ = "0.1.0"
-__all__ = ["Estimate", "MeZO", "MeZOAdapter", "MeZOConfig", "MeZOMixin", "MeZOTrainer", "spsa"]
-__all__ += ["Generation", "MeZOPolicyConfig", "MeZOPolicyTrainer", "trajectory"]
-
-_HOME = {  # imported when first asked for: torch takes a second, transformers' Trainer ten
+# Where each public name lives. It is imported when it is first asked for: torch takes a second,
+# transformers' Trainer ten. A name is a module of mezo or an attribute of the module that is named.
+# A test holds the imports above, which are for type checkers, to this table.
+PUBLIC = {
     "Estimate": "mezo.mezo",
-    "MeZO": "mezo.mezo",
-    "spsa": "mezo.mezo",
     "Generation": "mezo.objectives.generation",
-    "MeZOAdapter": "mezo.runs.rebuild",
-    "MeZOConfig": "mezo.trainers.trainer",
+    "MeZO": "mezo.mezo",
+    "MeZOConfig": "mezo.trainers.config",
+    "MeZODPOConfig": "mezo.trainers.trl",
+    "MeZODPOTrainer": "mezo.trainers.trl",
     "MeZOMixin": "mezo.trainers.trainer",
-    "MeZOTrainer": "mezo.trainers.trainer",
-    "MeZOSFTTrainer": "mezo.runs.text",
-    "MeZOSFTConfig": "mezo.runs.text",
-    "MeZODPOTrainer": "mezo.runs.text",
-    "MeZODPOConfig": "mezo.runs.text",
-    "MeZORewardTrainer": "mezo.runs.text",
-    "MeZORewardConfig": "mezo.runs.text",
     "MeZOPolicyConfig": "mezo.trainers.policy",
     "MeZOPolicyTrainer": "mezo.trainers.policy",
+    "MeZORewardConfig": "mezo.trainers.trl",
+    "MeZORewardTrainer": "mezo.trainers.trl",
+    "MeZOSFTConfig": "mezo.trainers.trl",
+    "MeZOSFTTrainer": "mezo.trainers.trl",
+    "MeZOTrainer": "mezo.trainers.trainer",
+    "distributed": "mezo.distributed",
+    "load": "mezo.runs.rebuild",
+    "offload": "mezo.offload",
+    "rewards": "mezo.rewards",
+    "rules": "mezo.rules",
+    "spsa": "mezo.mezo",
+    "trajectory": "mezo.trajectory",
 }
+OPTIONAL = {name: home for name, home in PUBLIC.items() if home == "mezo.trainers.trl"}  # need TRL
+__all__ = [name for name in PUBLIC if name not in OPTIONAL]
 
 
-def __getattr__(name: str):
-    if name == "trajectory":
-        return import_module("mezo.trajectory")
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
         raise AttributeError(f"module 'mezo' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module = import_module(PUBLIC[name])
+    return module if module.__name__ == f"mezo.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*PUBLIC, *(name for name in globals() if name.startswith("__"))})

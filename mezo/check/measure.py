@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from mezo import tasks
-from mezo.arguments import DataArguments, ModelArguments
+from mezo.arguments import DataArguments
 from mezo.check.findings import ERRORS, advice, findings
 from mezo.compare.grids import GRIDS
 from mezo.errors import InputError
@@ -31,12 +31,15 @@ from mezo.evaluation.evaluate import Result, evaluate
 from mezo.memory.measured import PeakMemory
 from mezo.mezo import MeZO, Record
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.modes import evaluating, to_device, unwrap
 from mezo.models.trainable import select
 from mezo.objectives import Batch, Causal, Feature, Form, Masked
 from mezo.runs import rates
-from mezo.runs.task import environment, form_of, load_splits, task_of
+from mezo.runs.data import load_splits, task_of
+from mezo.runs.result import environment
+from mezo.runs.task import form_of
 from mezo.watch import last_place
 
 SHOWN = 200  # dev examples for the zero-shot accuracy

@@ -7,9 +7,19 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import DataArguments, ModelArguments
-from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+from mezo.arguments import DataArguments
+from mezo.cli.parsing import (
+    JSON,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
 from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
 
 HELP = """
 of the comparison:
@@ -43,15 +53,16 @@ OWN: dict[str, Any] = {
 
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        return _show_help("mezo compare", (ModelArguments, DataArguments), HELP)
+        return show_help("mezo compare", (ModelArguments, DataArguments), HELP)
     from mezo.compare import compare
-    from mezo.runs import task as run
+    from mezo.runs.arguments import TrainArguments
+    from mezo.runs.result import make_folder
 
-    _quiet()
-    kinds = (ModelArguments, DataArguments, run.TrainArguments)
-    options = _with_config(argv)
-    parser = _hf_parser("mezo compare", kinds, **OWN)
-    model, data, args, own = _parse(options, parser, kinds)
+    quiet()
+    kinds = (ModelArguments, DataArguments, TrainArguments)
+    options = with_config(argv)
+    parser = hf_parser("mezo compare", kinds, **OWN)
+    model, data, args, own = parse(options, parser, kinds)
     words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
     if not words & {"output_dir"}:
         task = "custom" if data.prompt is not None else Path(data.task).stem
@@ -61,7 +72,7 @@ def main(argv: list[str]) -> None:
     chosen |= {"keep_weights": own.keep_weights}
     chosen |= {name: getattr(own, name) for name in ("methods", "seeds") if getattr(own, name)}
     chosen |= {"max_steps": args.max_steps} if "max_steps" in words else {}
-    run.make_folder(args.output_dir)
+    make_folder(args.output_dir)
     try:
         with Path(args.output_dir, "log.txt").open("a") as log, redirect_stdout(log):
             found = compare.compare(
@@ -70,12 +81,12 @@ def main(argv: list[str]) -> None:
                 on_cell=_Progress(),
             )
     except KeyboardInterrupt:
-        _say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
+        say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
         raise
     show(found, own.json)
     page = write(found, Path(args.output_dir))
-    _say(f"report: {page}")
-    _say(f"each cell's folder and commands: {Path(args.output_dir, compare.SUMMARY)}")
+    say(f"report: {page}")
+    say(f"each cell's folder and commands: {Path(args.output_dir, compare.SUMMARY)}")
 
 
 class _Progress:
@@ -87,13 +98,13 @@ class _Progress:
     def __call__(self, at: int, number: int, cell: Any, what: str) -> None:
         minutes = (time.perf_counter() - self.began) / 60
         name = f"{cell.method} seed {cell.seed} {cell.name}".strip()
-        _say(f"[{at}/{number}, {minutes:.1f} min] {what}: {name}")
+        say(f"[{at}/{number}, {minutes:.1f} min] {what}: {name}")
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
     """The table on stdout, the methods that were refused on stderr."""
     if as_json:
-        _print(found, as_json=True)
+        print_result(found, as_json=True)
     else:
         from mezo.compare.page import table
 
@@ -104,7 +115,7 @@ def show(found: dict[str, Any], as_json: bool) -> None:
             cells += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
             print("  ".join(cells).rstrip())
     for method, reason in found["refused"].items():
-        _say(f"{method} was refused: {reason}")
+        say(f"{method} was refused: {reason}")
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:

@@ -4,9 +4,10 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from mezo.arguments import DataArguments, ModelArguments
-from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _show_help, _with_config
+from mezo.arguments import DataArguments
+from mezo.cli.parsing import JSON, hf_parser, parse, print_result, quiet, show_help, with_config
 from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
 
 HELP = """
   --replay LOG                        first rebuild the weights of a run
@@ -34,12 +35,12 @@ OWN: dict[str, Any] = {
 
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        return _show_help("mezo eval", (ModelArguments, DataArguments), HELP)
+        return show_help("mezo eval", (ModelArguments, DataArguments), HELP)
     from mezo.runs import task as run
 
-    _quiet()
+    quiet()
     kinds = (ModelArguments, DataArguments)
-    model, data, own = _parse(_with_config(argv), _hf_parser("mezo eval", kinds, **OWN), kinds)
+    model, data, own = parse(with_config(argv), hf_parser("mezo eval", kinds, **OWN), kinds)
     shared = {"log": own.replay, "until": own.until, "batch_size": own.batch_size}
     if own.tasks is None:
         for name in ("include_path", "limit", "num_fewshot"):
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
                 raise InputError(f"--{name} goes with --tasks")
         with redirect_stdout(sys.stderr):
             result = run.evaluate(model, data, **shared, offload=own.offload)
-        return _print(result, own.json)
+        return print_result(result, own.json)
     if own.offload:
         raise InputError("--offload does not go with --tasks")
     from mezo.runs import lm_eval as harness
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     with redirect_stdout(sys.stderr):
         result = harness.evaluate(model, names, num_fewshot=own.num_fewshot, **shared)
     if own.json:
-        return _print(result, as_json=True)
+        return print_result(result, as_json=True)
     for task, metrics in result["results"].items():
         for name, value in metrics.items():
             print(f"{task}\t{name}\t{value:.4g}")

@@ -3,7 +3,7 @@
 import sys
 from contextlib import redirect_stdout
 
-from mezo.cli.main import _print, _say
+from mezo.cli.parsing import print_result, say
 from mezo.compare import grids
 
 
@@ -14,10 +14,10 @@ def main(own, options: list[str], model, data, args) -> None:
         found = grids.search(
             *(model, data, args, own.grid),
             given=given,
-            on_cell=lambda name, what: _say(f"{what}: {name}"),
+            on_cell=lambda name, what: say(f"{what}: {name}"),
         )
     metric = found["metric"]
     shown = {"best": found["best"], "dev": found["dev"], metric: found["test"][metric]}
     shown |= {"cells": len(found["cells"]), "output_dir": args.output_dir}
-    _print(found if own.json else shown, own.json)
-    _say(f"all cells: {args.output_dir}/{grids.SUMMARY}")
+    print_result(found if own.json else shown, own.json)
+    say(f"all cells: {args.output_dir}/{grids.SUMMARY}")

@@ -2,11 +2,11 @@
 
 import shlex
 
-from mezo.cli.main import JSON, _Parser, _print, _say
+from mezo.cli.parsing import JSON, Parser, print_result, say
 
 
 def push(argv: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="mezo push",
         description="Share a run log on the Hugging Face hub, with a model card made of it; its "
         "config (mezo log FILE) is in it. Log in before: hf auth login.",
@@ -21,14 +21,14 @@ def push(argv: list[str]) -> None:
 
     _no_bars()
     result = hub.push(own.log, own.repo, private=own.private, base_model=own.base_model)
-    _print(result, own.json)
+    print_result(result, own.json)
     if result["base_model"] is None:
-        _say("the card names no base model: --base_model NAME says which")
-    _say(f"next: mezo pull {own.repo}")
+        say("the card names no base model: --base_model NAME says which")
+    say(f"next: mezo pull {own.repo}")
 
 
 def pull(argv: list[str]) -> None:
-    parser = _Parser(prog="mezo pull", description="Get a run log from the Hugging Face hub.")
+    parser = Parser(prog="mezo pull", description="Get a run log from the Hugging Face hub.")
     parser.add_argument("repo", help="user/name")
     parser.add_argument("--output", help="where it goes; default name.mezo")
     parser.add_argument("--json", **JSON)
@@ -37,8 +37,8 @@ def pull(argv: list[str]) -> None:
 
     _no_bars()
     path = str(hub.pull(own.repo, own.output or f"{own.repo.split('/')[-1]}.mezo"))
-    _print({"log": path}, own.json)
-    _say(f"next: mezo replay --model ... --log {shlex.quote(path)} --output_dir tuned")
+    print_result({"log": path}, own.json)
+    say(f"next: mezo replay --model ... --log {shlex.quote(path)} --output_dir tuned")
 
 
 def _no_bars() -> None:

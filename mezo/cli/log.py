@@ -6,8 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mezo.arguments import ModelArguments
-from mezo.cli.main import JSON, _hf_parser, _parse, _Parser, _print, _quiet, _say, _with_config
+from mezo.cli.parsing import JSON, Parser, hf_parser, parse, print_result, quiet, say, with_config
+from mezo.models.arguments import ModelArguments
 
 if TYPE_CHECKING:  # torch comes with it: for --help that is a second too much
     from mezo.trajectory.format import Log, Segment
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def _show(argv: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="mezo log",
         description="What a run log says.",
         epilog=USAGE,
@@ -48,10 +48,12 @@ def _show(argv: list[str]) -> None:
         rows = [_settings(segment) for segment in log.segments]
         records = {"records": [vars(step.record) for step in log.steps]} if own.steps else {}
         found |= {"segments": rows} | {key: log.header[key] for key in ("config", "versions")}
-        return _print(_without_nan(found | records), as_json=True)
+        return print_result(_without_nan(found | records), as_json=True)
     for key in ("config", "versions"):
         found |= {f"{key}.{name}": value for name, value in log.header[key].items()}
-    _print({_printable(name): _printable(value) for name, value in found.items()}, as_json=False)
+    print_result(
+        {_printable(name): _printable(value) for name, value in found.items()}, as_json=False
+    )
     print("from\tto\teps\tlr\tweight_decay\tcycles")
     for segment in log.segments:
         if len(segment.grads):
@@ -129,7 +131,7 @@ def _verify(argv: list[str]) -> None:
         found["model"] = model.model_name_or_path
         rebuilt(model, own.file, log.start)  # makes no step, but compares all weights first
     if own.json:
-        return _print(found, as_json=True)
+        return print_result(found, as_json=True)
     line = f"{own.file}: {found['steps']} steps, whole"
     line += f" but for {log.torn} bytes of an unfinished one" if log.torn else ""
     print(line + (f", from the weights of {found['model']}" if model is not None else ""))
@@ -139,13 +141,13 @@ def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments
     """The command's own options, and those of the model if there are any: parsing these is slow."""
     given = {word for word in argv if word.startswith("-")}
     if given - {"--json", "-h", "--help"}:
-        _quiet()
-        slow = _hf_parser("mezo log verify", (ModelArguments,), json=JSON)
+        quiet()
+        slow = hf_parser("mezo log verify", (ModelArguments,), json=JSON)
         slow.add_argument("file")
-        model, own = _parse(_with_config(argv), slow, (ModelArguments,))
+        model, own = parse(with_config(argv), slow, (ModelArguments,))
         return own, model
     text = "Is a run log whole? With --model (and what mezo train takes with it): is that its base?"
-    parser = _Parser(prog="mezo log verify", description=text)
+    parser = Parser(prog="mezo log verify", description=text)
     parser.add_argument("file")
     parser.add_argument("--model", help="hub name or folder of the base model")
     parser.add_argument("--json", **JSON)
@@ -154,7 +156,7 @@ def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments
 
 def _compact(argv: list[str]) -> None:
     text = "Write a run log in a third of the bytes. Replays are the same; nothing can be appended."
-    parser = _Parser(prog="mezo log compact", description=text)
+    parser = Parser(prog="mezo log compact", description=text)
     parser.add_argument("file")
     parser.add_argument("-o", "--output_file", required=True, help="a new file")
     parser.add_argument(
@@ -170,7 +172,7 @@ def _compact(argv: list[str]) -> None:
 
 def _merge(argv: list[str]) -> None:
     text = "One log of the logs of one run, each of a range of its steps; of one, its long form."
-    parser = _Parser(prog="mezo log merge", description=text)
+    parser = Parser(prog="mezo log merge", description=text)
     parser.add_argument("files", nargs="+", metavar="file")
     parser.add_argument("-o", "--output_file", required=True, help="a new file")
     parser.add_argument("--json", **JSON)
@@ -187,5 +189,5 @@ def _report(file: str, as_json: bool) -> None:
     log, size = trajectory.read(file), Path(file).stat().st_size
     steps = len(log.steps)
     found = {"log": file, "steps": steps, "bytes": size, "bytes_a_step": size / max(steps, 1)}
-    _print(found, as_json)
-    _say(f"next: mezo replay --model ... --log {shlex.quote(file)} --output_dir ...")
+    print_result(found, as_json)
+    say(f"next: mezo replay --model ... --log {shlex.quote(file)} --output_dir ...")

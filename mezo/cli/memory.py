@@ -2,7 +2,7 @@
 
 import argparse
 
-from mezo.cli.main import JSON, _Parser, _say
+from mezo.cli.parsing import JSON, Parser, say
 from mezo.errors import InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -10,7 +10,7 @@ METHODS = ["in_place", "scratch", "low_rank", "offload", "lora", "adam", "adam_c
 
 
 def memory(argv: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="mezo memory",
         description="Memory, run log and time of a step for a model and a batch, by method, from "
         "the model's config alone.",
@@ -65,13 +65,13 @@ def memory(argv: list[str]) -> None:
 
 
 def _report(methods, planner, plans, machine) -> None:
-    _say(f"{planner.parameters / 1e9:.3g} B parameters, weights {_size(planner.weights)}")
+    say(f"{planner.parameters / 1e9:.3g} B parameters, weights {_size(planner.weights)}")
     for line in _table(plans):
         print(line)
     if "offload" in methods:
-        _say("offload: mezo train --offload; --offload_folder DIR keeps the weights in a file")
+        say("offload: mezo train --offload; --offload_folder DIR keeps the weights in a file")
     if machine is not None:
-        _say(
+        say(
             f"time: {machine.flops / 1e12:.3g} Tflop/s, {machine.draws / 1e9:.3g} G draws/s, "
             f"{machine.bandwidth / 1e9:.3g} GB/s to and fro, measured here on {machine.device}"
         )

@@ -8,8 +8,18 @@ import shlex
 import sys
 from contextlib import redirect_stdout
 
-from mezo.arguments import ModelArguments, RewardArguments
-from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+from mezo.arguments import RewardArguments
+from mezo.cli.parsing import (
+    JSON,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
+from mezo.models.arguments import ModelArguments
 
 HELP = """
 training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_all lists them):
@@ -31,36 +41,37 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
 
 def asked(argv: list[str]) -> bool:
     """Whether options, or the file of --config, name a reward."""
-    return any(word.split("=")[0] == "--reward" for word in _with_config(argv))
+    return any(word.split("=")[0] == "--reward" for word in with_config(argv))
 
 
 def train(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
-        return _show_help("mezo train --reward", (ModelArguments, RewardArguments), HELP)
+        return show_help("mezo train --reward", (ModelArguments, RewardArguments), HELP)
     from mezo.runs import reward as reward_run
+    from mezo.runs.arguments import RewardTrainArguments
 
-    _quiet()
-    kinds = (ModelArguments, RewardArguments, reward_run.RewardTrainArguments)
-    parser = _hf_parser("mezo train --reward", kinds, json=JSON)
+    quiet()
+    kinds = (ModelArguments, RewardArguments, RewardTrainArguments)
+    parser = hf_parser("mezo train --reward", kinds, json=JSON)
     if "--help_all" in argv:
         return parser.print_help()
-    model, data, args, own = _parse(_with_config(argv), parser, kinds)
+    model, data, args, own = parse(with_config(argv), parser, kinds)
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     try:
         with redirect_stdout(sys.stderr):  # the Trainer prints its logs, a function its own
             result = reward_run.train(model, data, args)
     except KeyboardInterrupt:
         again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
-        _say(f"\nto go on where it stopped:\n  {again}")
+        say(f"\nto go on where it stopped:\n  {again}")
         raise
     shown = {"reward_before": result["before"]["reward"], "reward": result["after"]["reward"]}
     shown |= {"ties": result["ties"], "steps": result["steps"], "seconds": result["seconds"]}
-    _print(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
+    print_result(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
     for sample in result["samples"]:
-        _say(f"  {sample['prompt']!r}")
+        say(f"  {sample['prompt']!r}")
         for when in ("before", "after"):
-            _say(f"    {when:<6} {sample[when]!r}")
+            say(f"    {when:<6} {sample[when]!r}")
     then = ["mezo", "replay", "--model", model.model_name_or_path]
     then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
     then += [] if args.offload_write_every else ["--by_tensor"]
-    _say(f"next: {shlex.join(then)}")
+    say(f"next: {shlex.join(then)}")

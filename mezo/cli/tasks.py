@@ -3,11 +3,11 @@
 import json
 
 from mezo import tasks
-from mezo.cli.main import JSON, _Parser, _say
+from mezo.cli.parsing import JSON, Parser, say
 
 
 def show(argv: list[str]) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="mezo tasks",
         description="List the tasks; with a name, what one of its rows becomes for each kind of "
         "model: '|' begins what is scored or trained, '*' marks what is right.",
@@ -27,4 +27,4 @@ def show(argv: list[str]) -> None:
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     for row in ({key: key for key in widths}, *rows):
         print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
-    _say("next: mezo tasks sst2")
+    say("next: mezo tasks sst2")

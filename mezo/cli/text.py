@@ -5,9 +5,19 @@ import sys
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 
-from mezo.arguments import ModelArguments, TextArguments
-from mezo.cli.main import JSON, _hf_parser, _parse, _print, _quiet, _say, _show_help, _with_config
+from mezo.arguments import TextArguments
+from mezo.cli.parsing import (
+    JSON,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
 from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
 
 HELP = """
 training, named as TRL's {config} and transformers' (--help_all lists every one):
@@ -34,28 +44,28 @@ def main(kind: str, argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
         tail = HELP.format(kind=kind, config=config, own=OWN[kind])
-        return _show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
+        return show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")
     from mezo.runs import text as sft
 
-    _quiet()
+    quiet()
     kinds = (sft.ARGUMENTS[kind], ModelArguments, TextArguments)
-    parser = _hf_parser(f"mezo {kind}", kinds, json=JSON)
+    parser = hf_parser(f"mezo {kind}", kinds, json=JSON)
     if "--help_all" in argv:
         return parser.print_help()
-    args, model, data, own = _parse(_with_config(argv), parser, kinds)
+    args, model, data, own = parse(with_config(argv), parser, kinds)
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     try:
         with redirect_stdout(sys.stderr):
             result = sft.train(kind, model, data, args)
     except KeyboardInterrupt:
         again = shlex.join(["mezo", kind, *argv, "--resume_from_checkpoint", "true"])
-        _say(f"\nto go on where it stopped:\n  {again}")
+        say(f"\nto go on where it stopped:\n  {again}")
         raise
     shown = {name: result[name] for name in ("train_loss", "eval_loss", "steps", "seconds")}
-    _print(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
+    print_result(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
     then = ["mezo", "replay", "--model", model.model_name_or_path]
     then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
     then += [] if args.offload_write_every else ["--by_tensor"]
-    _say(f"next: {shlex.join(then)}")
+    say(f"next: {shlex.join(then)}")

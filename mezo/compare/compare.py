@@ -20,13 +20,16 @@ from typing import Any
 
 import yaml
 
-from mezo.arguments import DataArguments, ModelArguments, read_options
+from mezo.arguments import DataArguments
 from mezo.compare import recipes
 from mezo.compare.grids import ASIDE, Grid, cells, finish, with_options
 from mezo.errors import InputError
 from mezo.models import loading as models
-from mezo.runs import task as run
-from mezo.runs.task import TrainArguments
+from mezo.models.arguments import ModelArguments
+from mezo.options_file import read_options
+from mezo.runs.arguments import TrainArguments
+from mezo.runs.result import RESULT, make_folder
+from mezo.runs.task import config_of
 
 SUMMARY = "compare.json"  # in output_dir
 CONFIG = "config.yaml"  # in a cell's folder
@@ -89,7 +92,7 @@ def compare(
         data_args = replace(data_args, num_train=1000)  # as the paper's runs on OPT
     if data_args.k is None and data_args.num_test is None:
         data_args = replace(data_args, num_test=1000)
-    run.make_folder(args.output_dir)
+    make_folder(args.output_dir)
     parameters = models.parameters_of(model_args)
     planned = plan(model_args, data_args, args, settings, parameters, given)
     found: list[dict[str, Any]] = []
@@ -180,7 +183,7 @@ def _cell(
 def _run(cell: Cell, told: Callable[[str], None]) -> dict[str, Any]:
     """The row of a cell: what its result says, and the commands that make it again."""
     options = options_of(cell)
-    run.make_folder(str(cell.folder))
+    make_folder(str(cell.folder))
     (cell.folder / CONFIG).write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
     result = finish(cell.model, cell.data, cell.args, told)
     kept = ("dev", "test", "steps", "kept_step", "seconds", "forward_passes", "stored_bytes")
@@ -198,8 +201,8 @@ def _run(cell: Cell, told: Callable[[str], None]) -> dict[str, Any]:
 
 def options_of(cell: Cell) -> dict[str, Any]:
     """The options of mezo train that make the cell, but for output_dir; defaults left out."""
-    plain = run.config_of(ModelArguments(), DataArguments(), TrainArguments("any"))
-    given = run.config_of(cell.model, cell.data, cell.args)
+    plain = config_of(ModelArguments(), DataArguments(), TrainArguments("any"))
+    given = config_of(cell.model, cell.data, cell.args)
     first = {"model_name_or_path": cell.model.model_name_or_path, "task": cell.data.task}
     chosen = {
         n: v for n, v in given.items() if n not in ASIDE and not (n in plain and v == plain[n])
@@ -227,7 +230,7 @@ def replay_command(cell: Cell, result: dict[str, Any]) -> list[str]:
             words = ["mezo", "replay", "--model", cell.model.model_name_or_path]
             words += ["--log", str(cell.folder / "run.mezo"), "--output_dir", "replayed"]
             return [*words, "--until", str(result["kept_step"])]
-        options["test_file"] = data.dev_file  # as run.load_splits
+        options["test_file"] = data.dev_file  # as data.load_splits
     known = asdict(cell.data).keys() | {"model_name_or_path", "model_revision", "dtype"}
     words = train_command({name: v for name, v in options.items() if name in known})
     words = ["mezo", "eval", *words[2:], "--replay", str(cell.folder / "run.mezo")]
@@ -236,7 +239,7 @@ def replay_command(cell: Cell, result: dict[str, Any]) -> list[str]:
 
 def _tidy(cell: Cell, keep_weights: bool) -> None:
     """No checkpoints of what is done; MeZO's weights are in its log, Adam's can be made again."""
-    if not (cell.folder / run.RESULT).is_file():
+    if not (cell.folder / RESULT).is_file():
         return
     for checkpoint in cell.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

@@ -17,10 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import DataArguments, ModelArguments, read_options
+from mezo.arguments import DataArguments
 from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
+from mezo.options_file import read_options
 from mezo.runs import rates
-from mezo.runs.task import RESULT, TrainArguments, config_of, make_folder, train
+from mezo.runs.arguments import TrainArguments
+from mezo.runs.result import RESULT, make_folder
+from mezo.runs.task import config_of, train
 from mezo.trainers.resume import last_checkpoint
 
 Grid = dict[str, Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mezo.demo.tune import Point
+from mezo.evaluation.curve import Point
 from mezo.memory import sizes
 
 STYLES = {  # method -> colour, marker, line

@@ -16,13 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mezo import tasks
-from mezo.arguments import ModelArguments
 from mezo.compare.plots import learning_curves
-from mezo.demo.tune import Point, Recipe, extra_memory, tune
+from mezo.demo.tune import Recipe, extra_memory, tune
+from mezo.evaluation.curve import Point
 from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form, form_for
-from mezo.runs.task import environment, make_folder
+from mezo.runs.result import environment, make_folder
 from mezo.tasks import Example
 
 # from a few trials; MeZO's rates are far from Adam's, and depend on what is tuned

@@ -18,6 +18,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from mezo import noise, trajectory
 from mezo.errors import InputError
 from mezo.estimators import passes_of
+from mezo.evaluation.curve import Point
 from mezo.evaluation.evaluate import evaluate
 from mezo.memory.measured import PeakMemory
 from mezo.mezo import MeZO
@@ -47,17 +48,6 @@ class Recipe:
     rounding: str = "stochastic"
     options: dict[str, Any] = field(default_factory=dict)  # further ones of MeZO: rule, ...
     fresh_batches: bool = False  # each direction has a batch of its own (Algorithm 2)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One evaluation along the way."""
-
-    step: int
-    forward_passes: int  # of one batch; a backward pass counts as two
-    seconds: float  # of training, evaluations left out
-    accuracy: float
-    loss: float
 
 
 @dataclass

@@ -29,9 +29,9 @@ mezo replay --model {base} --log run.mezo --output_dir tuned
 ```
 
 ```python
-from mezo import MeZOAdapter
+import mezo
 
-model = MeZOAdapter.load("{base}", "{repo}")
+model = mezo.load("{base}", "{repo}")
 ```
 {hint}
 ## Settings

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezo import noise
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.forms.scratch import Moved, Scratch
 from mezo.memory.meta import FusedAttention, Living
 from mezo.models.adapters import with_adapter
+from mezo.models.arguments import ModelArguments
 from mezo.models.loading import EMBEDDED
 from mezo.models.modes import unwrap
 from mezo.noise import Move

@@ -64,10 +64,10 @@ def prefixed(config: Any, dtype: Any) -> Any:
     """The model with a prefix, both without numbers, for Planner."""
     import torch
 
-    from mezo.arguments import ModelArguments
     from mezo.memory.meta import FusedAttention, Living
     from mezo.memory.plan import skeleton
     from mezo.models.adapters import with_adapter
+    from mezo.models.arguments import ModelArguments
 
     with torch.device("meta"), Living(), FusedAttention():  # it starts at the model's activations
         args = ModelArguments(use_peft=True, peft_type="prefix")

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from mezo.arguments import ModelArguments
 from mezo.compatibility import cache_of
 from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 
 SHORT = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}

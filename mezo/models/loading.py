@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
+from mezo.models.arguments import ModelArguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.runs.rebuild import rebuilt
 from mezo.trainers.placement import place
 

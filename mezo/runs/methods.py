@@ -21,7 +21,6 @@ import torch
 from transformers import TrainerCallback
 
 from mezo import noise
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.estimators import passes_of
 from mezo.evaluation.evaluate import evaluate
@@ -29,11 +28,12 @@ from mezo.evaluation.linear_probe import linear_probe, zero_shot
 from mezo.memory.measured import PeakMemory, PeakOfStretches, give_back
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form
 from mezo.tasks import Example
 
 if TYPE_CHECKING:
-    from mezo.runs.task import TrainArguments
+    from mezo.runs.arguments import TrainArguments
 
 WITHOUT_TRAINING = {"lp": linear_probe, "zero-shot": zero_shot, "icl": zero_shot}
 METHODS = ("mezo", "adam", *WITHOUT_TRAINING)

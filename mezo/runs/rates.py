@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.trainers.config import MeZOConfig
 
 if TYPE_CHECKING:
-    from mezo.runs.task import TrainArguments
+    from mezo.runs.arguments import TrainArguments
 
 
 @dataclass(frozen=True)

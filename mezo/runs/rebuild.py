@@ -1,7 +1,7 @@
 """The tuned model of a run, from its base model and its log.
 
-    model = MeZOAdapter.load("facebook/opt-1.3b", "runs/sst2/run.mezo")
-    model = MeZOAdapter.load("facebook/opt-1.3b", "user/sst2-opt")     # a log on the hub
+    model = mezo.load("facebook/opt-1.3b", "runs/sst2/run.mezo")
+    model = mezo.load("facebook/opt-1.3b", "user/sst2-opt")     # a log on the hub
 
 And for the command line: the same, saved, without loading the model, or as an adapter alone.
 """
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from mezo import trajectory
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.hub import repository as hub
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.trajectory.replay import steps_until
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -42,42 +42,36 @@ _PLAIN = {name: getattr(ModelArguments(), name) for name in ADAPTER if name != "
 _SAVED = ("adapter_model.safetensors", "adapter_config.json")
 
 
-class MeZOAdapter:
-    """A run log, used as an adapter is: a few KB that make the tuned model of the base model."""
+def load(base: torch.nn.Module | str | Path, log: str | Path, *, until: int | None = None) -> Any:
+    """Return the tuned model of a run, in eval mode, from its base model and its log.
 
-    @classmethod
-    def load(
-        cls,
-        base: torch.nn.Module | str | Path,
-        log: str | Path,
-        *,
-        until: int | None = None,
-    ) -> Any:
-        """The tuned model, in eval mode; the base weights are replaced in place.
+        model = mezo.load("facebook/opt-1.3b", "runs/sst2/run.mezo")
 
-            model = MeZOAdapter.load(AutoModelForCausalLM.from_pretrained(name), "run.mezo")
+    A run log is used as an adapter is: a few KB that turn the base model into the tuned one.
 
-        Args:
-            base: a model, a folder or a hub name: what the run began with. For a log of
-                `mezo train --use_peft` the adapter is added, if the model has none yet.
-            log: a file, or a repository on the hub as `mezo push` makes them: "user/name", or
-                "hub:user/name" where a file could be meant.
-            until: stop at that step of the run.
+    Args:
+        base: A model, a folder or a hub name: what the run began with. A model that is given is
+            changed in place. For a log of `mezo train --use_peft` the adapter is added, if the
+            model has none yet.
+        log: A file, or a repository on the hub as `mezo push` makes them: "user/name", or
+            "hub:user/name" where a file could be meant.
+        until: Stop at that step of the run.
 
-        Raises InputError if there is no such log, or if it starts from another model.
-        """
-        path = hub.resolve(log)
-        if not isinstance(base, torch.nn.Module):
-            return rebuilt(ModelArguments(str(base)), path, until)[0]
-        model: Any = base
-        header = trajectory.read(path).header
-        if header["config"].get("use_peft"):
-            from peft import PeftModel
+    Raises InputError if there is no such log, or if it starts from another model. For a model
+    that does not fit into memory use `mezo replay --by_tensor`, which goes from file to file.
+    """
+    path = hub.resolve(log)
+    if not isinstance(base, torch.nn.Module):
+        return rebuilt(ModelArguments(str(base)), path, until)[0]
+    model: Any = base
+    header = trajectory.read(path).header
+    if header["config"].get("use_peft"):
+        from peft import PeftModel
 
-            if not isinstance(model, PeftModel):
-                args = arguments_of(ModelArguments(), path, header)
-                model = tuners.with_adapter(model, args, header["seed"])
-        return trajectory.replay(path, model, until=until).eval()
+        if not isinstance(model, PeftModel):
+            args = arguments_of(ModelArguments(), path, header)
+            model = tuners.with_adapter(model, args, header["seed"])
+    return trajectory.replay(path, model, until=until).eval()
 
 
 def rebuilt(args: ModelArguments, log: str | Path, until: int | None = None) -> tuple:

@@ -9,38 +9,26 @@ Leaves in output_dir what `run.train` does: run.mezo, result.json, checkpoints, 
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mezo import rewards, tasks
-from mezo.arguments import ModelArguments, RewardArguments
+from mezo.arguments import RewardArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.runs import methods
 from mezo.runs import task as task_run
+from mezo.runs.arguments import RewardTrainArguments
+from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import fields_of, fill
 from mezo.trainers import placement
-from mezo.trainers.policy import MeZOPolicyConfig, MeZOPolicyTrainer
+from mezo.trainers.policy import MeZOPolicyTrainer
 
 _SHOWN = 3  # samples of text in the result
 _SHOWN_DRAW = 2**32 - 1
-
-
-@dataclass
-class RewardTrainArguments(task_run.TrainArguments, MeZOPolicyConfig):
-    """TrainArguments and the options of generation, with defaults for the command line."""
-
-    output_dir: str = "runs/reward"
-    learning_rate: float = MeZOPolicyConfig.learning_rate  # the recipes' are for cross-entropy
-    mezo_eps: float = MeZOPolicyConfig.mezo_eps
-    remove_unused_columns: bool = False
-    max_steps: int = 1000
-    eval_steps: float = 100
-    save_steps: float = 100
-    load_best_model_at_end: bool = False  # the learning curve is noisy, and there is a log
-    metric_for_best_model: str | None = "reward"
 
 
 def train(
@@ -55,8 +43,8 @@ def train(
     if args.method != "mezo":
         raise InputError(f"--method {args.method}: a reward has no gradient, only mezo trains it")
     task_run.check_arguments(args, model_args)
-    checkpoint = task_run.checkpoint_of(args)
-    task_run.make_folder(args.output_dir)
+    checkpoint = checkpoint_of(args)
+    make_folder(args.output_dir)
     begins = methods.started_with(model_args, args.output_dir, checkpoint)
     model, tokenizer = placement.load(begins, args)
     models.refuse_quantised(model)
@@ -88,9 +76,9 @@ def train(
         "train_loss": output.training_loss,
         "seconds": time.perf_counter() - began,
         "config": trainer.run_config,
-        "environment": task_run.environment(),
+        "environment": environment(),
     }
-    return task_run.write_result(args.output_dir, result)
+    return write_result(args.output_dir, result)
 
 
 def prompts(data: RewardArguments) -> tuple[list[dict], list[dict]]:

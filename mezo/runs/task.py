@@ -7,170 +7,35 @@ Each returns a dict that JSON can hold. `train` leaves in output_dir: run.mezo (
 result.json, the Trainer's checkpoints, and the tuned model.
 """
 
-import json
-import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch.nn import functional as F
-from transformers import Trainer
 
-from mezo import __version__, tasks
-from mezo.arguments import DataArguments, ModelArguments
+from mezo import tasks
+from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result
 from mezo.evaluation.evaluate import evaluate as evaluate_form
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.trainable import select
 from mezo.objectives import Form, Generated, form_for
 from mezo.runs import methods, rates
+from mezo.runs.arguments import TrainArguments
+from mezo.runs.data import Splits, load_splits, read_split, task_of, tested
 from mezo.runs.rebuild import rebuilt
+from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
 from mezo.tasks import Example, Task
 from mezo.trainers import placement
-from mezo.trainers.resume import STATE, last_checkpoint
-from mezo.trainers.trainer import MeZOConfig, MeZOMixin, changed
-
-Splits = dict[str, list[Example]]
-RESULT = "result.json"  # in output_dir, written last
-
-
-@dataclass
-class TrainArguments(MeZOConfig):
-    """MeZOConfig with the defaults of the command line: the paper's batch, evaluation by steps."""
-
-    output_dir: str = "runs/mezo"  # type: ignore[assignment]
-    learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
-    )
-    mezo_eps: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
-    )
-    method: str = field(
-        default="mezo",
-        metadata={
-            "help": "mezo; or a baseline: adam (back-propagation), lp (linear probe), zero-shot, "
-            "icl (in context)."
-        },
-    )
-    max_steps: int = 20_000  # Table 16
-    per_device_train_batch_size: int = 16  # Table 16
-    per_device_eval_batch_size: int = 32
-    eval_strategy: str = "steps"  # type: ignore[assignment]
-    eval_steps: float = 500
-    save_strategy: str = "steps"  # type: ignore[assignment]
-    save_steps: float = 500
-    save_total_limit: int | None = 1
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "accuracy"
-    report_to: str = "none"  # type: ignore[assignment]
-
-
-class TaskMixin:
-    """Lets a Trainer train on a form's loss and be evaluated by its scores."""
-
-    form: Form
-    run_config: dict[str, Any] | None
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not return_outputs:
-            return self.form.loss(model, inputs)
-        if isinstance(self.form, Generated):  # its dev metric is the loss
-            return self.form.loss(model, inputs), {}
-        scores = self.form.scores(model, inputs)
-        return F.cross_entropy(scores, inputs["labels"]), {"scores": scores}
-
-
-class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
-    def pair_loss(self, model, inputs, both):
-        return self.form.pair_loss(model, inputs, both)
-
-
-class AdamTaskTrainer(TaskMixin, Trainer):
-    """Fine-tuning by back-propagation, the baseline: the Trainer's own AdamW."""
-
-
-def task_of(args: DataArguments) -> Task:
-    """The named task, or one made of the options prompt, candidates and labels."""
-    own = args.task == "custom" or args.prompt is not None or bool(args.candidates)
-    if not own:
-        return tasks.get(args.task)
-    if args.prompt is None:
-        raise InputError("a custom task needs --prompt, a template such as '{text} It was'")
-    if args.task not in ("custom", DataArguments.task):
-        raise InputError(f"--prompt and --candidates are for --task custom, not {args.task}")
-    return tasks.custom_task(
-        args.prompt,
-        args.candidates,
-        labels=args.labels or None,
-        label_column=args.label_column,
-    )
-
-
-def load_splits(task: Task, args: DataArguments) -> Splits:
-    """train, dev and test examples as the options ask for them.
-
-    Without dev examples of its own a run splits them off the training set, as the paper does; the
-    public dev set is then the test set.
-    """
-    train = _read(task, args, "train")
-    if args.k is not None:
-        number = len(train)
-        train, dev = tasks.few_shot(train, args.k, args.split_seed)
-        if not dev:
-            raise InputError(f"k {args.k} is too many: {number} training examples leave no dev set")
-    elif _has_dev(task, args):
-        dev = _read(task, args, "dev")
-    else:
-        size = args.num_dev or min(task.num_dev, len(train) // 5)
-        if size == 0:
-            raise InputError(f"{len(train)} training examples are too few to train and to validate")
-        train, dev = tasks.train_dev(train, args.num_train, size, args.split_seed)
-    has_test = args.test_file or args.data_dir or not args.train_file
-    if task.paths and not (args.test_file or args.data_dir):
-        has_test = bool(task.paths.keys() & {"test", "dev"})
-    test = _read(task, args, "test") if has_test else dev
-    return {
-        "train": _at_most(train, args.num_train, args.split_seed),
-        "dev": _at_most(dev, args.num_dev, args.split_seed),
-        "test": _tested(test, args),
-    }
-
-
-def _has_dev(task: Task, args: DataArguments) -> bool:
-    """Whether there is a dev set that is not the test set."""
-    if args.dev_file or args.train_file:
-        return bool(args.dev_file)
-    if task.paths and not args.data_dir:
-        return task.paths.get("dev") not in (None, task.paths.get("test"))
-    return tasks.has_own_dev(task, args.data_dir) if args.data_dir else bool(task.folder)
-
-
-def _tested(examples: list[Example], args: DataArguments) -> list[Example]:
-    """The test examples that the options ask for; all few-shot runs are tested on the same ones."""
-    if args.k is not None:
-        return tasks.few_shot_test(examples, args.num_test or 1000)
-    return _at_most(examples, args.num_test, args.split_seed)
-
-
-def _read(task: Task, args: DataArguments, split: str) -> list[Example]:
-    file = getattr(args, f"{split}_file")
-    return tasks.load_examples(task, split, data_dir=args.data_dir, files=file)
-
-
-def _at_most(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
-    if limit is None or limit >= len(examples):
-        return examples
-    return tasks.sample(examples, limit, seed)
+from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
+from mezo.trainers.trainer import changed
 
 
 def train(
@@ -191,7 +56,7 @@ def train(
     given, args = args, rates.resolved(model_args, args)
     if args.method == "icl" and data_args.demonstrations < 1:
         raise InputError("method icl shows training examples: say how many, --demonstrations 32")
-    checkpoint = _checkpoint(args)
+    checkpoint = checkpoint_of(args, has_log=args.method == "mezo")
     make_folder(args.output_dir)
     begins = methods.started_with(model_args, args.output_dir, checkpoint)
     model, tokenizer = placement.load(begins, args)
@@ -239,12 +104,6 @@ def _result(task: Task, model: str, before: Result, found: dict[str, Any]) -> di
     }
 
 
-def write_result(output_dir: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Leaves it as result.json, and returns it."""
-    Path(output_dir, RESULT).write_text(json.dumps(result, indent=1, default=str))
-    return result
-
-
 def form_of(
     model,
     tokenizer,
@@ -277,14 +136,6 @@ def check_arguments(args: TrainArguments, model_args: ModelArguments) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.max_steps == 0:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
-
-
-def make_folder(output_dir: str) -> None:
-    """An output folder, with its parents. InputError where there can be none."""
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_dir {output_dir}: {error.strerror}") from None
 
 
 def trained_part(model, args: ModelArguments) -> AbstractContextManager:
@@ -320,31 +171,6 @@ def _accuracy(prediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(scores.argmax(-1) == prediction.label_ids))}
 
 
-def _checkpoint(args: TrainArguments) -> str | bool | None:
-    return checkpoint_of(args, has_log=args.method == "mezo")
-
-
-def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
-    """Where to go on: a folder; True for wherever the run in output_dir ended; None to begin."""
-    asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
-    if asked.lower() == "false":
-        if log.exists():
-            raise InputError(
-                f"{log} exists: --resume_from_checkpoint true goes on with that run, another "
-                "--output_dir keeps it"
-            )
-        return None
-    if asked.lower() != "true":
-        if not Path(asked, STATE).is_file():
-            raise InputError(f"resume_from_checkpoint {asked} is no folder with a {STATE}")
-        return asked
-    last = last_checkpoint(args.output_dir)
-    if last is None and not log.exists():
-        logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
-        return None
-    return True if has_log else last
-
-
 def evaluate(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -360,10 +186,10 @@ def evaluate(
     if log is None and until is not None:
         raise InputError("until is for the run log that --replay names")
     task = task_of(data_args)
-    examples = _tested(_read(task, data_args, "test"), data_args)
+    examples = tested(read_split(task, data_args, "test"), data_args)
     shown: list[Example] = []
     if data_args.demonstrations:
-        train = _read(task, data_args, "train")
+        train = read_split(task, data_args, "train")
         shown = tasks.sample(train, data_args.demonstrations, data_args.split_seed)
     if log is None:
         model, tokenizer = models.load(model_args, offload=offload)
@@ -386,15 +212,3 @@ def replay(model_args: ModelArguments, log: str, output_dir: str, until: int | N
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return {"log": log, "steps": steps, "output_dir": output_dir}
-
-
-def environment() -> dict[str, str]:
-    """What a result depends on beside its configuration."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {
-        "mezo": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-    }

@@ -16,62 +16,25 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
 
-from mezo.arguments import ModelArguments, TextArguments
+from mezo.arguments import TextArguments
 from mezo.errors import InputError
 from mezo.memory.measured import PeakMemory
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import select
 from mezo.runs.methods import check_adapter, keep_start, passes_of_a_step, started_with
-from mezo.runs.task import checkpoint_of, environment, make_folder, write_result
+from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
 from mezo.trainers.placement import load
-from mezo.trainers.trainer import MeZOConfig, MeZOMixin, changed
+from mezo.trainers.trainer import changed
+from mezo.trainers.trl import MeZODPOConfig, MeZODPOTrainer, MeZOSFTConfig, MeZOSFTTrainer
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {  # what a row may have, in TRL's names
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "dpo": (("chosen", "rejected"),),
 }
-
-
-class MeZOSFTTrainer(MeZOMixin, SFTTrainer):
-    """TRL's supervised fine-tuning by forward passes alone."""
-
-
-class MeZODPOTrainer(MeZOMixin, DPOTrainer):
-    """TRL's direct preference optimization by forward passes alone."""
-
-    def _precompute_ref_logps(self, *args, **kwargs):
-        with self._placement.reading():
-            return super()._precompute_ref_logps(*args, **kwargs)
-
-
-class MeZORewardTrainer(MeZOMixin, RewardTrainer):
-    """TRL's reward modelling by forward passes alone."""
-
-
-@dataclass
-class MeZOSFTConfig(MeZOConfig, SFTConfig):
-    """SFTConfig with MeZO's options, and its defaults where TRL's are Adam's."""
-
-
-@dataclass
-class MeZODPOConfig(MeZOConfig, DPOConfig):
-    """DPOConfig with MeZO's options, and its defaults where TRL's are Adam's."""
-
-
-@dataclass
-class MeZORewardConfig(MeZOConfig, RewardConfig):
-    """RewardConfig with MeZO's options, and its defaults where TRL's are Adam's."""
 
 
 @dataclass
@@ -112,7 +75,7 @@ def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args:
         kind: "sft" or "dpo".
         args: SFTArguments or DPOArguments, or another config of the same TRL trainer.
 
-    Leaves in output_dir what `mezo.run.train` does; its log needs neither TRL nor data.
+    Leaves in output_dir what `runs.task.train` does; its log needs neither TRL nor data.
     Raises InputError for a file that is none of the formats, in TRL's words where it is TRL's.
     """
     began = time.perf_counter()

@@ -24,8 +24,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import read_options
 from mezo.errors import InputError
+from mezo.options_file import read_options
 from mezo.tasks.task import Hub, Row, Task, custom_task
 
 FIELDS = {  # what is read

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.offload.context import Offload, check_settings
 from mezo.trainers.config import MeZOConfig, rounding_of, rule_of
 

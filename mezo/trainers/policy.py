@@ -18,9 +18,9 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.objectives.generation import Generation
 from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties, sample
 from mezo.trainers.trainer import MeZOConfig, MeZOMixin, changed

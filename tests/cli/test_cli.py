@@ -11,8 +11,12 @@ from dataclasses import fields
 import pytest
 from folders import OWN, mezo, model_folder, reviews, same_weights, training
 
-from mezo import arguments, objectives, trajectory
+from mezo import objectives, trajectory
+from mezo.arguments import DataArguments
 from mezo.cli import main as cli
+from mezo.cli.parsing import default_output_dir
+from mezo.cli.train import TRAIN_HELP
+from mezo.models.arguments import ModelArguments
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,7 @@ def test_help_imports_nothing_heavy():
     """A second of imports for a help text is a second too much."""
     code = """
 import sys
-from mezo.cli import main
+from mezo.cli.main import main
 assert main(["--help"]) == main(["--version"]) == 0
 for command in ("train", "eval", "replay", "sft", "dpo"):
     assert main([command, "--help"]) == 0
@@ -63,16 +67,16 @@ print(sorted({"torch", "transformers", "numpy", "yaml", "datasets"} & set(sys.mo
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""
     assert done.stdout.endswith("\n[]\n")
-    for kind in (arguments.ModelArguments, arguments.DataArguments):
+    for kind in (ModelArguments, DataArguments):
         assert all(f"--{f.name}" in done.stdout for f in fields(kind))
 
 
 def test_the_training_options_of_the_help_exist():
     """They are written by hand, as a list of all would be long and slow."""
-    from mezo.runs.task import TrainArguments
+    from mezo.runs.arguments import TrainArguments
 
     known = {f"--{f.name}" for f in fields(TrainArguments)} | {"--json", "--help_all", "--grid"}
-    shown = {word.strip("(") for word in cli.TRAIN_HELP.split() if word.strip("(").startswith("--")}
+    shown = {word.strip("(") for word in TRAIN_HELP.split() if word.strip("(").startswith("--")}
     assert shown <= known
     defaults = TrainArguments("x", use_cpu=True)
     assert (defaults.max_steps, defaults.per_device_train_batch_size) == (20000, 16)
@@ -200,9 +204,9 @@ def test_flags_win_over_the_config_file(place, capsys, monkeypatch):
 
 
 def test_output_dir_is_named_after_the_task(place):
-    assert cli._default_output_dir(["--task", "sst2"]) == ["--output_dir=runs/sst2"]
-    assert cli._default_output_dir([]) == ["--output_dir=runs/opinions"]
-    assert cli._default_output_dir(OWN) == ["--output_dir=runs/custom"]
+    assert default_output_dir(["--task", "sst2"]) == ["--output_dir=runs/sst2"]
+    assert default_output_dir([]) == ["--output_dir=runs/opinions"]
+    assert default_output_dir(OWN) == ["--output_dir=runs/custom"]
 
 
 def test_json_is_all_that_stdout_gets(trained):

@@ -104,8 +104,8 @@ def test_verify_names_the_place_of_a_damage(folder, capsys):
 @pytest.fixture(scope="module")
 def model_log(folder):
     """A run on a model in a folder."""
-    from mezo.arguments import ModelArguments
     from mezo.models import loading as models
+    from mezo.models.arguments import ModelArguments
 
     model_folder(folder / "tiny")
     model, _ = models.load(ModelArguments(str(folder / "tiny")))
@@ -189,7 +189,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, argv, message, capsys, mo
 def test_help_is_quick_and_names_the_commands():
     code = """
 import sys
-from mezo.cli import main
+from mezo.cli.main import main
 for words in ([], ["show"], ["verify"], ["compact"], ["merge"]):
     try:
         main(["log", *words, "--help"])

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mezo import MeZO, trajectory
-from mezo.arguments import DataArguments, ModelArguments
-from mezo.cli import main as cli
+from mezo.arguments import DataArguments
+from mezo.cli import parsing
+from mezo.models.arguments import ModelArguments
 from mezo.models.loading import causal_lm
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def test_the_run_of_the_readme_is_rebuilt(tmp_path):
 
 
 def test_the_commands_of_the_readme_have_the_options_they_use():
-    from mezo.runs.task import TrainArguments
+    from mezo.runs.arguments import TrainArguments
 
     kinds = {"train": (ModelArguments, DataArguments, TrainArguments)}
     kinds |= {"eval": (ModelArguments, DataArguments), "replay": (ModelArguments,)}
@@ -56,8 +57,8 @@ def test_the_commands_of_the_readme_have_the_options_they_use():
     assert {command[1] for command in commands} >= {"train", "eval", "replay", "log"}
     for _, name, *argv in commands:
         if name in kinds:
-            parser = cli._hf_parser(f"mezo {name}", kinds[name], **own[name])
-            cli._parse(argv, parser, kinds[name])
+            parser = parsing.hf_parser(f"mezo {name}", kinds[name], **own[name])
+            parsing.parse(argv, parser, kinds[name])
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")

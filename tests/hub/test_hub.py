@@ -47,9 +47,9 @@ def place(tmp_path_factory):
 PUSH = ["push", "--log", "run.mezo", "--repo"]
 LOAD = """
 import mezo, torch
-model = mezo.MeZOAdapter.load("./tiny", "user/first")
+model = mezo.load("./tiny", "user/first")
 torch.save(model.state_dict(), "loaded.pt")
-mezo.MeZOAdapter.load("./tiny", "hub:user/first", until=0)
+mezo.load("./tiny", "hub:user/first", until=0)
 """
 COMMANDS = {
     "push": [*PUSH, "user/first", "--private", "--json"],
@@ -223,7 +223,7 @@ def test_the_card_says_what_the_log_says(place):
         assert entry["sha256"] in text
     assert "mezo pull user/first --output run.mezo\n" in text
     assert "mezo replay --model a/b --log run.mezo --output_dir tuned\n" in text
-    assert 'MeZOAdapter.load("a/b", "user/first")' in text
+    assert 'mezo.load("a/b", "user/first")' in text
     assert "arXiv:2305.17333" in text
     assert "@inproceedings{malladi2023mezo," in text
 

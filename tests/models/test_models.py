@@ -7,9 +7,9 @@ import torch
 from folders import model_folder
 from peft import PeftModel
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from peft import PeftType
 from tiny_tokenizers import byte_bpe, word_piece
 
 from mezo import MeZO, objectives, tasks, trajectory
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 
 OPTIONS = {  # sizes that fit a model of width 16

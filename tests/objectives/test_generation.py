@@ -7,9 +7,9 @@ import torch
 from models import tiny_model
 from tiny_tokenizers import byte_bpe, unigram
 
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models.adapters import with_adapter
+from mezo.models.arguments import ModelArguments
 from mezo.noise import tensor_key
 from mezo.objectives.generation import Completion, Generation, end_tokens, generate, gumbel
 

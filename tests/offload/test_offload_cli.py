@@ -10,8 +10,8 @@ from folders import OWN, mezo, model_folder, reviews, same_weights, training
 
 from mezo import trajectory
 from mezo.offload.context import Offload
-from mezo.runs import task as run
 from mezo.trainers import placement
+from mezo.trainers.task import MeZOTaskTrainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
@@ -110,7 +110,7 @@ def test_an_interrupted_run_in_a_file_goes_on(place, tmp_path, capsys, monkeypat
     argv = command(place, "train", "--save_steps=4", "--load_best_model_at_end=false")
     mezo(capsys, *argv, f"--output_dir={tmp_path / 'here'}")
     argv += [*options, f"--output_dir={tmp_path / 'away'}"]
-    steps, step = [], run.MeZOTaskTrainer.training_step
+    steps, step = [], MeZOTaskTrainer.training_step
 
     def interrupted(*args, **kwargs):
         steps.append(1)
@@ -119,7 +119,7 @@ def test_an_interrupted_run_in_a_file_goes_on(place, tmp_path, capsys, monkeypat
         return step(*args, **kwargs)
 
     with monkeypatch.context() as changed:
-        changed.setattr(run.MeZOTaskTrainer, "training_step", interrupted)
+        changed.setattr(MeZOTaskTrainer, "training_step", interrupted)
         code, _, err = mezo(capsys, *argv)
     assert code == 130
     assert len(trajectory.read(tmp_path / "away/run.mezo").steps) == 2

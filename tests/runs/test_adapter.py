@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from tiny_tokenizers import byte_bpe
 from transformers import AutoModelForCausalLM
 
-from mezo import MeZO, MeZOAdapter, trajectory
-from mezo.arguments import ModelArguments
+from mezo import MeZO, load, trajectory
 from mezo.cli import main as cli
 from mezo.errors import InputError
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.runs import rebuild as adapter
 
 LORA = ["--use_peft", "--lora_r=3", "--lora_target_modules", "q_proj", "v_proj"]
@@ -56,10 +56,10 @@ def test_one_line_gives_the_tuned_model(place):
     """From a folder's name, or a model; in the dtype of the run, not of the files."""
     log = place / "full" / "run.mezo"
     for given in (str(place / "tiny"), base(place, torch.float32)):
-        model = MeZOAdapter.load(given, log)
+        model = load(given, log)
         assert not model.training
         assert same(model, place / "full")
-    start = MeZOAdapter.load(place / "tiny", str(log), until=0)
+    start = load(place / "tiny", str(log), until=0)
     assert not same(start, place / "full")
     assert same(start.bfloat16(), place / "tiny")
 
@@ -69,24 +69,24 @@ def test_one_line_gives_the_adapter_too(place):
     log = place / "lora" / "run.mezo"
     before = torch.get_rng_state()
     for given in (str(place / "tiny"), base(place)):
-        model = MeZOAdapter.load(given, log)
+        model = load(given, log)
         assert isinstance(model, PeftModel)
         assert not model.training
         assert same(model, place / "lora")
     assert torch.equal(torch.get_rng_state(), before)
     args = adapter.arguments_of(ModelArguments(), log, trajectory.read(log).header)
     own = tuners.with_adapter(base(place), args, trajectory.read(log).header["seed"])
-    assert MeZOAdapter.load(own, log) is own
+    assert load(own, log) is own
     assert same(own, place / "lora")
 
 
 def test_the_wrong_base_and_no_log_are_refused(place):
     with pytest.raises(InputError, match=r"dtype of .* is bfloat16, the log has float32"):
-        MeZOAdapter.load(base(place), place / "full" / "run.mezo")
+        load(base(place), place / "full" / "run.mezo")
     with pytest.raises(InputError, match=r"none\.mezo: No such file"):
-        MeZOAdapter.load(base(place), "runs/none.mezo")
+        load(base(place), "runs/none.mezo")
     with pytest.raises(InputError, match=r"\./none: no such folder"):
-        MeZOAdapter.load("./none", place / "full" / "run.mezo")
+        load("./none", place / "full" / "run.mezo")
 
 
 def test_a_log_says_how_the_adapter_is_made_and_nothing_else():
@@ -198,6 +198,6 @@ def test_by_tensor_from_the_terminal_is_the_replay_of_the_model(place, tmp_path,
 
 def test_importing_the_adapter_is_light():
     """transformers' Trainer takes seconds, and a rebuilt model needs none of it."""
-    code = "import sys, mezo; mezo.MeZOAdapter; print('transformers.trainer' in sys.modules)"
+    code = "import sys, mezo; mezo.load; print('transformers.trainer' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

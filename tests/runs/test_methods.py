@@ -15,12 +15,12 @@ from task_runs import data, moved, replayed, settings, trained
 from tiny_tokenizers import byte_bpe, word_piece
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
-from mezo import MeZO, MeZOAdapter, objectives, tasks, trajectory
-from mezo.arguments import ModelArguments
+from mezo import MeZO, load, objectives, tasks, trajectory
 from mezo.errors import InputError
 from mezo.evaluation import linear_probe as baselines
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import head_of
 from mezo.runs import rebuild as adapter
 from mezo.runs import task as run
@@ -157,14 +157,14 @@ def test_a_prefix_run_is_rebuilt_from_its_log(place, tmp_path):
     assert same_weights(replayed(place, tmp_path / "b", log), tmp_path / "a")
     weight = load_file(tmp_path / "a" / "adapter_model.safetensors")["prompt_embeddings"]
     for start in (place / "tiny", tmp_path / "a" / START):
-        model = MeZOAdapter.load(start, log)
+        model = load(start, log)
         assert torch.equal(model.prompt_encoder["default"].embedding.weight, weight)
     onto = adapter.save_adapter(ModelArguments(str(place / "tiny")), log, str(tmp_path / "c"))
     assert onto["steps"] == 4
     assert same_weights(tmp_path / "c", tmp_path / "a")
     with pytest.raises(InputError, match=r"trained an adapter \(prompt_encoder"):
         adapter.replay_by_tensor(ModelArguments(str(place / "tiny")), log, str(tmp_path / "d"))
-    begun = MeZOAdapter.load(place / "tiny", log, until=0).prompt_encoder["default"].embedding
+    begun = load(place / "tiny", log, until=0).prompt_encoder["default"].embedding
     kept = load_file(tmp_path / "a" / START / "adapter_model.safetensors")["prompt_embeddings"]
     assert torch.equal(begun.weight, kept)
     assert not torch.equal(kept, weight)
@@ -300,7 +300,7 @@ def test_a_log_cannot_name_what_is_loaded(place, tmp_path):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.mezo"
         trajectory.record(optimizer, path, config={"use_peft": True} | config).close()
         with pytest.raises(InputError, match=message):
-            MeZOAdapter.load(place / "tiny", path)
+            load(place / "tiny", path)
 
 
 def test_a_model_that_takes_no_prefix_is_one_line(tmp_path):

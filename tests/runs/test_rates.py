@@ -6,12 +6,11 @@ import pytest
 from folders import mezo, model_folder, reviews, training
 
 from mezo import MeZOConfig, trajectory
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.runs import rates
-from mezo.runs.reward import RewardTrainArguments
-from mezo.runs.task import TrainArguments
+from mezo.runs.arguments import RewardTrainArguments, TrainArguments
 
 
 @pytest.fixture(scope="module")

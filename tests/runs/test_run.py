@@ -9,11 +9,14 @@ from task_runs import data, moved, replayed, settings, trained
 from trainers import trained as trained_alone
 
 from mezo import objectives, trajectory
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
 from mezo.runs import task as run
+from mezo.runs.data import load_splits, task_of
+from mezo.runs.result import checkpoint_of
 from mezo.trainers import placement
+from mezo.trainers.resume import STATE, last_checkpoint
 
 
 def test_the_result_is_json_and_says_how_it_came_about(place, tmp_path):
@@ -153,32 +156,31 @@ def test_resume_takes_the_last_whole_checkpoint(place, tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if whole:
-            (folder / run.STATE).write_text("{}")
-    assert run.last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert run._checkpoint(args) is True  # and on to the log's end
-    args.method = "adam"
-    assert run._checkpoint(args) == str(tmp_path / "checkpoint-10")
-    assert run._checkpoint(settings(tmp_path)) is None
+            (folder / STATE).write_text("{}")
+    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert checkpoint_of(args) is True  # and on to the log's end
+    assert checkpoint_of(args, has_log=False) == str(tmp_path / "checkpoint-10")
+    assert checkpoint_of(settings(tmp_path)) is None
     chosen = settings(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert run._checkpoint(chosen) == str(tmp_path / "checkpoint-8")
+    assert checkpoint_of(chosen) == str(tmp_path / "checkpoint-8")
 
 
 def test_splits(place, tmp_path):
     """Without a dev file, dev is split off; with k, both are k a label; test is dev, or its own."""
-    task = run.task_of(data(place))
-    own = run.load_splits(task, data(place))
+    task = task_of(data(place))
+    own = load_splits(task, data(place))
     assert own["dev"] == own["test"]
-    split = run.load_splits(task, data(place, dev_file=None, num_dev=4))
+    split = load_splits(task, data(place, dev_file=None, num_dev=4))
     assert (len(split["train"]), len(split["dev"])) == (20, 4)
     assert not {e.origin for e in split["train"]} & {e.origin for e in split["dev"]}
-    few = run.load_splits(task, data(place, k=3))
+    few = load_splits(task, data(place, k=3))
     assert [e.label for e in few["train"]].count(1) == [e.label for e in few["dev"]].count(1) == 3
     assert not {e.origin for e in few["train"]} & {e.origin for e in few["dev"]}
-    capped = run.load_splits(task, data(place, num_train=5, num_dev=2, num_test=3))
+    capped = load_splits(task, data(place, num_train=5, num_dev=2, num_test=3))
     assert [len(capped[name]) for name in ("train", "dev", "test")] == [5, 2, 3]
     short = reviews(tmp_path / "short.jsonl", count=4)
     with pytest.raises(InputError, match="4 training examples are too few"):
-        run.load_splits(task, data(place, train_file=str(short), dev_file=None))
+        load_splits(task, data(place, train_file=str(short), dev_file=None))
 
 
 def test_in_context_examples_are_shown(place):

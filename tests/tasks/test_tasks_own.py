@@ -11,7 +11,7 @@ from mezo import tasks
 from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.runs import lm_eval as harness
-from mezo.runs import task as run
+from mezo.runs.data import load_splits
 from mezo.tasks import fill
 
 CHOICE = {
@@ -103,10 +103,10 @@ def test_what_is_written(place):
 def test_splits_are_the_file_s(place):
     """The dev set is the test set where there is none; both are split off where neither is."""
     task = tasks.get(written(place))
-    splits = run.load_splits(task, DataArguments(num_dev=5, num_test=7))
+    splits = load_splits(task, DataArguments(num_dev=5, num_test=7))
     assert [len(splits[name]) for name in ("train", "dev", "test")] == [24, 5, 7]
     task = tasks.get(written(place, validation_split=None))
-    splits = run.load_splits(task, DataArguments(num_dev=4))
+    splits = load_splits(task, DataArguments(num_dev=4))
     assert [len(splits[name]) for name in ("train", "dev", "test")] == [20, 4, 4]
     assert splits["dev"] == splits["test"]
     hub = {"dataset_path": "nyu-mll/glue", "dataset_name": "sst2", "dataset_kwargs": None}

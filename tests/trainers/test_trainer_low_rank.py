@@ -6,7 +6,7 @@ from models import Toy, llama, weights
 from trainers import PairedTrainer, grads, points, trainer_at
 
 from mezo import MeZOTrainer, trajectory
-from mezo.runs import task as run
+from mezo.trainers.task import MeZOTaskTrainer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,4 +57,4 @@ def test_a_trainer_that_knows_its_pair_takes_one_pass(tmp_path):
         assert paired is (True if name == "one" else None)
     expected = [pytest.approx(row, rel=1e-9) for row in grads(tmp_path / "two")]
     assert grads(tmp_path / "one") == expected
-    assert run.MeZOTaskTrainer.pair_loss is not None
+    assert MeZOTaskTrainer.pair_loss is not None

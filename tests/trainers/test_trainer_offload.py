@@ -9,9 +9,9 @@ from models import Toy, llama, weights
 from trainers import PairedTrainer, Watch, points, settings, trainer_at
 
 from mezo import MeZO, MeZOTrainer, trajectory
-from mezo.arguments import ModelArguments
 from mezo.errors import InputError
 from mezo.models.adapters import with_adapter
+from mezo.models.arguments import ModelArguments
 from mezo.offload.blocks import Streams
 from mezo.offload.context import Offload
 from mezo.trainers import placement

@@ -17,7 +17,7 @@ from mezo import MeZOConfig, MeZOMixin, trajectory
 
 trl = pytest.importorskip("trl")
 
-from mezo.runs import text  # noqa: E402  # it needs TRL
+from mezo.trainers import trl as mezo_trl  # noqa: E402  # it needs TRL
 
 # peft 0.21 and TRL 1.16 still read a name that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -185,7 +185,7 @@ def test_reward_modelling_trains_and_replays(tmp_path, data, lora):
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         model = LlamaForSequenceClassification(config)
-    kinds = (text.MeZORewardTrainer, text.MeZORewardConfig)
+    kinds = (mezo_trl.MeZORewardTrainer, mezo_trl.MeZORewardConfig)
     trainer = trainer_at(tmp_path, *kinds, data(), model=model, lora=lora)
     base = copy.deepcopy(trainer.model)
     trainer.train()

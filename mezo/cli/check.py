@@ -1,0 +1,58 @@
+"""The command `mezo check`: will it learn, with which eps and which rate?"""
+
+import shlex
+import sys
+from contextlib import redirect_stdout
+
+from mezo.arguments import DataArguments
+from mezo.cli.parsing import (
+    JSON,
+    Parser,
+    default_output_dir,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
+from mezo.models.arguments import ModelArguments
+
+
+def main(argv: list[str]) -> None:
+    tail = (
+        "  --mezo_eps EPS                      default: as mezo train's\n"
+        "  --learning_rate LR                  default: as mezo train's, by the model's size\n"
+        "  --per_device_train_batch_size N     default 16\n"
+        "  --directions N                      more tell more, default 12\n"
+        "  --json                              one line of JSON, with every number\n"
+    )
+    kinds = (ModelArguments, DataArguments)
+    if {"-h", "--help"} & set(argv):
+        return show_help("mezo check", kinds, tail)
+    from mezo.check import measure as check
+
+    quiet()
+    options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
+    options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
+    options |= {"directions": {"type": int, "default": 12}}
+    given = with_config(argv)
+    model, data, own = parse(given, hf_parser("mezo check", kinds, **options), kinds)
+    sizes = {"batch_size": own.per_device_train_batch_size, "directions": own.directions}
+    with redirect_stdout(sys.stderr):
+        result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes)
+    if own.json:
+        print_result(result, as_json=True)
+    for finding in [] if own.json else result["findings"]:
+        print(f"{finding['level'].replace('warning', 'WARN'):<5}{finding['text']}")
+    mine = Parser(prog="mezo check", add_help=False, allow_abbrev=False)
+    for name in ("learning_rate", "mezo_eps", "directions"):
+        mine.add_argument(f"--{name}")
+    mine.add_argument("--json", **JSON)
+    said, rest = mine.parse_known_args(given)
+    then = ["mezo", "train", *rest]
+    for name, value in result["next"].items():
+        value = getattr(said, name) if value is None else f"{value:g}"
+        then += [] if value is None else [f"--{name}", value]
+    say(f"next: {shlex.join([*then, *default_output_dir(rest)[0].split('=', 1)])}")

@@ -1,0 +1,18 @@
+"""The command `mezo demo`: a small model is fine-tuned, offline, and compared with Adam."""
+
+from mezo.cli.parsing import JSON, Parser, quiet
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        prog="mezo demo", description="Fine-tune a small model, offline, and compare with Adam."
+    )
+    parser.add_argument("--output_dir", default="demo_output", help="default demo_output")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", **JSON)
+    own = parser.parse_args(argv)
+    from mezo.demo import demo
+
+    quiet()
+
+    demo.main(own.output_dir, seed=own.seed, as_json=own.json)

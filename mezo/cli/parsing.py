@@ -1,0 +1,130 @@
+"""What the commands share: options from words and files, help, and what goes to which stream."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from mezo.arguments import DataArguments
+from mezo.errors import InputError
+from mezo.options_file import read_options
+
+JSON: dict[str, Any] = {"action": "store_true", "help": "Print the result as one line of JSON."}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    near = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(f"{message}; {self.prog} --help lists the options")
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """argv with the contents of --config FILE put before it, as options, so that flags win."""
+    parser = Parser(prog="mezo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(argv)
+    return argv if found.config is None else _options_in(found.config) + rest
+
+
+def _options_in(path: str) -> list[str]:
+    options = read_options(path, path, "lines 'option: value'")
+    argv = []
+    for name, value in options.items():
+        if isinstance(value, list) and value:
+            argv += [f"--{name}", *map(str, value)]
+        elif value is True:
+            argv += [f"--{name}"]
+        elif value is not None and value != []:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            argv += [f"--{name}={text}"]
+    return argv
+
+
+def parse(argv: list[str], parser, kinds: tuple) -> tuple:
+    """Instances of the dataclasses `kinds`, and the parser's own options."""
+    namespace, left = parser.parse_known_args(argv)
+    if left:
+        _refuse(left[0].split("=")[0], parser, kinds)
+    try:
+        found = parser.parse_dict(vars(namespace), allow_extra_keys=True)
+    except (ValueError, ImportError) as error:  # of transformers' own checks
+        raise InputError(str(error)) from None
+    return (*found, namespace)
+
+
+def _refuse(word: str, parser, kinds: tuple) -> None:
+    if not word.startswith("-"):
+        raise InputError(f"unexpected argument {word!r}: options begin with --")
+    names = [name for kind in kinds for f in fields(kind) for name in _names(f)]
+    own = [name for action in parser.own for name in action.option_strings]
+    known = [name.lstrip("-") for name in (*names, *own)]
+    near = get_close_matches(word.lstrip("-"), known, n=1)
+    hint = f"did you mean --{near[0]}?" if near else f"{parser.prog} --help lists them"
+    raise InputError(f"unknown option {word}; {hint}")
+
+
+def _names(f) -> list[str]:
+    return [*f.metadata.get("aliases", []), f"--{f.name}"]
+
+
+def hf_parser(prog: str, kinds: tuple, **own):
+    from transformers import HfArgumentParser
+
+    class Options(Parser, HfArgumentParser):
+        pass
+
+    both = "resolve"  # an option of two dataclasses, as trust_remote_code, is for both
+    parser: Any = Options(kinds, prog=prog, allow_abbrev=False, conflict_handler=both)
+    parser.own = []
+    for name, settings in own.items():
+        names = {f"--{name}": None, f"--{name.replace('_', '-')}": None}  # as for the others
+        parser.own.append(parser.add_argument(*names, **settings))
+    return parser
+
+
+def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
+    """Help from the dataclasses alone: no import of transformers, so it is quick."""
+    print(f"usage: {prog} [options] [--config FILE.yaml]\n")
+    for kind in kinds:
+        print(f"{kind.__doc__}")
+        for f in fields(kind):
+            default = f"  [{f.default}]" if isinstance(f.default, str | int) else ""
+            print(f"  {', '.join(_names(f)):<34}  {f.metadata['help']}{default}")
+        print()
+    print(tail.lstrip("\n"), end="")
+
+
+def quiet() -> None:
+    """This process is ours: no progress bars for loading a model."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, default=str))
+        return
+    for name, value in result.items():
+        if value is not None and not isinstance(value, dict):
+            print(f"{name}\t{value:.4g}" if isinstance(value, float) else f"{name}\t{value}")
+
+
+def default_output_dir(argv: list[str]) -> list[str]:
+    """The option --output_dir=runs/<task>; a later one in argv wins."""
+    parser = Parser(prog="mezo train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", default=DataArguments.task)
+    parser.add_argument("--prompt", dest="own")
+    found, _ = parser.parse_known_args(argv)
+    return [f"--output_dir=runs/{found.task if found.own is None else 'custom'}"]

@@ -1,0 +1,48 @@
+"""The command `mezo replay`: the tuned model from its base model and its run log."""
+
+import shlex
+import sys
+from contextlib import redirect_stdout
+
+from mezo.cli.parsing import (
+    JSON,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
+from mezo.errors import InputError
+from mezo.models.arguments import ModelArguments
+
+
+def main(argv: list[str]) -> None:
+    tail = (
+        "  --log FILE                          the run log\n"
+        "  --output_dir DIR                    where the tuned model goes\n"
+        "  --until N                           only the first N steps\n"
+        "  --by_tensor                         file to file, in the memory of one tensor; --model\n"
+        "                                      is a folder of safetensors\n"
+        "  --onto_adapter                      only the adapter of a LoRA run\n"
+        "  --json                              one line of JSON\n"
+    )
+    if {"-h", "--help"} & set(argv):
+        return show_help("mezo replay", (ModelArguments,), tail)
+    from mezo.runs import rebuild as adapter
+    from mezo.runs import task as run
+
+    quiet()
+    options = {"log": {"required": True}, "output_dir": {"required": True}, "json": JSON}
+    options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
+    parser = hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int})
+    model, own = parse(with_config(argv), parser, (ModelArguments,))
+    if own.by_tensor and own.onto_adapter:
+        raise InputError("--by_tensor writes the whole model, --onto_adapter an adapter: give one")
+    replay = adapter.save_adapter if own.onto_adapter else run.replay
+    replay = adapter.replay_by_tensor if own.by_tensor else replay
+    with redirect_stdout(sys.stderr):
+        result = replay(model, own.log, own.output_dir, own.until)
+    print_result(result, own.json)
+    say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")

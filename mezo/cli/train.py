@@ -1,0 +1,97 @@
+"""The command `mezo train`: a task, a search over a grid, or with --reward any reward."""
+
+import shlex
+import sys
+from contextlib import redirect_stdout
+
+from mezo.arguments import DataArguments
+from mezo.cli import reward
+from mezo.cli.parsing import (
+    JSON,
+    default_output_dir,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
+from mezo.models.arguments import ModelArguments
+
+TRAIN_HELP = """
+training, named as transformers' TrainingArguments (--help_all lists every one):
+  --output_dir DIR                    default runs/<task>
+  --learning_rate LR                  default: by the model's size N and by what is trained, for
+                                      all weights 3000 / N, 1e-3 for causal-lm and 2e-7 for 13B
+                                      (docs/methods.md; mezo check measures it)
+  --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
+  --max_steps N                       default 20000
+  --per_device_train_batch_size N     default 16
+  --num_samples N                     directions a step, default 1
+  --distribution NAME                 gaussian or rademacher
+  --lr_scheduler_type NAME            default constant
+  --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
+  --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml
+  --activation_checkpointing true     adam: less memory, a forward pass more
+  --seed N                            of the directions and the order of the data
+  --eval_steps N  --save_steps N      default 500
+  --resume_from_checkpoint true       go on after an interruption
+  --offload                           the model stays on the CPU, and comes block by block: for
+                                      models larger than the device's memory
+  --offload_folder DIR                with it, weights wait in a file: for models larger than the
+                                      host's memory
+  --offload_write_every N             the file is written every N updates; 0: never
+  --probe_groups N                    under torchrun -m mezo train: -1 is a direction a process
+  --report_to tensorboard
+  --json                              the result as one line of JSON
+
+On what a function or program says of generated text, in place of a task: docs/rewards.md.
+"""
+
+
+def main(argv: list[str]) -> None:
+    if reward.asked(argv):
+        return reward.train(argv)
+    if {"-h", "--help"} & set(argv):
+        return show_help("mezo train", (ModelArguments, DataArguments), TRAIN_HELP)
+    from mezo.distributed import processes as distributed
+    from mezo.runs import task as run
+    from mezo.runs.arguments import TrainArguments
+
+    quiet()
+    kinds = (ModelArguments, DataArguments, TrainArguments)
+    parser = hf_parser("mezo train", kinds, json=JSON, grid={"help": "Search over a grid."})
+    if "--help_all" in argv:
+        return parser.print_help()
+    options = with_config(argv)
+    model, data, args, own = parse([*default_output_dir(options), *options], parser, kinds)
+    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    if own.grid is not None:
+        from mezo.cli import grid  # transformers comes with it
+
+        return grid.main(own, options, model, data, args)
+    try:
+        with redirect_stdout(sys.stderr):  # the Trainer prints its logs
+            result = run.train(model, data, args, (lambda _: None) if args.process_index else say)
+    except KeyboardInterrupt:
+        again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
+        say(f"\nto go on where it stopped:\n  {again}")
+        raise
+    finally:
+        distributed.leave()
+    if args.process_index:  # one of several processes tells
+        return
+    metrics = [name for name in result["test"] if name not in ("loss", "n")]
+    shown = {f"zero_shot_{name}": result["zero_shot"][name] for name in metrics}
+    shown |= {name: result["test"][name] for name in metrics} | {"steps": result["steps"]}
+    shown |= {"seconds": result["seconds"], "output_dir": args.output_dir}
+    print_result(result if own.json else shown, own.json)
+    then = ["mezo", "eval", "--model", args.output_dir, "--task", "..."]
+    if args.method == "mezo":
+        then = ["mezo", "replay", "--model", model.model_name_or_path]
+        then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
+        then += [] if args.offload_write_every else ["--by_tensor"]  # there is no other model
+        if result["kept_step"] != result["steps"]:  # what is saved is the best on the dev examples
+            then += ["--until", str(result["kept_step"])]
+    say(f"next: {shlex.join(then)}")

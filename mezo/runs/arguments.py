@@ -1,0 +1,55 @@
+"""The options of a run, as dataclasses: MeZOConfig with the command line's defaults.
+
+Those of the model are in models/arguments.py, those of the data in mezo/arguments.py.
+"""
+
+from dataclasses import dataclass, field
+
+from mezo.trainers.config import MeZOConfig
+from mezo.trainers.policy import MeZOPolicyConfig
+
+
+@dataclass
+class TrainArguments(MeZOConfig):
+    """MeZOConfig with the defaults of the command line: the paper's batch, evaluation by steps."""
+
+    output_dir: str = "runs/mezo"  # type: ignore[assignment]
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
+    )
+    mezo_eps: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
+    )
+    method: str = field(
+        default="mezo",
+        metadata={
+            "help": "mezo; or a baseline: adam (back-propagation), lp (linear probe), zero-shot, "
+            "icl (in context)."
+        },
+    )
+    max_steps: int = 20_000  # Table 16
+    per_device_train_batch_size: int = 16  # Table 16
+    per_device_eval_batch_size: int = 32
+    eval_strategy: str = "steps"  # type: ignore[assignment]
+    eval_steps: float = 500
+    save_strategy: str = "steps"  # type: ignore[assignment]
+    save_steps: float = 500
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "accuracy"
+    report_to: str = "none"  # type: ignore[assignment]
+
+
+@dataclass
+class RewardTrainArguments(TrainArguments, MeZOPolicyConfig):
+    """TrainArguments and the options of generation, with defaults for the command line."""
+
+    output_dir: str = "runs/reward"
+    learning_rate: float = MeZOPolicyConfig.learning_rate  # the recipes' are for cross-entropy
+    mezo_eps: float = MeZOPolicyConfig.mezo_eps
+    remove_unused_columns: bool = False
+    max_steps: int = 1000
+    eval_steps: float = 100
+    save_steps: float = 100
+    load_best_model_at_end: bool = False  # the learning curve is noisy, and there is a log
+    metric_for_best_model: str | None = "reward"

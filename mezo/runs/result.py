@@ -1,0 +1,63 @@
+"""What a run leaves and where it goes on: the output folder, result.json, the environment."""
+
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mezo.errors import InputError
+from mezo.trainers.resume import STATE, last_checkpoint
+from mezo.version import __version__
+
+RESULT = "result.json"  # in output_dir, written last
+
+
+def write_result(output_dir: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Leaves it as result.json, and returns it."""
+    Path(output_dir, RESULT).write_text(json.dumps(result, indent=1, default=str))
+    return result
+
+
+def make_folder(output_dir: str) -> None:
+    """An output folder, with its parents. InputError where there can be none."""
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {output_dir}: {error.strerror}") from None
+
+
+def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
+    """Where to go on: a folder; True for wherever the run in output_dir ended; None to begin."""
+    asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
+    if asked.lower() == "false":
+        if log.exists():
+            raise InputError(
+                f"{log} exists: --resume_from_checkpoint true goes on with that run, another "
+                "--output_dir keeps it"
+            )
+        return None
+    if asked.lower() != "true":
+        if not Path(asked, STATE).is_file():
+            raise InputError(f"resume_from_checkpoint {asked} is no folder with a {STATE}")
+        return asked
+    last = last_checkpoint(args.output_dir)
+    if last is None and not log.exists():
+        logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
+        return None
+    return True if has_log else last
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on beside its configuration."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "mezo": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+    }

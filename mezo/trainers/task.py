@@ -1,0 +1,36 @@
+"""A Trainer on a task of candidates or of text: a form's loss to train on, its scores to evaluate.
+
+trainer = MeZOTaskTrainer(model, args, form=form, train_dataset=..., eval_dataset=...)
+"""
+
+from typing import Any
+
+from torch.nn import functional as F
+from transformers import Trainer
+
+from mezo.objectives import Form, Generated
+from mezo.trainers.trainer import MeZOMixin
+
+
+class TaskMixin:
+    """Lets a Trainer train on a form's loss and be evaluated by its scores."""
+
+    form: Form
+    run_config: dict[str, Any] | None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not return_outputs:
+            return self.form.loss(model, inputs)
+        if isinstance(self.form, Generated):  # its dev metric is the loss
+            return self.form.loss(model, inputs), {}
+        scores = self.form.scores(model, inputs)
+        return F.cross_entropy(scores, inputs["labels"]), {"scores": scores}
+
+
+class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
+    def pair_loss(self, model, inputs, both):
+        return self.form.pair_loss(model, inputs, both)
+
+
+class AdamTaskTrainer(TaskMixin, Trainer):
+    """Fine-tuning by back-propagation, the baseline: the Trainer's own AdamW."""
