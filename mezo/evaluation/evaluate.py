@@ -17,7 +17,7 @@ from mezo.errors import InputError
 from mezo.models.modes import evaluating, to_device
 from mezo.objectives import Feature, Form, Generated
 from mezo.objectives.generation import Generation, generate
-from mezo.tasks.metrics import exact_match, macro_f1, token_f1
+from mezo.tasks.metrics import accuracy, exact_match, macro_f1, token_f1
 from mezo.tasks.task import Example, Task
 
 
@@ -75,8 +75,7 @@ def evaluate(
     else:
         labels = torch.tensor([example.label for example in examples])
         loss = F.cross_entropy(scores.double(), labels)
-        best = scores.argmax(-1).masked_fill(scores.isnan().any(-1), -1)
-        predictions = indices = tuple(best.tolist())
+        predictions = indices = chosen(scores)
         metrics = candidate_metrics(form.task, indices, examples)
     return Result(
         metrics=metrics,
@@ -86,6 +85,15 @@ def evaluate(
         n=len(examples),
         dropped=sum(feature.get("dropped", 0) for feature in features),
     )
+
+
+def chosen(scores: torch.Tensor) -> tuple[int, ...]:
+    """Return each example's candidate with the highest score, -1 where a score is NaN.
+
+    `scores` is (examples, candidates), -inf where an example has fewer candidates.
+    """
+    best = scores.argmax(-1).masked_fill(scores.isnan().any(-1), -1)
+    return tuple(best.tolist())
 
 
 def score(
@@ -130,11 +138,16 @@ def text_metrics(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict
 def candidate_metrics(
     task: Task, predictions: Sequence[int], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Accuracy, of any right candidate where there are several; and the task's own metric."""
+    """Return the accuracy and the task's own metric; any of several right answers is right.
+
+    This is the one implementation: training chooses its best weights by it, searches choose their
+    best cell by it, and tests report it.
+    """
     pairs = list(zip(predictions, examples, strict=True))
-    metrics = {"accuracy": sum(example.is_right(k) for k, example in pairs) / len(pairs)}
+    labels = [example.label_for(k) for k, example in pairs]
+    metrics = {"accuracy": accuracy(predictions, labels)}
     if task.metric == "macro_f1":
-        metrics["macro_f1"] = macro_f1(predictions, [example.label for example in examples])
+        metrics["macro_f1"] = macro_f1(predictions, labels)
     elif task.metric != "accuracy":
         texts = ["" if k < 0 else _chosen(task, example, k) for k, example in pairs]
         rights = [e.answers or (_chosen(task, e, e.label),) for e in examples]

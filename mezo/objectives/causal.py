@@ -78,6 +78,9 @@ class Causal(Form):
             row.append(rows.setdefault(tuple(tokens.ids[:-1]), len(rows)))
             targets.append(tokens.ids[tokens.first :])
         feature = {"rows": list(rows), "row": row, "targets": targets, "label": example.label}
+        accepted = [example.is_right(k) for k in range(len(candidates))]
+        if sum(accepted) > 1:
+            feature["right"] = accepted
         if self.neutral is not None:
             feature["neutral"] = self.neutral.encode(example)
         return feature | {"length": len(longest.ids) - excess, "dropped": dropped}
@@ -104,6 +107,8 @@ class Causal(Form):
         layout = pack if several and longest <= self.share else spread
         batch = {"labels": torch.tensor([feature["label"] for feature in features])}
         batch |= layout(rows, row, targets, self.tokenizer.pad_token_id or 0)
+        if any("right" in feature for feature in features):
+            batch["right"] = _right_of(features, batch["row"].shape[1])
         if self.neutral is not None:
             neutral = self.neutral.collate([feature["neutral"] for feature in features])
             batch |= {NEUTRAL + key: value for key, value in neutral.items()}
@@ -278,6 +283,18 @@ def _prompted(model: torch.nn.Module) -> bool:
     """Whether peft puts tokens of its own in front, which knows masks of two dimensions alone."""
     configs = getattr(model, "peft_config", {})
     return any(config.is_prompt_learning for config in configs.values())
+
+
+def _right_of(features: Sequence[Feature], most: int) -> torch.Tensor:
+    """(B, K), booleans: which candidates are right, where some example has several."""
+    right = torch.zeros(len(features), most, dtype=torch.bool)
+    for row, feature in zip(right, features, strict=True):
+        accepted = feature.get("right")
+        if accepted is None:
+            row[feature["label"]] = True
+        else:
+            row[: len(accepted)] = torch.tensor(accepted)
+    return right
 
 
 def _neutral(batch: Batch) -> Batch:

@@ -30,6 +30,12 @@ def _macro_f1(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return 1.0 - metrics.macro_f1(scores.argmax(-1).tolist(), labels.tolist())
 
 
+def _accepted(scores: torch.Tensor, labels: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Labels with the best candidate in place of the first right one, where both are right."""
+    best = scores.argmax(-1, keepdim=True)
+    return torch.where(right.gather(1, best), best, labels[:, None]).squeeze(1)
+
+
 def _cross_entropy(scores: torch.Tensor, labels: torch.Tensor) -> float:
     return float(F.cross_entropy(scores, labels))
 
@@ -42,17 +48,28 @@ PARTS: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
 Objective = str | Mapping[str, float]  # a part, or parts with weights
 
 
-def metric_loss(scores: torch.Tensor, labels: torch.Tensor, objective: Objective) -> float:
-    """The loss of scores (examples, candidates) against labels (examples,).
+def metric_loss(
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    objective: Objective,
+    right: torch.Tensor | None = None,
+) -> float:
+    """Return the loss of scores (examples, candidates) against labels (examples,).
 
     Args:
+        right: (examples, candidates), booleans: all candidates that are right, where an example
+            has several. Accuracy and F1 accept each of them; cross-entropy is the label's.
         objective: "accuracy", "macro_f1", "cross_entropy", or weights of several of them. F1 is of
             the labels that occur in the batch.
     """
     weights = {objective: 1.0} if isinstance(objective, str) else objective
     _check(weights)
     scores = scores.detach()
-    return sum(weight * PARTS[name](scores, labels) for name, weight in weights.items())
+    accepted = labels if right is None else _accepted(scores, labels, right.to(scores.device))
+    total = 0.0
+    for name, weight in weights.items():
+        total += weight * PARTS[name](scores, labels if name == "cross_entropy" else accepted)
+    return total
 
 
 def metric_closure(
@@ -75,7 +92,7 @@ def _check(weights: Mapping[str, float]) -> None:
 
 
 def _alone(form: Form, model: torch.nn.Module, batch: Batch, objective: Objective) -> float:
-    return metric_loss(form.scores(model, batch), batch["labels"], objective)
+    return metric_loss(form.scores(model, batch), batch["labels"], objective, batch.get("right"))
 
 
 def _pair(
@@ -83,8 +100,8 @@ def _pair(
 ) -> tuple[float, float]:
     plus, minus = form._pair_scores(model, batch, both)
     offsets = 0.0 if form.offsets is None else form.offsets.to(plus.device)
-    labels = batch["labels"]
+    labels, right = batch["labels"], batch.get("right")
     return (
-        metric_loss(plus - offsets, labels, objective),
-        metric_loss(minus - offsets, labels, objective),
+        metric_loss(plus - offsets, labels, objective, right),
+        metric_loss(minus - offsets, labels, objective, right),
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from mezo.trainers.config import MeZOConfig
 from mezo.trainers.policy import MeZOPolicyConfig
 
+BEST = "task"  # metric_for_best_model: the task's own
+
 
 @dataclass
 class TrainArguments(MeZOConfig):
@@ -36,7 +38,9 @@ class TrainArguments(MeZOConfig):
     save_steps: float = 500
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "accuracy"
+    metric_for_best_model: str | None = field(
+        default=BEST, metadata={"help": "Default: the task's own metric, on the dev examples."}
+    )
     report_to: str = "none"  # type: ignore[assignment]
 
 

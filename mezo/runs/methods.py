@@ -30,7 +30,7 @@ from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form
-from mezo.tasks import Example
+from mezo.tasks import METRICS, Example
 
 if TYPE_CHECKING:
     from mezo.runs.arguments import TrainArguments
@@ -90,11 +90,11 @@ def by_trainer(
     trainer.remove_callback(memory)
     memory.peak.end()
     size, state = args.per_device_eval_batch_size, trainer.state
-    kept, dev = state.global_step, None
+    task, kept, dev = trainer.form.task, state.global_step, None
     if args.load_best_model_at_end:
         kept, dev = state.best_global_step or kept, state.best_metric
     test = evaluate(model, trainer.form, splits["test"], size)
-    if dev is None or not args.greater_is_better:  # of a loss
+    if dev is None or args.metric_for_best_model != task.metric:  # chosen by another one
         dev = evaluate(model, trainer.form, splits["dev"], size).value
     if args.offload_write_every:
         trainer.save_model(args.output_dir)
@@ -160,15 +160,15 @@ def started_with(
 def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str, float]]:
     """One row an evaluation of the Trainer's log: step, forward_passes, dev_loss, dev_accuracy.
 
-    The last one is missing where the task writes text. Steps that a resumed run made twice count
-    once.
+    Another metric of the task's own follows them. A task that writes text has its loss alone. Steps
+    that a resumed run made twice count once.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in log_history:
         if "eval_loss" in entry:
             step = int(entry["step"])
             rows[step] = {"step": step, "forward_passes": step * passes}
-            given = [name for name in ("loss", "accuracy") if f"eval_{name}" in entry]
+            given = [name for name in ("loss", *METRICS) if f"eval_{name}" in entry]
             rows[step] |= {f"dev_{name}": entry[f"eval_{name}"] for name in given}
     return [rows[step] for step in sorted(rows)]
 

@@ -13,9 +13,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import torch
-
 from mezo import tasks
 from mezo.arguments import DataArguments
 from mezo.errors import InputError
@@ -26,15 +23,15 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.trainable import select
-from mezo.objectives import Form, Generated, form_for
+from mezo.objectives import Form, form_for
 from mezo.runs import methods, rates
 from mezo.runs.arguments import TrainArguments
-from mezo.runs.data import Splits, load_splits, read_split, task_of, tested
+from mezo.runs.data import load_splits, read_split, task_of, tested
 from mezo.runs.rebuild import rebuilt
 from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
+from mezo.runs.task_trainer import task_trainer
 from mezo.tasks import Example, Task
 from mezo.trainers import placement
-from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
 from mezo.trainers.trainer import changed
 
 
@@ -76,7 +73,7 @@ def train(
         if args.method in methods.WITHOUT_TRAINING:
             found = methods.without_training(model, form, splits, args)
         else:
-            trainer = _trainer(model, form, splits, args, config)
+            trainer = task_trainer(model, form, splits, args, config)
             with trainer.offloaded() if args.offload else nullcontext():
                 found = methods.by_trainer(trainer, splits, checkpoint)
             if args.process_index == 0:
@@ -143,32 +140,6 @@ def trained_part(model, args: ModelArguments) -> AbstractContextManager:
     if args.trainable is not None:
         select(model, args.trainable)
     return FrozenLower(model, args.freeze_layers) if args.freeze_layers else nullcontext()
-
-
-def _trainer(model, form: Form, splits: Splits, args: TrainArguments, config: dict) -> Any:
-    args.remove_unused_columns, args.label_names = False, ["labels"]
-    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
-    data = {
-        "train_dataset": [form.encode(example) for example in splits["train"]],
-        "eval_dataset": [form.encode(example) for example in splits["dev"]],
-    }
-    kind: Any = MeZOTaskTrainer if args.method == "mezo" else AdamTaskTrainer
-    metrics: Any = _accuracy
-    if isinstance(form, Generated):  # writing at every evaluation would take longer than training
-        metrics, args.metric_for_best_model, args.greater_is_better = None, "loss", False
-    try:
-        trainer = kind(model, args, **data, data_collator=form.collate, compute_metrics=metrics)
-    except (ValueError, RuntimeError) as error:  # of an argument: report_to, seed, ...
-        raise InputError(str(error)) from error
-    trainer.form = form
-    trainer.run_config = config
-    return trainer
-
-
-def _accuracy(prediction) -> dict[str, float]:
-    scores = prediction.predictions
-    scores = np.where(scores == -100, -np.inf, scores)  # how the Trainer fills up fewer candidates
-    return {"accuracy": float(np.mean(scores.argmax(-1) == prediction.label_ids))}
 
 
 def evaluate(

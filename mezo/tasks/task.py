@@ -25,6 +25,7 @@ from mezo.tasks.template import fields_of, fill
 
 __all__ = ["KINDS", "MASK", "OBJECTIVES", "Example", "Hub", "Task", "fields_of", "fill"]
 
+UNANSWERED = -2  # a label that is no candidate; -1 is the prediction of a score that is NaN
 MASK = "mask"  # the field of mask_prompt that stands for the tokenizer's mask token
 KINDS = ("classification", "multiple_choice", "generation")
 OBJECTIVES = ("candidates", "tokens")
@@ -59,6 +60,17 @@ class Example:
         if self.choices and self.answers:
             return 0 <= candidate < len(self.choices) and self.choices[candidate] in self.answers
         return candidate == self.label
+
+    def label_for(self, candidate: int) -> int:
+        """Return the label that a prediction is compared with.
+
+        It is the candidate itself where that is right, and otherwise the first right one, so that
+        every metric of labels accepts any of several answers. Where no candidate is right, it is
+        UNANSWERED, which no prediction equals.
+        """
+        if self.is_right(candidate):
+            return candidate
+        return self.label if self.is_right(self.label) else UNANSWERED
 
 
 @dataclass(frozen=True)

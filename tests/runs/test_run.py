@@ -13,6 +13,7 @@ from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs import task as run
+from mezo.runs import task_trainer
 from mezo.runs.data import load_splits, task_of
 from mezo.runs.result import checkpoint_of
 from mezo.trainers import placement
@@ -39,7 +40,7 @@ def test_no_secret_in_the_log(place, tmp_path):
 def test_the_weights_kept_are_those_of_the_best_step(place, tmp_path, monkeypatch):
     """And `kept_step` is how many steps of the log rebuild them."""
     accuracies = iter([0.9, 0.2])
-    monkeypatch.setattr(run, "_accuracy", lambda prediction: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(task_trainer, "_metrics", lambda *_: {"accuracy": next(accuracies)})
     result = trained(place, tmp_path / "a", load_best_model_at_end=True)
     assert (result["kept_step"], result["steps"], result["dev"]) == (2, 4, 0.9)
     log = tmp_path / "a" / "run.mezo"

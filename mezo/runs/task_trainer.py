@@ -1,0 +1,87 @@
+"""The Trainer of a task: its loss is the form's, and its dev metrics are those of `evaluate`."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from mezo.errors import InputError
+from mezo.evaluation.evaluate import candidate_metrics, chosen
+from mezo.objectives import Batch, Feature, Form, Generated
+from mezo.runs.arguments import BEST, TrainArguments
+from mezo.runs.data import Splits
+from mezo.tasks import Example, Task
+from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
+
+PLACE = "dev_place"  # of an example among the dev examples, in features and batches
+
+
+def task_trainer(
+    model, form: Form, splits: Splits, args: TrainArguments, config: dict[str, Any]
+) -> Any:
+    """Return the Trainer that trains on splits["train"] and is validated on splits["dev"].
+
+    The weights that it keeps are the best by args.metric_for_best_model, as a rule the task's own
+    metric, computed as `evaluate` computes it. A task that generates is validated by its loss:
+    writing at every evaluation would take longer than training.
+    """
+    args.remove_unused_columns, args.label_names = False, ["labels"]
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
+    dev = [form.encode(example) for example in splits["dev"]]
+    metrics: Any = None
+    if isinstance(form, Generated):
+        args.metric_for_best_model, args.greater_is_better = "loss", False
+    else:
+        dev = [feature | {PLACE: place} for place, feature in enumerate(dev)]
+        args.label_names.append(PLACE)
+        metrics = partial(_metrics, form.task, splits["dev"])
+        _choose_metric(args, form.task)
+    kind: Any = MeZOTaskTrainer if args.method == "mezo" else AdamTaskTrainer
+    try:
+        trainer = kind(
+            model,
+            args,
+            train_dataset=[form.encode(example) for example in splits["train"]],
+            eval_dataset=dev,
+            data_collator=partial(_collate, form),
+            compute_metrics=metrics,
+        )
+    except (ValueError, RuntimeError) as error:  # of an argument: report_to, seed, ...
+        raise InputError(str(error)) from error
+    trainer.form = form
+    trainer.run_config = config
+    return trainer
+
+
+def _choose_metric(args: TrainArguments, task: Task) -> None:
+    known = {"accuracy": True, task.metric: True, "loss": False}
+    if task.metric in ("f1", "exact_match"):
+        known |= {"f1": True, "exact_match": True}
+    asked = (args.metric_for_best_model or BEST).removeprefix("eval_")
+    asked = task.metric if asked == BEST else asked
+    if asked not in known:
+        raise InputError(
+            f"metric_for_best_model {asked!r} is none of {', '.join(known)}, which task "
+            f"{task.name} has"
+        )
+    args.metric_for_best_model, args.greater_is_better = asked, known[asked]
+
+
+def _collate(form: Form, features: Sequence[Feature]) -> Batch:
+    """The form's batch; with the places of dev examples, which may come in any order."""
+    batch = form.collate(features)
+    if PLACE in features[0]:
+        batch[PLACE] = torch.tensor([feature[PLACE] for feature in features])
+    return batch
+
+
+def _metrics(task: Task, dev: Sequence[Example], prediction) -> dict[str, float]:
+    """The metrics of `evaluate` on the scores that the Trainer gathered."""
+    _, places = prediction.label_ids
+    examples = [dev[place] for place in places]
+    scores = torch.from_numpy(prediction.predictions)
+    for row, example in zip(scores, examples, strict=True):
+        own = len(task.candidates_of(example)) or len(task.labels)
+        row[own:] = -torch.inf  # where the Trainer filled up with -100
+    return candidate_metrics(task, chosen(scores), examples)
