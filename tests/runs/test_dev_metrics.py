@@ -8,7 +8,6 @@ import pytest
 import torch
 from folders import OWN, model_folder, reviews
 from task_runs import settings
-from trainers import quick_collection  # noqa: F401  # an autouse fixture
 
 from mezo import tasks
 from mezo.arguments import DataArguments
