@@ -4,7 +4,7 @@ import torch
 from models import architecture, tiny_model
 
 WORDS = torch.randint(5, 90, (3, 12), generator=torch.Generator().manual_seed(0))
-COPIES = {"device": "cpu", "copies": True}  # as to another device
+COPIES = {"device": "cpu"}  # which tests/offload/conftest.py makes another device
 
 
 def made(name, dtype=torch.float32):

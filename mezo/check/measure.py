@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from mezo import tasks
 from mezo.arguments import DataArguments
-from mezo.check.findings import ERRORS, advice, findings
+from mezo.check.findings import ERRORS, Measurements, advice, findings
 from mezo.compare.grids import GRIDS
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
@@ -119,7 +119,7 @@ class Seen(NamedTuple):
     seconds: float  # of the whole step
 
 
-class Probe:
+class Examiner:
     """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call."""
 
     def __init__(self, model: torch.nn.Module, form: Form, seed: int):
@@ -195,30 +195,34 @@ def check(
     found: dict[str, Any] = {"model": model_args.model_name_or_path, "task": task.name}
     found |= {"eps": eps, "lr": lr, "batch_size": size, "asked": batch_size}
     with FrozenLower(model, layers) if layers else nullcontext(), evaluating(model):
-        probe, dev = Probe(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
-        found |= {"trained": _trained(probe), "candidates": _candidates(form, features[:SHOWN])}
+        examiner, dev = Examiner(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
+        found |= {"trained": _trained(examiner), "candidates": _candidates(form, features[:SHOWN])}
         found["prompt"] = _prompt(form, evaluate(model, form, dev))
         longest = sorted(features, key=lambda feature: feature["length"])[-size:]
-        found |= _repeated(probe, probe.batch(longest), eps)
-        found |= measure(probe, features, eps, size, directions)
+        found |= _repeated(examiner, examiner.batch(longest), eps)
+        found |= measure(examiner, features, eps, size, directions)
     found |= {"seconds": time.perf_counter() - began, "environment": environment()}
     found = json.loads(json.dumps(found), parse_constant=lambda word: None)  # NaN is no JSON
-    found["next"] = advice(found)
-    return found | {"findings": findings(found)}
+    measurements = Measurements.of(found)
+    return found | {"next": advice(measurements), "findings": findings(measurements)}
 
 
-def measure(probe: Probe, features: list[Feature], eps: float, size: int, n: int) -> dict[str, Any]:
+def measure(
+    examiner: Examiner, features: list[Feature], eps: float, size: int, n: int
+) -> dict[str, Any]:
     """Gradient, curvature, eps and time, from two disjoint batches of `size` along n directions."""
-    rng = np.random.default_rng(probe.optimizer.param_groups[0]["seed"])
+    rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
     rows, scan = [], []
     for d in range(n):
         chosen = [features[i] for i in rng.permutation(len(features))[: 2 * size]]
-        one, two = probe.batch(chosen[:size]), probe.batch(chosen[size:])
+        one, two = examiner.batch(chosen[:size]), examiner.batch(chosen[size:])
         began = time.perf_counter()
-        loss = probe.loss(one)
-        rows.append((loss, time.perf_counter() - began, probe(one, d, eps), probe(two, d, eps)))
+        loss = examiner.loss(one)
+        rows.append(
+            (loss, time.perf_counter() - began, examiner(one, d, eps), examiner(two, d, eps))
+        )
         if d < SCANNED:
-            low, high = (probe(one, d, other).grad for other in (eps / 10, 10 * eps))
+            low, high = (examiner(one, d, other).grad for other in (eps / 10, 10 * eps))
             scan.append([low, rows[-1][2].grad, high])
     seconds = [seen.seconds for row in rows for seen in row[2:]]
     found: dict[str, Any] = {"directions": n, "step_seconds": float(np.median(seconds))}
@@ -230,8 +234,8 @@ def measure(probe: Probe, features: list[Feature], eps: float, size: int, n: int
     low, high = changes(np.array(scan))
     found |= {"lost": n - len(rows), "eps_low": low, "eps_high": high}
     found |= _numbers(rows, eps, size, reach(eps, high))
-    unit, dtype = last_place(probe.trained)
-    value = torch.tensor(found["loss"], dtype=unwrap(probe.model).dtype)
+    unit, dtype = last_place(examiner.trained)
+    value = torch.tensor(found["loss"], dtype=unwrap(examiner.model).dtype)
     found |= {"last_place": unit, "last_place_of": str(dtype).removeprefix("torch.")}
     found["spacing"] = last_place([value])[0]
     if found["gap"] <= found["spacing"] or eps < unit / 2:  # what was seen is rounding
@@ -258,20 +262,23 @@ def _numbers(rows: list, eps: float, size: int, longest: float) -> dict[str, Any
     return found | {"best_lr": min(best, limit), "limited": limit < best}
 
 
-def _trained(probe: Probe) -> dict[str, Any]:
-    every, adapters = list(probe.model.parameters()), getattr(probe.model, "peft_config", {})
-    part = "all weights" if len(probe.trained) == len(every) else "a part of the weights"
-    config, group = unwrap(probe.model).config.to_dict(), probe.optimizer.param_groups[0]
+def _trained(examiner: Examiner) -> dict[str, Any]:
+    every, adapters = list(examiner.model.parameters()), getattr(examiner.model, "peft_config", {})
+    part = "all weights" if len(examiner.trained) == len(every) else "a part of the weights"
+    config, group = unwrap(examiner.model).config.to_dict(), examiner.optimizer.param_groups[0]
     dropout = {p for key, p in config.items() if "drop" in key and isinstance(p, float)}
-    dropout |= {m.p for m in probe.model.modules() if isinstance(m, torch.nn.Dropout)}
+    dropout |= {m.p for m in examiner.model.modules() if isinstance(m, torch.nn.Dropout)}
     kinds = [str(adapter.peft_type.value) for adapter in adapters.values()]
     found: dict[str, Any] = {"kind": kinds[0] if kinds else part}
     found["paper"] = of_paper(found["kind"])
-    found |= {"parameters": sum(p.numel() for p in probe.trained), "tensors": len(probe.trained)}
+    found |= {
+        "parameters": sum(p.numel() for p in examiner.trained),
+        "tensors": len(examiner.trained),
+    }
     found |= {"of": sum(p.numel() for p in every), "dropout": sorted(dropout - {0.0})}
-    found |= {"dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in probe.trained})}
-    found |= {"perturbation": probe.optimizer.perturbation, "rounding": group["rounding"]}
-    return found | {"half": any(p.dtype.itemsize == 2 for p in probe.trained)}
+    found |= {"dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in examiner.trained})}
+    found |= {"perturbation": examiner.optimizer.perturbation, "rounding": group["rounding"]}
+    return found | {"half": any(p.dtype.itemsize == 2 for p in examiner.trained)}
 
 
 def _prompt(form: Form, found: Result) -> dict[str, Any]:
@@ -293,18 +300,18 @@ def _candidates(form: Form, features: Sequence[Feature]) -> dict[str, list[str]]
     return dict(zip(texts, words, strict=False))  # an encoder has none
 
 
-def _repeated(probe: Probe, batch: Batch, eps: float) -> dict[str, Any]:
+def _repeated(examiner: Examiner, batch: Batch, eps: float) -> dict[str, Any]:
     """The same forward pass and the same estimate twice, and their memory the second time."""
-    for p in probe.model.parameters():
+    for p in examiner.model.parameters():
         p.detach().sum()  # files are mapped: a weight counts once it was read
-    loss = probe.loss(batch)
+    loss = examiner.loss(batch)
     with PeakMemory() as inference:
-        same = probe.loss(batch) == loss
-    first = probe(batch, 0, eps)  # loads kernels and thread pools
+        same = examiner.loss(batch) == loss
+    first = examiner(batch, 0, eps)  # loads kernels and thread pools
     with PeakMemory() as estimate:
-        second = probe(batch, 0, eps)
+        second = examiner(batch, 0, eps)
     off, size = abs(first.grad - second.grad), max(abs(first.grad), abs(second.grad))
     found = {"inference": inference.bytes, "estimate": estimate.bytes}
-    found["weights"] = sum(p.nbytes for p in probe.model.parameters())
-    found["largest"] = max(p.nbytes for p in probe.trained)
+    found["weights"] = sum(p.nbytes for p in examiner.model.parameters())
+    found["largest"] = max(p.nbytes for p in examiner.trained)
     return {"bytes": found, "same_forward": same, "differs": off / size if size > 0 else 0.0}

@@ -6,7 +6,7 @@ from mezo.cli.parsing import JSON, Parser, say
 from mezo.errors import InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
-METHODS = ["in_place", "scratch", "low_rank", "offload", "lora", "adam", "adam_checkpointing"]
+PLANNED = ["in_place", "scratch", "low_rank", "offload", "lora", "adam", "adam_checkpointing"]
 
 
 def memory(argv: list[str]) -> None:
@@ -21,7 +21,7 @@ def memory(argv: list[str]) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--batch_size", "--batch-size", type=int, default=16)
     add("--max_length", "--max-length", type=int, default=300, help="tokens an example")
-    add("--method", nargs="+", choices=METHODS, metavar="METHOD", help=", ".join(METHODS))
+    add("--method", nargs="+", choices=PLANNED, metavar="METHOD", help=", ".join(PLANNED))
     add("--steps", type=int, default=20000, help="of the run, for its log")
     add("--all_logits", "--all-logits", action="store_true", help="loss on all tokens, not one")
     add("--lora_r", "--lora-r", type=int, default=8)
@@ -54,14 +54,14 @@ def memory(argv: list[str]) -> None:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
     plans = []
-    for method in own.method or METHODS:
+    for method in own.method or PLANNED:
         if method == "in_place" and dtype.itemsize < 4 and not own.method:
             continue
         plans.append(planner.plan(method, own.steps, machine))
     if own.json:
         print(planning.to_json(plans, planner, machine))
         return
-    _report(own.method or METHODS, planner, plans, machine)
+    _report(own.method or PLANNED, planner, plans, machine)
 
 
 def _report(methods, planner, plans, machine) -> None:
@@ -78,7 +78,7 @@ def _report(methods, planner, plans, machine) -> None:
 
 
 def _table(plans) -> list[str]:
-    from mezo.memory.plan import METHODS as named
+    from mezo.memory.plan import PLANNED as named
 
     lines = ["method\tdevice memory\thost memory\tto store\ttime of a step"]
     for plan in plans:

@@ -180,7 +180,7 @@ def _plain_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-_SIZES = {  # as in sizes.METHODS: colour, marker, line
+_SIZES = {  # as in sizes.COLUMNS: colour, marker, line
     "inference": ("#666666", "o", ":"),
     "MeZO": ("#0072B2", "o", "-"),
     "MeZO prefix": ("#CC79A7", "D", "-"),
@@ -196,7 +196,7 @@ def _sizes(found: Mapping[str, Any]) -> Any:
     figure = _figure(8.5, 4.8)
     (axes,) = _axes(figure)
     billions = {name: row[0] for name, row in sizes.ESTIMATES.items()}
-    for i, method in reversed(list(enumerate(sizes.METHODS, start=1))):  # the highest line first
+    for i, method in reversed(list(enumerate(sizes.COLUMNS, start=1))):  # the highest line first
         colour, _, line = _SIZES[method]
         values = [row[i] for row in sizes.ESTIMATES.values()]
         width = 3.5 if method == "inference" else 1.5  # MeZO's line lies on it

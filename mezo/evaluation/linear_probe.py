@@ -26,7 +26,7 @@ FOLDS = 5  # of the cross-validation that chooses the probe's regularisation
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """Logistic regression on frozen features: label scores are features @ weight.T + bias."""
 
     weight: np.ndarray  # (labels, width)
@@ -95,7 +95,7 @@ def _prompt(form: Form, example: Example) -> list[int]:
     return list(tokens.ids[: tokens.last])
 
 
-def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True) -> Probe:
+def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True) -> LinearProbe:
     """Multinomial logistic regression; its strength by cross-validation, as the reference's.
 
     Ten strengths from 1e-4 to 1e4 (scikit-learn's LogisticRegressionCV) over five folds, fewer if
@@ -129,7 +129,7 @@ def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True)
         weight = np.concatenate([-weight / 2, weight / 2])
         intercept = np.concatenate([-intercept / 2, intercept / 2])
     labels_seen = tuple(int(label) for label in fitted.classes_)
-    return Probe(np.ascontiguousarray(weight), np.ascontiguousarray(intercept), labels_seen)
+    return LinearProbe(np.ascontiguousarray(weight), np.ascontiguousarray(intercept), labels_seen)
 
 
 def linear_probe(

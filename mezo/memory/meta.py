@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
-class Living(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Within it: `peak`, the most bytes that tensors made within it had at one time.
 
     `known` tensors do not count. A model that asks for a number is told 1, or true: that a mask is

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mezo import noise
 from mezo.errors import InputError
 from mezo.forms.scratch import Moved, Scratch
-from mezo.memory.meta import FusedAttention, Living
+from mezo.memory.meta import FusedAttention, LiveBytes
 from mezo.models.adapters import with_adapter
 from mezo.models.arguments import ModelArguments
 from mezo.models.loading import EMBEDDED
@@ -43,7 +43,7 @@ OPT = {  # hidden size, layers, heads: Zhang et al. (2022), Table 1, and the con
     "66b": (9216, 64, 72),
     "175b": (12288, 96, 96),  # its weights are given on request
 }
-METHODS = {
+PLANNED = {
     "in_place": "MeZO, in place",
     "scratch": "MeZO, scratch",
     "low_rank": "MeZO, low rank",
@@ -114,7 +114,7 @@ def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class Planner:
-    """Plans for one model, batch and length; `plan(method)` for each of METHODS.
+    """Plans for one model, batch and length; `plan(method)` for each of PLANNED.
 
     The loss is on the last position of each row, as of a candidate; `all_logits`: on all. `make`
     makes the model of a config, with an adapter say; what requires no gradient is not trained.
@@ -146,8 +146,8 @@ class Planner:
 
     def plan(self, method: str, steps: int, machine: Machine | None = None) -> Plan:
         """Raises InputError for a method that the dtype has not."""
-        if method not in METHODS:
-            raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method not in PLANNED:
+            raise InputError(f"method must be one of {', '.join(PLANNED)}, got {method!r}")
         made: Callable[[], tuple[int, int, float, float]] = getattr(self, f"_{method}")
         device, host, flops, draws = made()
         stored = sum(len(name) + _ENTRY for name, _ in self.named) + _RECORD * steps
@@ -246,7 +246,7 @@ class Planner:
             rows = [(name, p, (0, 0)) for name, p in named if p.requires_grad]
             remade = _Remade(Scratch(rows, 1.0, 0, 0, "gaussian"), [Move(0, 0, 1.0, 1.0)])
             known = [*model.parameters(), *model.buffers()]
-            with torch.no_grad(), FusedAttention(), Living(known) as living, remade:
+            with torch.no_grad(), FusedAttention(), LiveBytes(known) as living, remade:
                 self._loss(model, batch)
             return [living.peak]
 
@@ -265,7 +265,7 @@ class Planner:
 
     def _flops(self, config: Any) -> int:
         counter, model = FlopCounterMode(display=False), self.make(config, self.dtype)
-        with torch.no_grad(), FusedAttention() as attention, Living(), counter:
+        with torch.no_grad(), FusedAttention() as attention, LiveBytes(), counter:
             self._loss(model)
         return counter.get_total_flops() + attention.flops
 
@@ -298,7 +298,7 @@ def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
     """Peaks above weights and buffers of a step with AdamW: of both passes, and of the update."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)
-    with FusedAttention(), Living([*model.parameters(), *model.buffers()]) as living:
+    with FusedAttention(), LiveBytes([*model.parameters(), *model.buffers()]) as living:
         for _ in range(2):  # the first one makes the states
             living.take()
             loss(model).backward()

@@ -21,10 +21,10 @@ PAPER: dict[str, dict[str, float]] = {
     "prefix FT": {"1.3B": 19, "2.7B": 29, "6.7B": 46, "13B": 158, "30B": 315},
     "Adam FT, 32 bits": {"1.3B": 27, "2.7B": 55, "6.7B": 156, "13B": 316, "30B": 633},
 }
-METHODS: tuple[str, ...] = ("inference", "MeZO", "MeZO prefix", "in context", "prefix FT")
-METHODS += ("Adam FT", "Adam FT, 32 bits")
+COLUMNS: tuple[str, ...] = ("inference", "MeZO", "MeZO prefix", "in context", "prefix FT")
+COLUMNS += ("Adam FT", "Adam FT, 32 bits")
 CONTEXT, LENGTH = 2048, 700
-ESTIMATES: dict[str, tuple[float, ...]] = {  # billions of weights, then GB by METHODS
+ESTIMATES: dict[str, tuple[float, ...]] = {  # billions of weights, then GB by COLUMNS
     "125M": (0.1252, 0.2634, 0.3289, 0.2903, 0.2883, 0.3899, 1.156, 2.313),
     "350M": (0.3312, 0.6796, 0.7147, 0.7504, 0.7128, 1.023, 2.753, 5.505),
     "1.3B": (1.316, 2.666, 2.84, 2.807, 2.732, 3.352, 10.94, 21.88),
@@ -38,7 +38,7 @@ ESTIMATES: dict[str, tuple[float, ...]] = {  # billions of weights, then GB by M
 
 
 def estimate(name: str) -> tuple[float, ...]:
-    """Of an OPT, "125m" say: billions of weights, then GB of a step by each of METHODS."""
+    """Of an OPT, "125m" say: billions of weights, then GB of a step by each of COLUMNS."""
     import torch
 
     from mezo.memory.plan import Planner, config_of
@@ -64,11 +64,12 @@ def prefixed(config: Any, dtype: Any) -> Any:
     """The model with a prefix, both without numbers, for Planner."""
     import torch
 
-    from mezo.memory.meta import FusedAttention, Living
+    from mezo.memory.meta import FusedAttention, LiveBytes
     from mezo.memory.plan import skeleton
     from mezo.models.adapters import with_adapter
     from mezo.models.arguments import ModelArguments
 
-    with torch.device("meta"), Living(), FusedAttention():  # it starts at the model's activations
+    # the prefix starts at the activations of a forward pass, which is carried out here
+    with torch.device("meta"), LiveBytes(), FusedAttention():
         args = ModelArguments(use_peft=True, peft_type="prefix")
         return with_adapter(skeleton(config, dtype), args, 0)

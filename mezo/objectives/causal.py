@@ -12,7 +12,7 @@ from mezo.closures import Both, double
 from mezo.errors import InputError
 from mezo.models.modes import Batch, evaluating, to_device, unwrap
 from mezo.objectives.form import Feature, Form
-from mezo.objectives.packing import IGNORED, apart, double_rows, pack, reach, spread, together
+from mezo.objectives.packing import IGNORED, apart, double_rows, pack, packed_inputs, reach, spread
 from mezo.objectives.tokens import Tokens, tokenize
 from mezo.tasks.task import Example, fields_of, fill
 
@@ -150,14 +150,14 @@ class Causal(Form):
             return scores
         return _less(scores, self.neutral.scores(model, _neutral(batch)))
 
-    def _pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+    def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
         batch = self._layout(model, batch)
         with both(len(batch["input_ids"])):
             doubled = self._double(batch)
             halves = self._means(self._log_probs(model, doubled), doubled["targets"]).chunk(2)
         if self.neutral is None:
             return halves
-        neutral = self.neutral._pair_scores(model, _neutral(batch), both)
+        neutral = self.neutral.pair_scores(model, _neutral(batch), both)
         return [_less(one, other) for one, other in zip(halves, neutral, strict=True)]
 
     def _means(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ class Causal(Form):
         length = targets.shape[-1]
         read: dict[str, Any]
         if "branch" in batch:
-            read = together(batch, _computed_in(model, mask.device))
+            read = packed_inputs(batch, _computed_in(model, mask.device))
             row = torch.arange(len(row), device=row.device)[:, None]
             length = batch["branch"].shape[1]
             place = batch["place"] + length

@@ -80,7 +80,7 @@ class Encoder(Form):
     def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return self._compare(embed(model, batch), len(batch["labels"]))
 
-    def _pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+    def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
         with both(len(batch["input_ids"])):
             embeddings = embed(model, double(batch))
         return [self._compare(half, len(batch["labels"])) for half in embeddings.chunk(2)]

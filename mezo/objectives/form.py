@@ -73,12 +73,12 @@ class Form(ABC):
         self, model: torch.nn.Module, batch: Batch, both: Both
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses at theta + eps z and theta - eps z: what low_rank.Paired calls `halves`."""
-        plus, minus = self._pair_scores(model, batch, both)
+        plus, minus = self.pair_scores(model, batch, both)
         offsets = 0.0 if self.offsets is None else self.offsets.to(plus.device)
         labels = batch["labels"]
         return F.cross_entropy(plus - offsets, labels), F.cross_entropy(minus - offsets, labels)
 
-    def _pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+    def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
         with both(len(batch["input_ids"])):
             return self._scores(model, self._double(batch)).chunk(2)
 

@@ -98,7 +98,7 @@ def _alone(form: Form, model: torch.nn.Module, batch: Batch, objective: Objectiv
 def _pair(
     form: Form, model: torch.nn.Module, batch: Batch, objective: Objective, both: Both
 ) -> tuple[float, float]:
-    plus, minus = form._pair_scores(model, batch, both)
+    plus, minus = form.pair_scores(model, batch, both)
     offsets = 0.0 if form.offsets is None else form.offsets.to(plus.device)
     labels, right = batch["labels"], batch.get("right")
     return (

@@ -121,7 +121,7 @@ def _targets(targets: Sequence[Sequence[list[int]]], most: int) -> torch.Tensor:
     return stack(flat, IGNORED, "left").view(len(targets), most, -1)
 
 
-def together(batch: Batch, dtype: torch.dtype) -> Batch:
+def packed_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
     """The packed rows: input_ids, attention_mask (B, 1, T, T) to be added to scores, position_ids.
 
     Added, because both of transformers' eager and sdpa attention take such a mask.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mezo.offload.copy_streams import Lanes, lanes_of
+from mezo.offload.copy_streams import copy_streams_of
 from mezo.trajectory.program import Program, make_
 
 _KEPT_EACH, _KEPT_ALL = 32, 2  # the largest block's size over that of what always stays
@@ -64,6 +64,14 @@ def blocks_of(model: torch.nn.Module) -> list[Block]:
     return blocks
 
 
+def must_copy(device: torch.device, write_every: int) -> bool:
+    """Whether a block is copied before it is computed with.
+
+    On a CPU it is read, and updated, where it lies, unless its updates are to wait.
+    """
+    return write_every != 1 or device.type != "cpu"
+
+
 @dataclass(eq=False)
 class Loaded:
     """A block on the device, by id of parameter."""
@@ -73,7 +81,7 @@ class Loaded:
     ready: Any = None  # CUDA: the event after which it is whole
 
 
-class Streams:
+class BlockCache:
     """Brings blocks to `device`.
 
     `update(p, moves)` queues moves of a weight, for its block's next visit. `write_every`: so many
@@ -89,21 +97,19 @@ class Streams:
         write_every: int,
         settings: Callable[[], Mapping[str, Any]],
         given_up: Callable[[Block], None] = lambda block: None,
-        copies: bool = False,
-        lanes: Lanes | None = None,
     ):
         self.blocks, self.device, self.write_every = blocks, device, write_every
         self.settings, self.given_up = settings, given_up
         self.home = {id(p): block for block in blocks for _, p in block.named}
-        self.copies = copies or write_every != 1 or device.type != "cpu"
+        self.copies = must_copy(device, write_every)
         self.loads, self.stores = Counter[Block](), Counter[Block]()  # transfers, for who counts
         self._waiting: dict[int, list[np.ndarray]] = {key: [] for key in self.home}
         self._resident: dict[Block, Future[Loaded]] = {}
         self._stored: dict[Block, Future[None]] = {}
-        self._after: dict[Block, Block] = {}  # which one was needed next, the last time
+        self._next_block: dict[Block, Block] = {}  # which one was needed next, the last time
         self._last: Block | None = None
         self._loader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self.lanes = lanes or lanes_of(device)
+        self.streams = copy_streams_of(device)
 
     def update(self, p: torch.Tensor, moves: np.ndarray) -> None:
         self._waiting[id(p)].append(moves)
@@ -115,19 +121,19 @@ class Streams:
         """
         if block is not self._last and not block.kept:
             if self._last is not None:
-                self._after[self._last] = block
+                self._next_block[self._last] = block
             self._last = block
         if block not in self._resident:
             left = self._leave([block])
             self._resident[block] = self._loader.submit(self._load, block, left)
         loaded = self._loaded(block)
         if self._is_behind(block, loaded):
-            event = self.lanes.event()
+            event = self.streams.event()
             self._loader.submit(self._catch_up, block, loaded, event).result()
-        self.lanes.wait(loaded.ready)
-        self.lanes.use(loaded.tensors.values())
+        self.streams.wait(loaded.ready)
+        self.streams.use(loaded.tensors.values())
         if not block.kept:
-            following = self._after.get(block, self._in_order(block))
+            following = self._next_block.get(block, self._in_order(block))
             left = self._leave([block, following])
             if following not in self._resident:
                 self._resident[following] = self._loader.submit(self._load, following, left)
@@ -178,7 +184,7 @@ class Streams:
         """Drop all others but those always kept; (what is still to be freed, its last use) each."""
         left = []
         for block in [b for b in self._resident if b not in stay and (kept or not b.kept)]:
-            left.append((self._resident.pop(block), self.lanes.event(), self._stored.get(block)))
+            left.append((self._resident.pop(block), self.streams.event(), self._stored.get(block)))
             self.given_up(block)
         return left
 
@@ -186,16 +192,16 @@ class Streams:
 
     def _load(self, block: Block, left: list, write: bool = False) -> Loaded:
         for _, event, stored in left:  # two blocks at a time, not three
-            self.lanes.join(event)
+            self.streams.join(event)
             if stored is not None:
                 stored.result()
         left.clear()
         if (stored := self._stored.get(block)) is not None:
             stored.result()
         self.loads[block] += 1
-        with self.lanes.on("in"):
+        with self.streams.on("in"):
             loaded = Loaded({id(p): self._copy(p) for _, p in block.named})
-            event = self.lanes.event()
+            event = self.streams.event()
         self._catch_up(block, loaded, event, write)
         return loaded
 
@@ -211,8 +217,8 @@ class Streams:
 
     def _catch_up(self, block: Block, loaded: Loaded, event: Any, write: bool = False) -> None:
         changed = []
-        with self.lanes.on("in"):
-            self.lanes.wait(event)
+        with self.streams.on("in"):
+            self.streams.wait(event)
             for name, p in block.named:
                 tables = self._waiting[id(p)][loaded.made[id(p)] :]
                 if tables:
@@ -223,7 +229,7 @@ class Streams:
                     loaded.made[id(p)] += len(tables)
                 if loaded.made[id(p)]:
                     changed.append(p)
-            loaded.ready = self.lanes.event()
+            loaded.ready = self.streams.event()
         most = max((loaded.made[id(p)] for p in changed), default=0)
         if changed and (write or (self.write_every and most >= self.write_every)):
             for p in changed:
@@ -234,9 +240,9 @@ class Streams:
 
     def _store(self, block: Block, loaded: Loaded, changed: list[torch.Tensor]) -> None:
         self.stores[block] += 1
-        with torch.no_grad(), self.lanes.on("out"):
-            self.lanes.wait(loaded.ready)
+        with torch.no_grad(), self.streams.on("out"):
+            self.streams.wait(loaded.ready)
             for p in changed:
                 p.detach().copy_(loaded.tensors[id(p)], non_blocking=True)
-            self.lanes.use(loaded.tensors.values())
-            self.lanes.join(self.lanes.event())
+            self.streams.use(loaded.tensors.values())
+            self.streams.join(self.streams.event())

@@ -33,10 +33,10 @@ from mezo.forms.updates import Update
 from mezo.mezo import MeZO
 from mezo.models.mapped import Homes, load_mapped, move_to_file
 from mezo.noise import Move
-from mezo.offload.blocks import Block, Streams, blocks_of
-from mezo.offload.device_reads import Present
+from mezo.offload.blocks import Block, BlockCache, blocks_of
+from mezo.offload.device_reads import DeviceReads
 from mezo.offload.interleaved import Interleaved, Walked
-from mezo.offload.turns import Relay
+from mezo.offload.turns import Turns
 from mezo.perturbation import Resident, Scratch, perturb
 from mezo.rules import is_linear
 from mezo.trajectory.program import Program, split_at_writing, written_after
@@ -107,7 +107,6 @@ class Offload:
         device: str | torch.device | None = None,
         folder: str | Path | None = None,
         write_every: int = 1,
-        copies: bool = False,
     ):
         self.model, self.optimizer = model, optimizer
         found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
@@ -116,7 +115,7 @@ class Offload:
             raise InputError(f"write_every must be at least 1, or 0 for never, got {write_every}")
         if not write_every and folder is not None:
             raise InputError("folder is for weights that are written: with write_every=0 none is")
-        self.folder, self.write_every, self.copies = folder, write_every, copies
+        self.folder, self.write_every = folder, write_every
         self.pins = self.device.type == "cuda" and folder is None and write_every > 0
         self._homes: Homes | None = None
         for name, p in model.named_parameters():
@@ -144,15 +143,14 @@ class Offload:
             elif self.pins:
                 for p in self.model.parameters():
                     p.data = p.data.pin_memory()
-            self.streams = Streams(
+            self.blocks = BlockCache(
                 blocks_of(self.model),
                 self.device,
                 self.write_every,
                 lambda: self.optimizer.param_groups[0] if self.optimizer else {},
                 self._given_up,
-                self.copies,
             )
-            stack.callback(self.streams.close)
+            stack.callback(self.blocks.close)
             self.threads = ThreadPoolExecutor(2**16)  # as many as there are halves; they wait
             stack.callback(self.threads.shutdown)
             self._ahead: dict[tuple[int, int], Interleaved] = {}  # by step and probe
@@ -188,19 +186,19 @@ class Offload:
     def flush(self) -> None:
         """The weights are, where they lie, those after the last step: to be read or saved."""
         if self.write_every:
-            self.streams.flush()
+            self.blocks.flush()
 
     @contextmanager
-    def reading(self, relay: Relay | None = None, number: int = 0) -> Iterator[None]:
+    def reading(self, turns: Turns | None = None, number: int = 0) -> Iterator[None]:
         """Whatever reads a parameter in this thread gets it from the device, as `model(...)` does.
 
-        With a relay, this is one of several that take turns.
+        With `turns`, this is one of several that take turns.
         """
         before = getattr(self._local, "mode", None)
-        if before is not None and relay is None:
+        if before is not None and turns is None:
             yield
             return
-        mode = Present(self.streams, relay, number)
+        mode = DeviceReads(self.blocks, turns, number)
         self._local.mode = mode
         try:
             with mode:
@@ -249,7 +247,7 @@ class Offload:
         if not len(moves):
             return
         if not factors.is_factored(p, settings):
-            self.streams.update(p, noise.table(moves))
+            self.blocks.update(p, noise.table(moves))
             return
         with self.reading():  # the sum is kept on the device
             factors.update_(p, name, moves, settings, state)
@@ -262,11 +260,11 @@ class Offload:
         """The moves of a replay, too, are made when the block is there."""
         settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
         if not factors.is_factored(p, settings):
-            self.streams.update(p, program.table)
+            self.blocks.update(p, program.table)
             return True
         before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.table)
         if len(written):
-            self.streams.update(p, np.concatenate([noise.table(before), written]))
+            self.blocks.update(p, np.concatenate([noise.table(before), written]))
             before = []
             state.clear()
         with self.reading():
@@ -287,7 +285,7 @@ class Offload:
 
     def _write_sum(self, p: torch.Tensor, step: int, state: dict) -> None:
         moves = [*self._summed.pop(id(p)), written_after(step)]
-        self.streams.update(p, noise.table(moves))
+        self.blocks.update(p, noise.table(moves))
         state.clear()
 
     @contextmanager

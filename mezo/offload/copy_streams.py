@@ -1,7 +1,7 @@
-"""What a device does at once: compute, take copies in, give copies out.
+"""Queues of a device's work: computing, copying blocks in, and copying blocks out.
 
-A lane is a queue of work; an event is a point in one, for another lane or a thread to wait for.
-On a CPU a call has done its work when it returns, and there is nothing to wait for.
+On a GPU each queue is a CUDA stream, and an event is a point in one for which another stream or a
+thread can wait. On a CPU a call has done its work when it returns, so that nothing has to wait.
 """
 
 from collections.abc import Iterable
@@ -11,34 +11,36 @@ from typing import Any
 import torch
 
 
-class Lanes:
-    """One lane: the thread's own."""
+class CopyStreams:
+    """The queues of a CPU, which has one: each method does nothing."""
 
     def on(self, name: str) -> AbstractContextManager:
-        """Work asked for within goes to lane "in" or "out"; outside, to the one that computes."""
+        """Queue work on the stream "in" or "out" within the context; outside it, on the default."""
         return nullcontext()
 
     def event(self) -> Any:
-        """The point up to which work was asked of the current lane."""
+        """Return the current end of the current stream, to be waited for."""
         return None
 
     def wait(self, event: Any) -> None:
-        """The current lane goes on after that point."""
+        """Let the current stream continue only after the event."""
 
     def join(self, event: Any) -> None:
-        """This thread goes on after that point."""
+        """Block this thread until the event has been reached."""
 
     def use(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Their memory is not given to others before the current lane is done with them."""
+        """Keep the tensors' memory from being reused before the current stream is done with it."""
 
 
-class CudaLanes(Lanes):
+class CudaCopyStreams(CopyStreams):
+    """The same with CUDA streams: one copies in, one copies out, the default one computes."""
+
     def __init__(self, device: torch.device):
         self.device = device
-        self._lanes = {name: torch.cuda.Stream(device) for name in ("in", "out")}
+        self._streams = {name: torch.cuda.Stream(device) for name in ("in", "out")}
 
     def on(self, name: str) -> AbstractContextManager:
-        return torch.cuda.stream(self._lanes[name])
+        return torch.cuda.stream(self._streams[name])
 
     def event(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()
@@ -54,5 +56,6 @@ class CudaLanes(Lanes):
             tensor.record_stream(torch.cuda.current_stream(self.device))
 
 
-def lanes_of(device: torch.device) -> Lanes:
-    return CudaLanes(device) if device.type == "cuda" else Lanes()
+def copy_streams_of(device: torch.device) -> CopyStreams:
+    """The streams of a device."""
+    return CudaCopyStreams(device) if device.type == "cuda" else CopyStreams()

@@ -6,42 +6,42 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mezo.forms.reads import METADATA, of_tensors
-from mezo.offload.blocks import Block, Loaded, Streams
-from mezo.offload.turns import Relay
+from mezo.offload.blocks import Block, BlockCache, Loaded
+from mezo.offload.turns import Turns
 
 _PLACE = of_tensors("device is_cuda is_cpu get_device")
 
 
-class Present(TorchFunctionMode):
+class DeviceReads(TorchFunctionMode):
     """Torch's functions are given what is on the device for a parameter of the model.
 
     Under it, `Moved` makes theta + eps z of that. A parameter of another block than the last one's
     is a point to take turns at.
     """
 
-    def __init__(self, streams: Streams, relay: Relay | None, number: int):
+    def __init__(self, blocks: BlockCache, turns: Turns | None, number: int):
         super().__init__()
-        self.streams, self.relay, self.number = streams, relay, number
+        self.blocks, self.turns, self.number = blocks, turns, number
         self.block: Block | None = None
         self.loaded: dict[Block, Loaded] = {}  # the block read last, and those always kept
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in _PLACE and id(args[0]) in self.streams.home:
-            return function(torch.empty(0, device=self.streams.device))
+        if function in _PLACE and id(args[0]) in self.blocks.home:
+            return function(torch.empty(0, device=self.blocks.device))
         if function in METADATA or not (self._reads(args) or self._reads(kwargs.values())):
             return function(*args, **kwargs)
         return function(*self._present(args), **self._present(kwargs))
 
     def _reads(self, given) -> bool:
-        known = self.streams.home
+        known = self.blocks.home
         return any(
             id(x) in known or (type(x) in (tuple, list, dict) and self._reads(_values(x)))
             for x in given
         )
 
     def _present(self, given: Any) -> Any:
-        if id(given) in self.streams.home:
+        if id(given) in self.blocks.home:
             return self._of(given)
         if type(given) is dict:
             return {key: self._present(value) for key, value in given.items()}
@@ -50,14 +50,14 @@ class Present(TorchFunctionMode):
         return given
 
     def _of(self, p: torch.Tensor) -> torch.Tensor:
-        block = self.streams.home[id(p)]
+        block = self.blocks.home[id(p)]
         if block not in self.loaded:
             if not block.kept:
-                if self.relay is not None:
-                    self.relay.pass_on(self.number)
+                if self.turns is not None:
+                    self.turns.pass_on(self.number)
                 self.loaded.pop(self.block, None)  # type: ignore[arg-type]
                 self.block = block
-            self.loaded[block] = self.streams.need(block)
+            self.loaded[block] = self.blocks.need(block)
         tensor = self.loaded[block].tensors[id(p)]
         alike = p.requires_grad and not torch.is_grad_enabled()  # torch chooses a kernel by it
         return tensor if tensor.requires_grad == alike else tensor.requires_grad_(alike)

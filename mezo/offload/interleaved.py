@@ -9,13 +9,13 @@ import torch
 from mezo.forms.reads import Rows, eager
 from mezo.forms.scratch import Moved, Scratch
 from mezo.noise import Move
-from mezo.offload.turns import Relay
+from mezo.offload.turns import Turns
 from mezo.perturbation import walk
 
 if TYPE_CHECKING:
     from mezo.offload.context import Offload
 
-Both = tuple[float, float]  # loss_plus, loss_minus
+LossPair = tuple[float, float]  # loss_plus, loss_minus
 
 
 class Walked(Scratch):
@@ -31,7 +31,7 @@ class Walked(Scratch):
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
-        with eager(), _Alike(self, self.moves(sign)):
+        with eager(), _KeepsRequiresGrad(self, self.moves(sign)):
             yield
 
     def moves(self, sign: int) -> list[Move]:
@@ -43,7 +43,7 @@ class Walked(Scratch):
         return moves
 
 
-class _Alike(Moved):
+class _KeepsRequiresGrad(Moved):
     """What is made for a parameter asks for a gradient where it does: torch's kernels heed that."""
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
@@ -62,9 +62,9 @@ class Interleaved:
         self.eps, self.estimates = inner.eps, inner.estimates
         self.rows = inner.rows[:: len(inner.rows) // 16 + 1]  # to be looked at: all would be read
         self.group: list[Interleaved] = []
-        self.known: Both | None = None
+        self.known: LossPair | None = None
 
-    def losses(self, closure: Callable) -> Both:
+    def losses(self, closure: Callable) -> LossPair:
         if self.known is not None:
             found, self.known = self.known, None
             return found
@@ -78,19 +78,19 @@ class Interleaved:
             self.inner.walked = [False] * len(self.inner.rows)
         with eager():  # for all: each would undo it for the others
             halves = [one._half(closure, sign) for one in (self, *others) for sign in (+1, -1)]
-            plus, minus, *rest = Relay(self.offload.threads).run(halves)
+            plus, minus, *rest = Turns(self.offload.threads).run(halves)
         for one, known in zip(others, zip(rest[::2], rest[1::2], strict=True), strict=True):
             one.known = known
         return plus, minus
 
-    def _in_one(self, closure: Callable) -> Both | None:
+    def _in_one(self, closure: Callable) -> LossPair | None:
         """Low rank: both in one forward pass, perhaps."""
         with self.offload.reading():
             return self.inner.losses(closure)
 
-    def _half(self, closure: Callable, sign: int) -> Callable[[Relay, int], float]:
-        def run(relay: Relay, number: int) -> float:
-            with self.offload.reading(relay, number), self.inner.at(sign):
+    def _half(self, closure: Callable, sign: int) -> Callable[[Turns, int], float]:
+        def run(turns: Turns, number: int) -> float:
+            with self.offload.reading(turns, number), self.inner.at(sign):
                 return float(closure())
 
         return run

@@ -2,7 +2,7 @@
 
 A forward pass cannot be stopped half-way and gone on with later, unless it has a thread of its own.
 Here each has one, and all but one wait at any time: nothing happens at once, and what is called
-needs no locks. Which of them goes on is decided by `Relay.pass_on` alone.
+needs no locks. Which of them goes on is decided by `Turns.pass_on` alone.
 """
 
 import threading
@@ -13,14 +13,14 @@ from contextvars import copy_context
 
 import torch
 
-Call = Callable[["Relay", int], float]  # given the relay, and its number for `pass_on`
+Call = Callable[["Turns", int], float]  # given the turns, and its number for `pass_on`
 
 
 class _Stopped(BaseException):
     """Ends the other calls when one has failed; no `except Exception` catches it."""
 
 
-class Relay:
+class Turns:
     """`run(calls)` -> a float each: calls that take turns wherever they `pass_on()`.
 
     The first one runs in this thread, the others in threads of `pool`, which must have enough of

@@ -51,7 +51,7 @@ def found(place):
 
 def said(found, word, **changes):
     """(level, text) of the finding that holds a word, the numbers changed."""
-    told = check.findings(found | changes)
+    told = check.findings(check.Measurements.of(found | changes))
     return next((f["level"], f["text"]) for f in told if word in f["text"])
 
 
@@ -180,7 +180,7 @@ def test_measured_curvature_is_that_of_the_loss():
     generator, eps = torch.Generator().manual_seed(4), 1e-4
     x = torch.randn(40, 5, dtype=torch.float64, generator=generator)
     features = [(row, i % 3) for i, row in enumerate(x)]
-    probe = check.Probe(Linear(), OfLinear(), seed=1)
+    probe = check.Examiner(Linear(), OfLinear(), seed=1)
     with torch.no_grad():
         found = check.measure(probe, features, eps, 20, 6)
         loss = probe.loss(probe.batch(features))
@@ -198,7 +198,7 @@ def test_the_weights_stay_where_they_are():
         model.dtype = dtype
         weight = model.weight.detach()
         before = weight.clone()
-        probe = check.Probe(model, OfLinear(), seed=1)
+        probe = check.Examiner(model, OfLinear(), seed=1)
         x = torch.ones(4, 5, dtype=dtype)
         batch = {"x": x, "labels": torch.tensor([0, 1, 2, 0])}
         state = torch.get_rng_state()
@@ -268,7 +268,7 @@ def test_a_gradient_in_the_noise_gives_a_bound(found):
     assert "at most" in said(found, "best learning rate", clear=False)[1]
     _, text = said(found, "of its square is gradient", clear=True, share=0.2)
     assert "one 4 times as large makes a step worth 2.5" in text  # 4 / (1 + 3 share)
-    careful = check.advice(found | {"clear": False})["learning_rate"]
+    careful = check.advice(check.Measurements.of(found | {"clear": False}))["learning_rate"]
     assert careful == float(f"{found['best_lr'] / 10:.0e}")
 
 
@@ -290,12 +290,14 @@ def test_eps_is_steady_where_its_neighbours_agree(found):
     ends = {"eps": 1e-3, "eps_low": 0.01, "eps_high": 0.5}
     assert said(found, "eps 0.001", **ends)[1].endswith("steady from 0.0001 to 0.001")
     assert said(found, "eps 0.001", **(ends | {"eps_high": 0.02}))[1].endswith("0.0001 to 0.01")
-    assert check.advice(found | ends)["mezo_eps"] == 1e-3
+    assert check.advice(check.Measurements.of(found | ends))["mezo_eps"] == 1e-3
     torn = {"eps": 1e-3, "eps_low": 0.3, "eps_high": None}
     assert said(found, "eps 0.001", **torn)[0] == "warning"
-    assert check.advice(found | torn)["mezo_eps"] == 3e-4
-    assert check.advice(found | torn | {"eps_high": 0.2})["mezo_eps"] == 3e-3
-    assert check.advice(found | torn | {"gap": 0.0})["mezo_eps"] == 3e-3  # rounding below
+    assert check.advice(check.Measurements.of(found | torn))["mezo_eps"] == 3e-4
+    assert check.advice(check.Measurements.of(found | torn | {"eps_high": 0.2}))["mezo_eps"] == 3e-3
+    assert (
+        check.advice(check.Measurements.of(found | torn | {"gap": 0.0}))["mezo_eps"] == 3e-3
+    )  # rounding below
 
 
 def test_losses_that_are_not_finite_are_counted_or_refused(place, found, monkeypatch):

@@ -255,16 +255,16 @@ def test_weights_are_counted_without_loading_them(place):
 
 def test_estimates_grow_with_the_model_and_order_the_methods():
     """MeZO within a tenth of inference from 1.3B on; Adam's weights, gradients and two moments."""
-    found = [dict(zip(sizes.METHODS, row[1:], strict=True)) for row in sizes.ESTIMATES.values()]
+    found = [dict(zip(sizes.COLUMNS, row[1:], strict=True)) for row in sizes.ESTIMATES.values()]
     for small, large in pairwise(found):
-        assert all(large[name] > small[name] for name in sizes.METHODS)
+        assert all(large[name] > small[name] for name in sizes.COLUMNS)
     for row, (name, (weights, *_)) in zip(found, sizes.ESTIMATES.items(), strict=True):
         assert 2 * weights < row["inference"] < row["MeZO"] < row["prefix FT"] < row["Adam FT"]
         assert row["MeZO"] <= 1.1 * row["inference"] or name in ("125M", "350M")
         assert (row["Adam FT"], row["Adam FT, 32 bits"]) >= (8 * weights, 16 * weights)
         assert row["inference"] < row["MeZO prefix"] < row["prefix FT"]
     for name, measured in sizes.PAPER["MeZO"].items():
-        own = dict(zip(sizes.METHODS, sizes.ESTIMATES[name][1:], strict=True))
+        own = dict(zip(sizes.COLUMNS, sizes.ESTIMATES[name][1:], strict=True))
         assert 0.7 <= own["MeZO"] / measured <= 1.05  # below: a process's own memory
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from mezo.errors import InputError
 from mezo.memory import sizes
-from mezo.memory.meta import FusedAttention, Living
-from mezo.memory.plan import METHODS, OPT, Machine, Planner, config_of, skeleton
+from mezo.memory.meta import FusedAttention, LiveBytes
+from mezo.memory.plan import OPT, PLANNED, Machine, Planner, config_of, skeleton
 from mezo.offload.blocks import blocks_of
 
 PUBLISHED = {"125m": 125, "350m": 331, "1.3b": 1316, "2.7b": 2652, "6.7b": 6658, "13b": 12853}
@@ -21,7 +21,7 @@ PUBLISHED |= {"30b": 29975, "66b": 65720, "175b": 174604}  # millions of paramet
 def test_living_bytes_by_hand():
     """A chain of three products keeps two results at a time; views and known tensors are free."""
     x, w = torch.empty(4, 8, device="meta"), torch.empty(8, 8, device="meta")
-    with Living([x, w]) as living:
+    with LiveBytes([x, w]) as living:
         y = x @ w
         y = y @ w.t()
         y = (y @ w).view(8, 4)
@@ -33,7 +33,7 @@ def test_living_bytes_by_hand():
 
 def test_attention_stores_no_scores():
     q = torch.empty(1, 2, 512, 4, device="meta")
-    with FusedAttention() as attention, Living([q]) as living:
+    with FusedAttention() as attention, LiveBytes([q]) as living:
         F.scaled_dot_product_attention(q, q, q, is_causal=True)
     assert living.peak == q.numel() * 4 + 2 * 512 * 4  # the output, and a sum for each row
     assert attention.flops == 4 * 2 * 512 * 512 * 4
@@ -75,14 +75,14 @@ def test_few_layers_stand_for_many():
     few = Planner(config, torch.float32, 2, 16)
     config.layer_types = ["full"] * 6  # layers that may differ are carried out
     whole = Planner(config, torch.float32, 2, 16)
-    for method in METHODS:
+    for method in PLANNED:
         assert few.plan(method, 10) == whole.plan(method, 10), method
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt2"])
 def test_orders_that_must_hold(name):
     planner = Planner(made(name).config, torch.float32, 4, 32)
-    plans = {method: planner.plan(method, 1000) for method in METHODS}
+    plans = {method: planner.plan(method, 1000) for method in PLANNED}
     sizes = {method: plan.device for method, plan in plans.items()}
     assert planner.weights < sizes["in_place"] <= sizes["scratch"] < sizes["adam"]
     assert sizes["adam"] >= 4 * planner.weights

@@ -16,6 +16,7 @@ from mezo.distributed.exchange import Link
 from mezo.distributed.processes import join
 from mezo.errors import InputError
 from mezo.models.mapped import COPY
+from mezo.offload import blocks
 from mezo.offload.context import Offload, load_offloaded, offload
 
 STEPS = 3
@@ -62,12 +63,10 @@ def test_whatever_the_settings(tmp_path, settings):
     assert_the_same_run(made("gpt2"), tmp_path, COPIES, **settings)
 
 
-@pytest.mark.parametrize(
-    "place", [{}, {"folder": "weights"}, {"folder": "weights", "copies": True}]
-)
-def test_wherever_the_weights_wait(tmp_path, place):
-    if "folder" in place:
-        place = place | {"folder": tmp_path / place["folder"]}
+@pytest.mark.parametrize(("in_file", "copies"), [(False, False), (True, False), (True, True)])
+def test_wherever_the_weights_wait(tmp_path, monkeypatch, in_file, copies):
+    monkeypatch.setattr(blocks, "must_copy", lambda device, write_every: copies)
+    place = {"folder": tmp_path / "weights"} if in_file else {}
     assert_the_same_run(made("opt"), tmp_path, place | {"device": "cpu"})
 
 
@@ -86,8 +85,8 @@ def test_written_after_several_updates(tmp_path):
     expected = trained(model, tmp_path / "here.mezo", steps=5)
     with offload(away, optimizer, device="cpu", write_every=2) as there:
         assert [optimizer.step(loss_of(away)) for _ in range(5)] == expected
-        lm_head = there.streams.home[id(away.lm_head.weight)]
-        assert there.streams.stores[lm_head] == 2
+        lm_head = there.blocks.home[id(away.lm_head.weight)]
+        assert there.blocks.stores[lm_head] == 2
     assert same(away, model)
 
 

@@ -2,15 +2,12 @@
 
 import json
 import shlex
-from functools import partial
 from importlib.util import find_spec
 
 import pytest
 from folders import OWN, mezo, model_folder, reviews, same_weights, training
 
 from mezo import trajectory
-from mezo.offload.context import Offload
-from mezo.trainers import placement
 from mezo.trainers.task import MeZOTaskTrainer
 
 pytestmark = [
@@ -18,12 +15,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),  # of datasets
 ]
 TEXTS = [("no wit , only", " labored gags"), ("a charming", " journey . It was great")] * 6
-
-
-@pytest.fixture(autouse=True)
-def other_memory(monkeypatch):
-    """The CPU stands for a device with a memory of its own: weights are copied there and back."""
-    monkeypatch.setattr(placement, "Offload", partial(Offload, copies=True))
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ from offloading import COPIES, loss_of, made
 
 from mezo import MeZO
 from mezo.noise import Move, table
-from mezo.offload.blocks import Streams, blocks_of
+from mezo.offload import blocks
+from mezo.offload.blocks import BlockCache, blocks_of
 from mezo.offload.context import Offload
-from mezo.offload.copy_streams import Lanes
+from mezo.offload.copy_streams import CopyStreams
 
 
 def test_blocks_are_layers_and_what_is_beside_them():
@@ -29,13 +30,13 @@ def test_one_transfer_each_way_a_block_and_step():
         with Offload(model, optimizer, **COPIES) as there:
             for _ in range(3):  # the order is learned
                 optimizer.step(loss_of(model))
-            counts = there.streams.loads, there.streams.stores
-            there.streams._settle()  # what is on its way
+            counts = there.blocks.loads, there.blocks.stores
+            there.blocks._settle()  # what is on its way
             before = [count.copy() for count in counts]
             for _ in range(9):
                 optimizer.step(loss_of(model))
-            there.streams._settle()
-            moving = [block for block in there.streams.blocks if not block.kept]
+            there.blocks._settle()
+            moving = [block for block in there.blocks.blocks if not block.kept]
             assert len(moving) >= 4
             for count, then in zip(counts, before, strict=True):
                 times = [count[b] - then[b] for b in moving]
@@ -43,23 +44,23 @@ def test_one_transfer_each_way_a_block_and_step():
                 assert all(abs(number - 9) <= 1 for number in times), (name, times)
 
 
-class Clocks(Lanes):
-    """Lanes that count work: an event is how far each lane, and the thread's own, has come."""
+class Clocks(CopyStreams):
+    """Streams that count work: an event says how far each of them has come."""
 
     def __init__(self):
-        self.lane = threading.local()
+        self.current = threading.local()
         self.known = {name: {} for name in ("compute", "in", "out")}  # what each has waited for
         self.done: dict = {}
 
     @property
     def name(self):
-        return getattr(self.lane, "name", "compute")
+        return getattr(self.current, "name", "compute")
 
     @contextlib.contextmanager
     def on(self, name):
-        before, self.lane.name = self.name, name
+        before, self.current.name = self.name, name
         yield
-        self.lane.name = before
+        self.current.name = before
 
     def event(self):
         mine = self.known[self.name]
@@ -78,36 +79,35 @@ class Clocks(Lanes):
         assert self.name in ("compute", "out")
 
 
-class Watched(Streams):
-    """Asserts that work on one lane comes after what it needs of another."""
+class Watched(BlockCache):
+    """Asserts that work on one stream comes after what it needs of another."""
 
     def need(self, block):
         loaded = super().need(block)
-        assert self.lanes.known["compute"].get("in", 0) >= loaded.ready["in"] > 0
+        assert self.streams.known["compute"].get("in", 0) >= loaded.ready["in"] > 0
         return loaded
 
     def _store(self, block, loaded, changed):
         super()._store(block, loaded, changed)
-        assert self.lanes.known["out"]["in"] >= loaded.ready["in"]
+        assert self.streams.known["out"]["in"] >= loaded.ready["in"]
 
 
-def test_lanes_wait_for_each_other():
+def test_copy_streams_wait_for_each_other(monkeypatch):
     """The order that CUDA needs: computing after copying in, copying out after the update."""
+    monkeypatch.setattr(blocks, "copy_streams_of", lambda device: Clocks())
     model = made("llama")
     (group,) = MeZO(model.named_parameters()).param_groups
-    streams = Watched(
+    cache = Watched(
         blocks_of(model),
         torch.device("cpu"),
         1,
         lambda: group,
-        copies=True,
-        lanes=Clocks(),
     )
     for step in range(3):
-        for block in streams.blocks:
-            streams.need(block)
+        for block in cache.blocks:
+            cache.need(block)
         for p in model.parameters():
-            streams.update(p, table([Move(step, 0, 1.0, 0.1)]))
-    streams.close()
-    assert sum(streams.stores.values()) >= 2 * len(streams.blocks)
-    assert streams.lanes.done["compute"] > 0  # blocks are freed when the device is done with them
+            cache.update(p, table([Move(step, 0, 1.0, 0.1)]))
+    cache.close()
+    assert sum(cache.stores.values()) >= 2 * len(cache.blocks)
+    assert cache.streams.done["compute"] > 0  # blocks are freed when the device is done with them

@@ -1,6 +1,5 @@
 """Offload under the Trainer: the same losses, weights, checkpoints and log, to the bit."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from mezo import MeZO, MeZOTrainer, trajectory
 from mezo.errors import InputError
 from mezo.models.adapters import with_adapter
 from mezo.models.arguments import ModelArguments
-from mezo.offload.blocks import Streams
+from mezo.offload import blocks
+from mezo.offload.blocks import BlockCache
 from mezo.offload.context import Offload
-from mezo.trainers import placement
 
 SAVING = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
 AWAY = {"offload": True}
@@ -23,7 +22,7 @@ AWAY = {"offload": True}
 @pytest.fixture(autouse=True)
 def other_memory(monkeypatch):
     """The CPU stands for a device with a memory of its own: weights are copied there and back."""
-    monkeypatch.setattr(placement, "Offload", partial(Offload, copies=True))
+    monkeypatch.setattr(blocks, "must_copy", lambda device, write_every: True)
 
 
 def made(path, half=False, **options):
@@ -253,12 +252,12 @@ def test_all_directions_of_a_step_take_one_pass(tmp_path, monkeypatch):
     """Each block that moves is loaded once a step, however many directions there are."""
     loads = []
 
-    class Counting(Streams):
+    class Counting(BlockCache):
         def close(self):
             super().close()
             loads.append(max(self.loads[block] for block in self.blocks if not block.kept))
 
-    monkeypatch.setattr("mezo.offload.context.Streams", Counting)
+    monkeypatch.setattr("mezo.offload.context.BlockCache", Counting)
     for number, samples in enumerate((1, 4)):
         trained(tmp_path / str(number), half=True, num_samples=samples, max_steps=9, **AWAY)
     assert loads[1] <= loads[0] + 1
