@@ -294,7 +294,7 @@ def test_outputs_come_to_where_the_inputs_were(monkeypatch):
     with torch.no_grad(), offload(model, device="cpu") as there:
         there.device = torch.device("cuda")
         model(input_ids=WORDS)
-    cache = ["past_key_values"]
+    cache = ("past_key_values", "cache")
     expected = [("tuple", "cuda", cache), ("dict", "cuda", cache)]
     assert moved == [*expected, ("CausalLMOutputWithPast", "cpu", cache)]
 
