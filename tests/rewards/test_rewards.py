@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from tiny_tokenizers import byte_bpe
 from mezo import MeZO, rewards, trajectory
 from mezo.errors import InputError
 from mezo.objectives.generation import Completion, Generation
-from mezo.rewards import Command, RewardFunctions, Ties
+from mezo.rewards import RewardFunctions, Ties
 from mezo.rules import Record
 
 MADE = [Completion((5, 6), "one", True), Completion((7,), "two words", False)]
@@ -278,107 +277,7 @@ def test_the_mean_does_not_depend_on_the_order_of_rewards():
     assert scores[0] == scores[1]
 
 
-# --- commands and names ------------------------------------------------------------------------
-
-SCORE = """
-import json, sys, time
-for line in sys.stdin:
-    row = json.loads(line)
-    text = row["completion"]
-    if text == "crash":
-        sys.exit("no such text")
-    if text == "hang":
-        time.sleep(60)
-    if text == "none":
-        print("null")
-    else:
-        print(json.dumps({"reward": len(text) + row.get("bonus", 0)}))
-"""
-
-
-@pytest.fixture
-def program(tmp_path):
-    path = tmp_path / "score it.py"
-    path.write_text(SCORE)
-    return [sys.executable, str(path)]
-
-
-def ask(command, *texts, **columns):
-    made = [Completion((), text, True) for text in texts]
-    return RewardFunctions(command)(["p"] * len(texts), made, columns).total
-
-
-def test_a_program_is_asked_line_by_line_and_started_once(program):
-    command = Command(program)
-    assert ask(command, "ab", "none", "x\ny", bonus=[1, 0, 2]) == [3.0, None, 5.0]
-    process = command._process
-    assert ask(command, "ab") == [2.0]
-    assert command._process is process
-    command.close()
-
-
-def test_a_crash_costs_that_sample_and_is_reported(program, caplog):
-    command = Command(program)
-    assert ask(command, "ab", "crash", "abc") == [2.0, None, 3.0]
-    assert "lost 1 of 3 samples (1 so far): it ended with code 1: no such text" in caplog.text
-    command.close()
-
-
-def test_a_sample_without_an_answer_in_time_is_lost(program, caplog):
-    command = Command(program, timeout=0.2)
-    assert ask(command, "ab", "hang", "abc") == [2.0, None, 3.0]
-    assert "no line within 0.2 s" in caplog.text
-    command.close()
-
-
-def test_a_program_that_never_answers_ends_the_run_with_its_last_words():
-    command = Command([sys.executable, "-c", "raise SystemExit('wrong version')"])
-    with pytest.raises(InputError, match=r"has not answered once: .* wrong version"):
-        ask(command, "a", "b", "c", "d")
-
-
-def test_generated_text_reaches_no_shell(tmp_path):
-    """The text is data, in the arguments' file and in the program's input alone."""
-    mark = tmp_path / "mark"
-    cat = [sys.executable, "-c", "import sys\nfor line in sys.stdin: print(1)", f"; touch {mark}"]
-    command = Command(cat)
-    assert ask(command, f"$(touch {mark}); `touch {mark}`") == [1.0]
-    assert not mark.exists()
-    command.close()
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("print('good')", "answered 'good'"),
-        ("print('NaN')", "returned nan for completion 0"),
-        ("print('[1]')", "a list"),
-    ],
-)
-def test_an_answer_that_is_no_number_names_the_command(code, words):
-    command = Command([sys.executable, "-c", f"import sys\nfor line in sys.stdin: {code}"])
-    with pytest.raises(InputError, match=words):
-        ask(command, "a")
-    command.close()
-
-
-def test_a_program_that_says_more_than_its_answer_is_refused():
-    code = "import sys\nfor line in sys.stdin: print('1\\n2')"
-    command = Command([sys.executable, "-c", code])
-    texts = ["a"] * 100  # the second line may be late
-    with pytest.raises(InputError, match=r"wrote '[12]' beside its answer"):
-        ask(command, *texts)
-    command.close()
-
-
-def test_commands_that_cannot_be_run_are_refused():
-    with pytest.raises(InputError, match=r"no-such-program --x: No such file"):
-        ask(Command("no-such-program --x"), "a")
-    for text, words in (("", "is empty"), ("a 'b", "No closing quotation")):
-        with pytest.raises(InputError, match=words):
-            Command(text)
-    with pytest.raises(InputError, match="must be positive, got 0"):
-        Command("a", timeout=0)
+# --- names -----------------------------------------------------------------------------------
 
 
 def test_a_reward_is_found_by_its_name(tmp_path, monkeypatch):

@@ -1,0 +1,131 @@
+"""A running program that answers lines of text: bounded in time, in output and in what it leaves.
+
+The program leads a process group of its own, so that ending it ends everything it has started, and
+a Ctrl-C in the terminal does not reach it. Three threads write to it and read from it: the time
+limit of an answer then covers a program that does not read what it is sent.
+"""
+
+import contextlib
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from typing import IO
+
+from mezo.errors import InputError
+
+MAX_LINE = 2**20  # bytes of an answer
+MAX_WORDS = 2**12  # bytes kept of what the program wrote last to stderr
+_ENDED = b""
+
+
+class Lost(Exception):
+    """The program gave no answer; the message says why."""
+
+
+class Chatter(Exception):
+    """The program wrote a line that nobody had asked for, which is the message."""
+
+
+class Program:
+    """A program that has been started. Raises InputError if that is impossible."""
+
+    def __init__(self, words: Sequence[str]):
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a print is an answer
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(
+                list(words),
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                env=environment,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:  # ValueError: a null character in an argument
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"reward command {shlex.join(words)}: {reason}") from None
+        self._answers: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._last_words = bytearray()
+        streams = self._process.stdin, self._process.stdout, self._process.stderr
+        for work, stream in zip((self._write, self._read, self._listen), streams, strict=True):
+            threading.Thread(target=work, args=(stream,), daemon=True).start()
+
+    def ask(self, line: str, timeout: float) -> str:
+        """Send a line and return the one that answers it.
+
+        Args:
+            timeout: seconds for sending the line and for the answer together.
+
+        Raises Lost or Chatter. After these, and after any other exception that ends a call, a
+        KeyboardInterrupt for one, the program must be ended: a late answer would be taken for that
+        of the next line.
+        """
+        if not self._answers.empty() and (early := self._answers.get()):
+            raise Chatter(_text(early))
+        self._questions.put(line.encode("utf-8", "replace") + b"\n")
+        try:
+            answer = self._answers.get(timeout=timeout)
+        except queue.Empty:
+            raise Lost(f"no line within {timeout:g} s (is its output flushed?)") from None
+        if answer == _ENDED:
+            raise Lost(self._reason())
+        if len(answer) > MAX_LINE:
+            raise Lost(f"a line of more than {MAX_LINE:,} bytes")
+        return _text(answer)
+
+    def end(self) -> None:
+        """Kill the program and every process of its group."""
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        self._questions.put(_ENDED)
+
+    def _reason(self) -> str:
+        try:
+            code = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "it closed its output"
+        lines = self._last_words.decode("utf-8", "replace").strip().splitlines()
+        return f"it ended with code {code}" + (f": {lines[-1]}" if lines else "")
+
+    # one thread each
+
+    def _write(self, stdin: IO[bytes]) -> None:
+        with contextlib.suppress(OSError), stdin:  # a broken pipe: the reader reports the end
+            while question := self._questions.get():
+                rest = memoryview(question)
+                while rest:
+                    rest = rest[stdin.write(rest) :]
+
+    def _read(self, stdout: IO[bytes]) -> None:
+        """Hand on lines. One too many ends the reading: the program then blocks, or ends."""
+        line = b""
+        with stdout:
+            while self._answers.qsize() < 2 and len(line) <= MAX_LINE:
+                piece = stdout.read(2**16)
+                if not piece:
+                    break
+                *whole, line = (line + piece).split(b"\n")
+                for answer in whole[:2]:
+                    self._answers.put(answer + b"\n")
+        if line:
+            self._answers.put(line)
+        self._answers.put(_ENDED)
+
+    def _listen(self, stderr: IO[bytes]) -> None:
+        with stderr:
+            while piece := stderr.read(2**16):
+                self._last_words += piece
+                del self._last_words[:-MAX_WORDS]
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").strip()

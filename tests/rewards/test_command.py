@@ -1,0 +1,225 @@
+"""A program as a reward function: its answers stay with their samples, whatever it does."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from mezo.errors import InputError
+from mezo.objectives.generation import Completion
+from mezo.rewards import Command, RewardFunctions
+from mezo.rewards.program import MAX_WORDS
+
+SCORE = """
+import json, sys, time
+for line in sys.stdin:
+    row = json.loads(line)
+    text = row["completion"]
+    if text == "crash":
+        sys.exit("no such text")
+    if text == "hang":
+        time.sleep(60)
+    if text == "none":
+        print("null")
+    else:
+        print(json.dumps({"reward": len(text) + row.get("bonus", 0)}))
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "score it.py"
+    path.write_text(SCORE)
+    return [sys.executable, str(path)]
+
+
+def ask(command, *texts, **columns):
+    made = [Completion((), text, True) for text in texts]
+    return RewardFunctions(command)(["p"] * len(texts), made, columns).total
+
+
+def test_a_program_is_asked_line_by_line_and_started_once(program):
+    command = Command(program)
+    assert ask(command, "ab", "none", "x\ny", bonus=[1, 0, 2]) == [3.0, None, 5.0]
+    process = command._program
+    assert ask(command, "ab") == [2.0]
+    assert command._program is process
+    command.close()
+
+
+def test_a_crash_costs_that_sample_and_is_reported(program, caplog):
+    command = Command(program)
+    assert ask(command, "ab", "crash", "abc") == [2.0, None, 3.0]
+    assert "lost 1 of 3 samples (1 so far): it ended with code 1: no such text" in caplog.text
+    command.close()
+
+
+def test_a_sample_without_an_answer_in_time_is_lost(program, caplog):
+    command = Command(program, timeout=0.2)
+    assert ask(command, "ab", "hang", "abc") == [2.0, None, 3.0]
+    assert "no line within 0.2 s" in caplog.text
+    command.close()
+
+
+def test_a_program_that_never_answers_ends_the_run_with_its_last_words():
+    command = Command([sys.executable, "-c", "raise SystemExit('wrong version')"])
+    with pytest.raises(InputError, match=r"has not answered once: .* wrong version"):
+        ask(command, "a", "b", "c", "d")
+
+
+def test_generated_text_reaches_no_shell(tmp_path):
+    """The text is data, in the arguments' file and in the program's input alone."""
+    mark = tmp_path / "mark"
+    cat = [sys.executable, "-c", "import sys\nfor line in sys.stdin: print(1)", f"; touch {mark}"]
+    command = Command(cat)
+    assert ask(command, f"$(touch {mark}); `touch {mark}`") == [1.0]
+    assert not mark.exists()
+    command.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("print('good')", "answered 'good'"),
+        ("print('NaN')", "returned nan for completion 0"),
+        ("print('[1]')", "a list"),
+    ],
+)
+def test_an_answer_that_is_no_number_names_the_command(code, words):
+    command = Command([sys.executable, "-c", f"import sys\nfor line in sys.stdin: {code}"])
+    with pytest.raises(InputError, match=words):
+        ask(command, "a")
+    command.close()
+
+
+def test_a_program_that_says_more_than_its_answer_is_refused():
+    code = "import sys\nfor line in sys.stdin: print('1\\n2')"
+    command = Command([sys.executable, "-c", code])
+    texts = ["a"] * 100  # the second line may be late
+    with pytest.raises(InputError, match=r"wrote '[12]' beside its answer"):
+        ask(command, *texts)
+    command.close()
+
+
+def test_commands_that_cannot_be_run_are_refused():
+    with pytest.raises(InputError, match=r"no-such-program --x: No such file"):
+        ask(Command("no-such-program --x"), "a")
+    for text, words in (("", "is empty"), ("a 'b", "No closing quotation")):
+        with pytest.raises(InputError, match=words):
+            Command(text)
+    with pytest.raises(InputError, match="must be positive, got 0"):
+        Command("a", timeout=0)
+
+
+LENGTHS = "import sys, json\nfor line in sys.stdin: print(len(json.loads(line)['completion']))"
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_an_interrupted_call_shifts_no_reward():
+    """Ctrl-C while an answer is due: it must not be taken for that of the next sample."""
+    slow = "import sys, json, time\nfor line in sys.stdin:\n"
+    slow += "    text = json.loads(line)['completion']\n"
+    slow += "    if text == 'stop': import os, signal; os.kill(PARENT, signal.SIGINT)\n"
+    slow += "    time.sleep(0.2 * (text == 'stop')); print(len(text))"
+    command = Command(python(slow.replace("PARENT", str(os.getpid()))))
+    assert command(["p"], ["x"]) == [1]
+
+    def interrupted():
+        command(["p"], ["stop"])
+        time.sleep(60)  # the signal is sent before the answer, but may be handled late
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert command(["p"] * 3, ["x" * n for n in (20, 30, 40)]) == [20, 30, 40]
+    command.close()
+
+
+def test_an_answer_may_name_its_sample_and_is_then_checked():
+    code = "import sys, json\nfor line in sys.stdin:\n    row = json.loads(line)\n"
+    code += "    print(json.dumps({'reward': 1, 'sample': row['sample'] + row['off']}))"
+    command = Command(python(code))
+    assert command(["p"], ["x"], off=[0]) == [1]
+    with pytest.raises(InputError, match="answered for sample 3 when it was asked for 2"):
+        command(["p"], ["x"], off=[1])
+
+
+def test_the_time_limit_covers_a_program_that_does_not_read():
+    """A sample larger than a pipe is written only as it is read."""
+    command = Command(python("import time; time.sleep(600)"), timeout=0.02)
+    assert command(["x" * 10**6], ["y"]) == [None]
+    command.close()
+
+
+def test_all_that_a_program_has_started_ends_with_it(tmp_path):
+    """A shell script's own children would otherwise pile up, one for each time limit."""
+    inner = tmp_path / "inner.py"
+    inner.write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)"
+    )
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, {str(inner)!r}])"
+    command = Command(python(code), timeout=0.5)
+    assert command(["p"], ["c"]) == [None]
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(500):  # init reaps it in its own time
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            break
+        if "Z" in _state(child):
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("the program's child outlived it")
+
+
+def _state(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_endless_output_takes_no_memory():
+    """A line without an end is cut off, lines without an end are refused, stderr is its end."""
+    line = Command(python("import sys\nwhile True: sys.stdout.write('x' * 2**16)"))
+    assert line(["p"], ["c"]) == [None]
+    line.close()
+    lines = Command(python("while True: print(1)"))
+    with pytest.raises(InputError, match="wrote '1' beside its answer"):
+        lines(["p"] * 100, ["c"] * 100)
+    code = "import sys\nsys.stderr.write('x' * 2**22 + '\\nthe last words'); sys.exit(3)"
+    loud = Command(python(code))
+    with pytest.raises(InputError, match="ended with code 3: the last words"):
+        loud(["p"] * 3, ["c"] * 3)
+    program = Command(python("import sys\nsys.stderr.write('x' * 2**22)\n" + LENGTHS))
+    assert program(["p"], ["four"]) == [4]
+    assert len(program._program._last_words) <= MAX_WORDS
+    program.close()
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, "1" * 5_000])
+def test_json_that_the_reader_chokes_on_names_the_command(answer):
+    """Deep nesting and numbers of thousands of digits raise other errors than broken JSON."""
+    command = Command(python(f"input(); print({answer[0]!r} * {len(answer)})"))
+    with pytest.raises(InputError, match="must write a number"):
+        command(["p"], ["c"])
+    command.close()
+
+
+def test_what_was_sent_is_json(tmp_path):
+    keep = f"open({str(tmp_path / 'in')!r}, 'w').write(line)"
+    code = f"import sys\nfor line in sys.stdin: {keep}; print(0)"
+    command = Command(python(code))
+    command(["p"], ["c"], completion_ids=[[1]], label=["l"])
+    command.close()
+    sent = json.loads((tmp_path / "in").read_text())
+    assert sent == {"sample": 1, "prompt": "p", "completion": "c", "label": "l"}
