@@ -2,15 +2,17 @@
 
     model = with_adapter(model, ModelArguments(use_peft=True, peft_type="prefix"), seed=0)
 
-The start is a function of the model, the options and the seed, so that a run log, which holds all
-three, rebuilds it: LoRA's random factors are the seed's, a prefix is the keys and values of tokens
-that the seed draws from the vocabulary, a prompt their embeddings.
+The start is a function of the model, the options and the seed: LoRA's random factors are the
+seed's, a prefix is the keys and values of tokens that the seed draws from the vocabulary, a prompt
+their embeddings. LoRA's are drawn by arithmetic that rounds alike on every machine, so that a log
+need not hold them; it holds the values that others start from (`kept_start`).
 """
 
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
@@ -18,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezo.compatibility import cache_of
 from mezo.errors import InputError
@@ -96,7 +99,8 @@ def with_adapter(model, args: ModelArguments, seed: int):
     from peft import get_peft_model
 
     name = full_name(args.peft_type)
-    with peft_errors(name), torch.random.fork_rng(devices=[]):  # the caller's generator stays
+    # the caller's generator stays
+    with peft_errors(name), torch.random.fork_rng(devices=[]), PortableUniform():
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed: it reaches the GPUs
         made = get_peft_model(model, _config(name, model, args))
         if starts_at_activations(made):
@@ -169,6 +173,48 @@ def _count_positions(base, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs["position_ids"] = positions[:, -read.shape[1] :]
     return args, kwargs
+
+
+def kept_start(model: torch.nn.Module | None, named: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of an adapter's tensors whose values at the start a run log must hold.
+
+    They are those that neither the seed nor the options give again on every machine: all but
+    constants and LoRA's factors. `named` are the trained tensors by name; a model without an
+    adapter has none.
+    """
+    if not hasattr(model, "peft_config"):
+        return []
+    own = [name for name in named if is_of_adapter(name) and not _DRAWN.search(name)]
+    return [name for name in own if not _is_constant(named[name])]
+
+
+_DRAWN = re.compile(r"\.lora_[AB]\.")  # by PortableUniform, or zero
+
+
+def _is_constant(tensor: torch.Tensor) -> bool:
+    values = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return values.numel() == 0 or bool((values == values.reshape(-1)[0]).all())
+
+
+class PortableUniform(TorchDispatchMode):
+    """Within it, `Tensor.uniform_` on a CPU gives the same bits on every processor.
+
+    torch draws u in [0, 1) exactly everywhere, but rounds u * (to - from) + from once where the
+    processor fuses the two operations and twice where it does not. Here it is rounded once: in
+    float64 the expression is exact for a float32 tensor whose bounds are of like size.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensor, *bounds = args
+        if func is not torch.ops.aten.uniform_.default or not _is_plain(tensor):
+            return func(*args, **(kwargs or {}))
+        low, high = (torch.tensor(x, dtype=torch.float32) for x in bounds or (0.0, 1.0))
+        drawn = func(tensor, **(kwargs or {})).double()
+        return tensor.copy_(drawn * (high - low).double() + low.double())
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def is_of_adapter(name: str) -> bool:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 WITHOUT_TRAINING = {"lp": linear_probe, "zero-shot": zero_shot, "icl": zero_shot}
 METHODS = ("mezo", "adam", *WITHOUT_TRAINING)
-START = "start"  # in output_dir, of a prefix run: the adapter it began with
+START = "start"  # in output_dir, of a prefix run of mezo 0.1: the adapter it began with
 
 
 def check(args: "TrainArguments", model_args: ModelArguments) -> None:
@@ -82,8 +82,6 @@ def by_trainer(
 ) -> dict[str, Any]:
     """Train, evaluate and save; the fields of the method."""
     args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
-    if args.method == "mezo" and not checkpoint and args.process_index == 0:
-        keep_start(model, folder)
     warm_up(args)
     trainer.add_callback(memory := _Memory())
     output = trainer.train(resume_from_checkpoint=checkpoint)
@@ -137,20 +135,13 @@ def warm_up(args: "TrainArguments") -> None:
         noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=args.distribution)
 
 
-def keep_start(model: Any, output_dir: str | Path) -> None:
-    """A prefix that was computed is kept as it was, in output_dir/start.
-
-    The log and the base model give it again, bit for bit, but on another kind of processor the
-    forward pass may round otherwise; there a replay starts from this folder.
-    """
-    if tuners.starts_at_activations(model):
-        model.save_pretrained(str(Path(output_dir, START)))
-
-
 def started_with(
     model_args: ModelArguments, output_dir: str, checkpoint: str | bool | None
 ) -> ModelArguments:
-    """What a run begins with: the base model, or when it goes on, the prefix it began with."""
+    """Return what a run begins with: the base model; or the prefix that an older version kept.
+
+    Today the log itself holds the values of the start that are not the seed's.
+    """
     start = str(Path(output_dir, START))
     if checkpoint and model_args.use_peft and models.is_adapter(start):
         return replace(model_args, model_name_or_path=start, use_peft=False)

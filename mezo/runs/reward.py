@@ -56,8 +56,6 @@ def train(
         trainer.run_config = asdict(model_args) | asdict(data) | (trainer.run_config or {})
         with trainer.offloaded():
             before, texts = trainer.evaluate(), _texts(trainer, dev_rows)
-            if not checkpoint:
-                methods.keep_start(model, args.output_dir)
             output = trainer.train(resume_from_checkpoint=checkpoint)
             after, written = trainer.evaluate(), _texts(trainer, dev_rows)
     rows = zip(dev_rows, texts, written, strict=False)

@@ -24,7 +24,7 @@ from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import select
-from mezo.runs.methods import check_adapter, keep_start, passes_of_a_step, started_with
+from mezo.runs.methods import check_adapter, passes_of_a_step, started_with
 from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
 from mezo.trainers.placement import load
 from mezo.trainers.trainer import changed
@@ -104,8 +104,6 @@ def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args:
     trainer = _trainer(kind, model, tokenizer, (data, held_out), args, reference)
     config = asdict(model_args) | asdict(data_args) | changed(args)
     trainer.run_config = config
-    if not checkpoint:
-        keep_start(model, args.output_dir)
     with PeakMemory() as peak:
         output = trainer.train(resume_from_checkpoint=checkpoint)
     if args.offload_write_every:

@@ -18,6 +18,7 @@ from mezo.forms.rounding import ROUNDINGS
 from mezo.layers import MODIFIED
 from mezo.perturbation import FORMS
 from mezo.rules import RULES
+from mezo.trajectory import start_values
 
 FORMAT = 1
 Keys = dict[str, tuple[Callable[[Any], bool], str]]
@@ -86,6 +87,8 @@ def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
             raise Damage(f"a header whose {key} is not of {groups} parameter groups")
     if first is None:
         _check_tensors(header["tensors"], groups)
+        if problem := start_values.problem_of(header):
+            raise Damage(f"a header whose {start_values.KEY} are {problem}")
 
 
 def places(entries: list[dict[str, Any]]) -> dict[str, tuple]:

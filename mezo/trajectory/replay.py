@@ -13,6 +13,7 @@ import torch
 from mezo import noise
 from mezo.errors import InputError
 from mezo.rules import BUFFERS
+from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import Log, Step
 from mezo.trajectory.program import make_, program_of
@@ -32,7 +33,8 @@ def replay(
     """Rebuild the trained weights in place: `model` is the base model, the result is the run's.
 
     Bitwise: the same additions in the same order, without data or forward passes, one tensor at a
-    time. `until` stops before that step of the run. `progress(done, total)` is told of each tensor.
+    time. Values of the start that the log holds (start_values.py) take the place of the model's.
+    `until` stops before that step of the run. `progress(done, total)` is told of each tensor.
     Raises InputError if a tensor is missing or (with `verify`) is not what the run started from,
     trained or frozen.
     """
@@ -40,6 +42,7 @@ def replay(
     steps = steps_until(path, log, until)
     named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
     entries = log.header["tensors"]
+    start_values.put_(log.header, named)
     for entry in entries:
         match(path, entry, named.get(entry["name"]), verify)
     expected = log.header["frozen"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from mezo.errors import InputError
 from mezo.mezo import MeZO
+from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import Log
 from mezo.trajectory.program import make_, program_of
@@ -76,6 +77,7 @@ def _check(path: str | Path, log: Log, optimizer: MeZO) -> None:
     check_identity(header, optimizer, f"{path} is the log of another run")
     if first["step"] > log.start:
         return
+    start_values.put_(header, {name: p for name, p, _ in optimizer.trained()})
     began = {entry["name"]: entry["sha256"] for entry in header["tensors"]}
     for name, p, _ in optimizer.trained():
         if entry_of(name, p)["sha256"] != began[name]:

@@ -18,6 +18,7 @@ from mezo.errors import InputError
 from mezo.layers import PLAIN, owns
 from mezo.mezo import MeZO, Record
 from mezo.noise.sharded import is_sharded
+from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import FORMAT, checksum, frame
 from mezo.trajectory.header import IDENTITY, Damage, check, places
@@ -218,7 +219,8 @@ def header_of(
     header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
     header["frozen"] = None if model is None else frozen_fingerprint(model, names)
     tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
-    return header | {"tensors": tensors}
+    named = {entry["name"]: p for entry, p in _entries(optimizer)}
+    return header | {"tensors": tensors} | start_values.encoded(model, named)
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:

@@ -1,8 +1,14 @@
 """peft's methods under MeZO: which train and replay, how a prefix starts, what is refused."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
+from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import llama, tiny_model
@@ -226,3 +232,37 @@ def test_a_saved_adapter_computes_what_it_did(peft_type, tmp_path):
         base = type(llama()).from_pretrained(tmp_path / "base")
         found = loss_of(models._saved_adapter(base, str(tmp_path / "saved")).eval())
     assert found == expected
+
+
+def test_lora_starts_from_the_same_bits_on_every_processor():
+    """torch rounds u * (to - from) + from once where the processor fuses, and twice elsewhere.
+
+    Here it is rounded once, which exact fractions check; a process that is held to the plainest
+    instructions draws the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(7)
+        with tuners.PortableUniform():
+            found = torch.empty(1000).uniform_(-0.1768, 0.1768)
+        torch.default_generator.manual_seed(7)
+        drawn = torch.rand(1000)
+    bound = float(torch.tensor(0.1768))
+    for value, u in zip(found.tolist(), drawn.tolist(), strict=True):
+        exact = Fraction(u) * Fraction(2 * bound) - Fraction(bound)
+        assert value == np.float32(float(exact))
+    made = tuners.with_adapter(tiny_model("opt", 64).float(), asked("lora"), 3)
+    digest = trajectory.fingerprint(next(p for n, p in made.named_parameters() if "lora_A" in n))
+    program = (
+        "from models import tiny_model; from mezo import trajectory;"
+        "from mezo.models import adapters; from mezo.models.arguments import ModelArguments;"
+        "made = adapters.with_adapter(tiny_model('opt', 64).float(),"
+        " ModelArguments(use_peft=True), 3);"
+        "factors = (p for n, p in made.named_parameters() if 'lora_A' in n);"
+        "print(trajectory.fingerprint(next(factors)))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    plain = os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": paths}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=plain, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split()[-1] == digest

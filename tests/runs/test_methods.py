@@ -24,7 +24,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import head_of
 from mezo.runs import rebuild as adapter
 from mezo.runs import task as run
-from mezo.runs.methods import START, passes_of_a_step
+from mezo.runs.methods import passes_of_a_step
 
 FIELDS = {"metric", "method", "test", "dev", "seconds", "peak_memory_above_model", "steps"}
 FIELDS |= {"forward_passes", "stored_bytes", "config", "environment", "zero_shot", "kept_step"}
@@ -149,29 +149,58 @@ def test_passes_count_samples_and_accumulation(tmp_path):
 
 
 def test_a_prefix_run_is_rebuilt_from_its_log(place, tmp_path):
-    """Bitwise: in one line, by the terminal's replay, from the start it kept; and resumed."""
+    """Bitwise: in one line, by the terminal's replay, and the adapter alone."""
     result = trained(place, tmp_path / "a", PREFIX, mezo_eps=0.1, learning_rate=1e-2)
     assert result["method"] == "mezo-prefix"
     assert result["test"]["loss"] != result["zero_shot"]["loss"]
     log = tmp_path / "a" / "run.mezo"
     assert same_weights(replayed(place, tmp_path / "b", log), tmp_path / "a")
     weight = load_file(tmp_path / "a" / "adapter_model.safetensors")["prompt_embeddings"]
-    for start in (place / "tiny", tmp_path / "a" / START):
-        model = load(start, log)
-        assert torch.equal(model.prompt_encoder["default"].embedding.weight, weight)
+    model = load(place / "tiny", log)
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, weight)
     onto = adapter.save_adapter(ModelArguments(str(place / "tiny")), log, str(tmp_path / "c"))
     assert onto["steps"] == 4
     assert same_weights(tmp_path / "c", tmp_path / "a")
     with pytest.raises(InputError, match=r"trained an adapter \(prompt_encoder"):
         adapter.replay_by_tensor(ModelArguments(str(place / "tiny")), log, str(tmp_path / "d"))
     begun = load(place / "tiny", log, until=0).prompt_encoder["default"].embedding
-    kept = load_file(tmp_path / "a" / START / "adapter_model.safetensors")["prompt_embeddings"]
-    assert torch.equal(begun.weight, kept)
-    assert not torch.equal(kept, weight)
+    assert not torch.equal(begun.weight, weight)
     saved = run.evaluate(
         ModelArguments(str(tmp_path / "a")), data(place, test_file=data(place).dev_file)
     )
     assert saved["loss"] == result["test"]["loss"]
+
+
+def test_a_prefix_is_rebuilt_where_a_forward_pass_rounds_otherwise(place, tmp_path, monkeypatch):
+    """Another processor, or other threads: the log holds the values with which the run began.
+
+    A run that was cut off goes on there as well, without a checkpoint.
+    """
+    options = {"mezo_eps": 0.1, "learning_rate": 1e-2, "save_strategy": "no"}
+    trained(place, tmp_path / "whole", PREFIX, **options)
+    trained(place, tmp_path / "cut", PREFIX, **options, max_steps=2)
+    computed = tuners._keys_and_values
+
+    def rounded_otherwise(*args):
+        return [(keys * (1 + 2e-7), values + 1e-7) for keys, values in computed(*args)]
+
+    monkeypatch.setattr(tuners, "_keys_and_values", rounded_otherwise)
+    log = tmp_path / "whole" / "run.mezo"
+    assert same_weights(replayed(place, tmp_path / "b", log), tmp_path / "whole")
+    trained(place, tmp_path / "cut", PREFIX, **options, resume_from_checkpoint="true")
+    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_log_holds_what_neither_the_seed_nor_the_options_give_again(place, tmp_path):
+    """Of LoRA nothing, of DoRA the norms, which are sums of floats, of a prefix everything."""
+    dora = {"use_peft": True, "peft_options": '{"use_dora": true}'}
+    for own, kept in (({"use_peft": True}, None), (dora, "magnitude"), (PREFIX, "prompt_encoder")):
+        folder = tmp_path / str(kept)
+        trained(place, folder, own, max_steps=1)
+        header = trajectory.read(folder / "run.mezo").header
+        names = {e["name"] for e in header["tensors"] if kept is not None and kept in e["name"]}
+        assert set(header.get("start_values", {})) == names
+        assert bool(names) == (kept is not None)
 
 
 def test_a_prefix_run_goes_on_from_its_log(place, tmp_path):
