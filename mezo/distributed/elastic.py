@@ -40,7 +40,7 @@ def catch_up(optimizer: MeZO, path: str | Path, *, group: dist.ProcessGroup | No
     """
     if not (dist.is_available() and dist.is_initialized()):
         return trajectory.catch_up(path, optimizer) if Path(path).exists() else 0
-    link = Link(optimizer, group)
+    link = Link(optimizer.trained()[0][1].device, group)
     mine = _end(path)
     ends = [int(end) for (end,) in link.gather([float(mine)])]
     if max(ends) < 0:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,24 +10,26 @@ from torch import distributed as dist
 
 from mezo.noise.sharded import is_sharded
 
-if TYPE_CHECKING:
-    from mezo.mezo import MeZO
-
 _TAG = 0x6D657A6F  # of our messages, so that they are told from a program's own
 _MOST = 64  # processes that send to each other directly: then it is a few KB a step in all
+_CHUNK = 2**20  # elements of a fingerprint at a time: its integers then take 16 MiB
+_ODD = 0x1E3779B97F4A7C15  # of a fingerprint: element i has the factor (2 i + 1) _ODD
 
 
 class Link:
-    """What all processes of a group know of each other, in rank order.
+    """Exchanges small values between all processes of a group, in rank order.
+
+    Args:
+        device: where the weights are. NCCL sends from there, other backends from the CPU.
+        group: the processes; None is all of them.
 
     Attributes:
         rank, size: this process's number in the group, and how many there are.
     """
 
-    def __init__(self, optimizer: "MeZO", group: dist.ProcessGroup | None):
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
-        nccl = dist.get_backend(group) == "nccl"  # it sends from the GPU
-        self._device = optimizer.trained()[0][1].device if nccl else torch.device("cpu")
+        self._device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
         self._direct = dist.get_backend(group) == "gloo" and self.size <= _MOST
         self._wanted: dict[int, tuple[torch.Tensor, Any]] = {}  # by rank: receipts under way
 
@@ -74,6 +76,14 @@ class Link:
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
+    @torch.no_grad()
+    def broadcast_(self, tensor: torch.Tensor) -> None:
+        """Copy a tensor's elements from the group's rank 0 to every process, in place."""
+        sent = tensor.detach().contiguous()  # the tensor itself, unless its strides forbid it
+        dist.broadcast(sent, src=self._global(0), group=self.group)
+        if sent.data_ptr() != tensor.data_ptr():
+            tensor.copy_(sent)
+
     def gather_json(self, value: Any) -> list[Any]:
         """Every process's `value`, which JSON can hold: nothing is executed to read it."""
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
@@ -103,11 +113,24 @@ class Link:
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """The sum of the elements' bits, as integers: one pass over the memory, on its device.
+    """A checksum of the elements' bits and of their order, in [0, 2^64), computed on their device.
 
-    0 for what a process does not have as a whole.
+    It is the sum of bits_i (2 i + 1) _ODD modulo 2^64, over the elements in row-major order: two
+    elements that change places change it, as does any one that changes. It tells accidents, not
+    forgeries. 0 for a tensor that this process does not hold as a whole.
     """
     if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
         return 0
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(-1).view(kind).sum(dtype=torch.int64)) % 2**64
+    bits = tensor.detach().contiguous().view(-1).view(kind)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    factors = torch.arange(1, 2 * min(_CHUNK, len(bits)), 2, device=bits.device) * _ODD
+    for start in range(0, len(bits), _CHUNK):
+        part = bits[start : start + _CHUNK].to(torch.int64)
+        total += (part * (factors[: len(part)] + _wrapped(2 * start * _ODD))).sum()
+    return int(total) % 2**64
+
+
+def _wrapped(value: int) -> int:
+    """As a signed integer of 64 bits, whose arithmetic is modulo 2^64."""
+    return (value + 2**63) % 2**64 - 2**63

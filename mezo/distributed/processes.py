@@ -95,15 +95,16 @@ class Processes(Link, Alone):
         place: int,
         check_every: int,
         sharded: Sharded,
+        model: torch.nn.Module | None = None,
     ):
-        super().__init__(optimizer, group)
+        super().__init__(optimizer.trained()[0][1].device, group)
         self.probes, self.place, self.check_every = probes, place, check_every
-        self._sharded = sharded
+        self._sharded, self._model = sharded, model
         self._history = 0  # a checksum of the settings of all steps up to now
         self._weights = 0  # a checksum of the weights, where it is due
         self.own(optimizer.param_groups[0]["num_samples"])
-        kept = [one for one in optimizer.observers if not isinstance(one, _After)]
-        optimizer.observers[:] = [*kept, _After(self, optimizer)]
+        others = [seen for seen in optimizer.observers if not isinstance(seen, _ChecksumsAtRest)]
+        optimizer.observers[:] = [*others, _ChecksumsAtRest(self, optimizer)]
 
     def own(self, num_samples: int) -> range:
         if num_samples < self.probes:
@@ -147,7 +148,14 @@ class Processes(Link, Alone):
 
     def verify(self, optimizer: "MeZO") -> None:
         """InputError, naming the rank, unless all processes have the same weights and settings."""
-        self._blame(self.gather_json(_details(optimizer)))
+        self.blame(self.gather_json(self._details(optimizer)))
+
+    def take_checksum(self, optimizer: "MeZO") -> None:
+        """Take the checksum of all weights, which the next exchange compares."""
+        self._weights = _checksum(_fingerprints(optimizer, self._model))
+
+    def _details(self, optimizer: "MeZO") -> dict[str, Any]:
+        return _settings(optimizer) | {"tensors": _fingerprints(optimizer, self._model)}
 
     def _row(self, seen: Seen, n: int, optimizer: "MeZO") -> list[float]:
         if max(seen) >= n:
@@ -173,11 +181,12 @@ class Processes(Link, Alone):
         """InputError naming the ranks that differ; all processes find out together."""
         if any(row[:_CHECKS] != rows[0][:_CHECKS] for row in rows):
             optimizer._move()
-            self._blame(self.gather_json(_details(optimizer)))
+            self.blame(self.gather_json(self._details(optimizer)))
             odd = _odd([str(row[:_CHECKS]) for row in rows])
             raise InputError(f"rank {_list(odd)} had other settings or weights at an earlier step")
 
-    def _blame(self, found: Sequence[Mapping[str, Any]]) -> None:
+    def blame(self, found: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InputError, naming rank and difference, unless all of `found` are the same."""
         odd = _odd([json.dumps(one, sort_keys=True) for one in found])
         if not odd:
             return
@@ -194,8 +203,8 @@ class Processes(Link, Alone):
         )
 
 
-class _After:
-    """Observes an optimizer's steps: the weights' checksum is taken when they are at rest."""
+class _ChecksumsAtRest:
+    """Observes an optimizer's steps, to take the checksum of the weights between two of them."""
 
     def __init__(self, processes: Processes, optimizer: "MeZO"):
         self.processes, self.optimizer = processes, optimizer
@@ -203,7 +212,7 @@ class _After:
     def __call__(self, record: "Record") -> None:
         every = self.processes.check_every
         if every and (record.step + 1) % every == 0:
-            self.processes._weights = _checksum(_fingerprints(self.optimizer))
+            self.processes.take_checksum(self.optimizer)
 
 
 def join(
@@ -225,8 +234,9 @@ def join(
         mesh: a DeviceMesh instead, of all processes, with a dimension "probe": the groups are its
             slices. The other dimensions are data parallel, or shard the weights.
         group: of processes; None is all of them.
-        check_every: steps between two comparisons of all weights, by a checksum; 0: none. Settings
-            (step, lr, eps, ...) are compared at every step.
+        check_every: steps between two comparisons of all weights and persistent buffers of `model`
+            (None: of the trained weights), by a checksum; 0: none. Settings (step, lr, eps, ...)
+            are compared at every step.
 
     A process whose settings or weights come to differ stops the run, with an InputError everywhere
     that names its rank. Without a process group, one process does it all. Returns the optimizer's
@@ -247,14 +257,14 @@ def join(
         if probes < 1 or size % probes:
             raise InputError(f"{size} processes cannot be split into {probes} groups for probes")
         place = dist.get_rank(group) * probes // size
-    found = Processes(optimizer, group, probes, place, check_every, sharded)
+    found = Processes(optimizer, group, probes, place, check_every, sharded, model)
     trained = [(name, p) for name, p, _ in optimizer.trained()]
     settings = _settings(optimizer) | {"tensors": {n: [*p.shape, str(p.dtype)] for n, p in trained}}
-    found._blame(found.gather_json(settings))
+    found.blame(found.gather_json(settings))
     sharded.begin(optimizer, found, found.place)
     tensors = trained if model is None else named_tensors(model)
     _send(found, tensors)
-    found._weights = _checksum(_fingerprints(optimizer))
+    found.take_checksum(optimizer)
     optimizer.processes = found
     return found
 
@@ -275,21 +285,13 @@ def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return list(chain(module.named_parameters(), module.named_buffers()))
 
 
-def _broadcast_(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    for tensor in tensors:
-        if not tensor.is_meta and not is_sharded(tensor):  # offloaded: frozen, or refused
-            sent = tensor.detach().contiguous()  # the tensor itself, unless its strides forbid it
-            dist.broadcast(sent, src=0 if group is None else dist.get_global_rank(group, 0))
-            if sent.data_ptr() != tensor.data_ptr():
-                tensor.copy_(sent)
-
-
-@torch.no_grad()
 def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """What differs, from rank 0 to all: mostly nothing, if all have loaded the same files."""
-    found = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
-    which = [i for i, of in enumerate(zip(*found, strict=True)) if len(set(of)) > 1]
-    _broadcast_([tensors[i][1] for i in which], processes.group)
+    """Send what differs from rank 0 to all: mostly nothing, if all have loaded the same files."""
+    digests = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
+    for (_, tensor), of_ranks in zip(tensors, zip(*digests, strict=True), strict=True):
+        # an offloaded or sharded tensor has the fingerprint 0 everywhere: it is frozen, or refused
+        if len(set(of_ranks)) > 1:
+            processes.broadcast_(tensor)
 
 
 def _spread(row: Sequence[float], n: int) -> list[float]:
@@ -346,18 +348,28 @@ def _settings(optimizer: "MeZO") -> dict[str, Any]:
     return found | {key: [float(g[key]) for g in groups] for key in ("lr", "weight_decay")}
 
 
-def _details(optimizer: "MeZO") -> dict[str, Any]:
-    return _settings(optimizer) | {"tensors": _fingerprints(optimizer)}
+def _fingerprints(optimizer: "MeZO", model: torch.nn.Module | None) -> dict[str, int]:
+    """Of every trained weight with the buffers of its rule, and of all else that `model` saves.
 
-
-def _fingerprints(optimizer: "MeZO") -> dict[str, int]:
-    """Of every trained weight, with its buffers."""
-    found = {}
+    Buffers that a model does not save may depend on the batches that a process has seen, as the
+    frequencies of dynamic rotary embeddings do.
+    """
+    found, trained = {}, set()
     for name, p, _ in optimizer.trained():
         state = optimizer.state.get(p, {})
         kept = [state[key] for key in sorted(state) if isinstance(state[key], torch.Tensor)]
-        found[name] = sum(fingerprint(tensor) for tensor in (p, *kept)) % 2**64
+        values = [fingerprint(tensor) for tensor in (p, *kept)]
+        found[name] = sum((2 * i + 1) * value for i, value in enumerate(values)) % 2**64
+        trained.add(id(p))
+    for name, tensor in _saved(model):
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in trained:
+            found[name] = fingerprint(tensor)
     return found
+
+
+def _saved(model: torch.nn.Module | None) -> list[tuple[str, torch.Tensor]]:
+    """The parameters and persistent buffers of a model."""
+    return [] if model is None else list(model.state_dict(keep_vars=True).items())
 
 
 def _checksum(value: Any) -> int:
