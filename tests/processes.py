@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 TESTS = Path(__file__).parent
+SEARCHED = os.pathsep.join([str(TESTS.parent), str(TESTS)])  # PYTHONPATH of a test's programs
 
 
 def run(work, size, folder, *args, dying=False):
@@ -29,7 +30,7 @@ def run(work, size, folder, *args, dying=False):
     for process in running:
         process.start()
     for process in running:
-        process.join(120)
+        process.join(600)  # no test takes a minute, but the machine may have much else to do
     found = []
     for rank, process in enumerate(running):
         result = Path(f"{store}-{rank}")
@@ -44,7 +45,7 @@ def _server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
+        patch.setenv("PYTHONPATH", SEARCHED)
         forkserver.ensure_running()
     return context
 

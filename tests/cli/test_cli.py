@@ -288,6 +288,7 @@ def test_a_run_is_not_overwritten(trained, place, capsys):
     assert (folder / "run.mezo").read_bytes() == before
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_goes_on_to_the_same_weights(trained, place, capsys, monkeypatch):
     """Ctrl-C within a forward pass of step 3; the last checkpoint is that of step 2."""
     folder, _, _ = trained

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from perceptron import OPTIONS, digest, loss, model, points
-from processes import run
+from processes import SEARCHED, run
 from torch import distributed as dist
 
 from mezo import MeZO, trajectory
@@ -20,7 +20,6 @@ from mezo.distributed import elastic
 from mezo.distributed import processes as distributed
 from mezo.errors import InputError
 
-TESTS = Path(__file__).parents[1]
 STEPS, DEADLY = 12, 7
 
 
@@ -80,7 +79,7 @@ def test_alone_a_run_goes_on_too(tmp_path):
 def test_torchrun_starts_a_killed_process_again(tmp_path):
     """ecosystem.md 5.5: in torch 2.13 gloo needs a store of its own after a restart."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment["PYTHONPATH"] = SEARCHED
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     done = subprocess.run(
         [*command, "--max-restarts=1", __file__, str(tmp_path)],

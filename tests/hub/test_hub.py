@@ -13,6 +13,7 @@ import pytest
 import torch
 from folders import mezo, model_folder
 from huggingface_hub import ModelCard
+from processes import SEARCHED
 from transformers import AutoModelForCausalLM
 
 from mezo import MeZO, trajectory
@@ -80,8 +81,7 @@ COMMANDS = {
 def done(place):
     """All commands, one after the other, in one process: {name: what came of it}, and the hub."""
     here = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(here), str(here.parent)])
-    env = os.environ | {"HF_HOME": str(place / "hf"), "PYTHONPATH": paths}
+    env = os.environ | {"HF_HOME": str(place / "hf"), "PYTHONPATH": SEARCHED}
     process = subprocess.run(
         [sys.executable, here / "hub_standin.py"],
         input=json.dumps(list(COMMANDS.values())),

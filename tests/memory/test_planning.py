@@ -48,8 +48,14 @@ def test_published_shapes(name):
 
 
 def test_the_figure_of_sizes_shows_what_is_estimated_now():
-    """A row of the table that is kept, made anew: a prefix and AdamW among its methods."""
-    assert sizes.estimate("125m") == sizes.ESTIMATES["125M"]
+    """A row of the table that is kept, made anew: a prefix and AdamW among its methods.
+
+    The number of weights is OPT's; activations are those of the transformers that is installed,
+    which another version allocates otherwise: a few per cent of inference, and less of the rest.
+    """
+    (parameters, *found), (published, *kept) = sizes.estimate("125m"), sizes.ESTIMATES["125M"]
+    assert parameters == published
+    assert found == pytest.approx(kept, rel=0.05)
 
 
 def test_with_an_adapter_the_base_is_not_perturbed_nor_trained():
@@ -125,7 +131,8 @@ def test_the_command(capsys):
     assert plan["device"] < 12e9 < plan["host"]
     code, out, err = mezo(capsys, *asked)
     assert code == 0
-    assert out.splitlines()[1].startswith("MeZO, offload\t5.7")
+    name, size, *_ = out.splitlines()[1].split("\t")
+    assert (name, size) == ("MeZO, offload", f"{plan['device'] / 1e9:.3g} GB")  # as in the JSON
     assert "65.7 B parameters" in err
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from noise_checks import DTYPES, KEY, MANY, WALK, check, check_equal, every_number, normal, plain
+from processes import SEARCHED
 
 from mezo import noise
 from mezo.noise import NEAREST, ROUND_PERTURBED, ROUND_UPDATE, Move
@@ -48,8 +48,7 @@ def test_the_interpreted_kernel_has_the_bits_of_the_definition():
         check_one_copy()
         print("equal")
     """
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    path = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([SEARCHED, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},

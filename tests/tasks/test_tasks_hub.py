@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import SEARCHED
 
 from mezo import tasks
 from mezo.errors import InputError
@@ -177,7 +178,7 @@ def test_every_task_is_read_from_its_repository_at_the_commit_it_names(tmp_path)
     assert all(re.fullmatch("[0-9a-f]{40}", t.hub.revision) for t in tasks.TASKS.values() if t.hub)
     here = Path(__file__).parents[1]
     program = [sys.executable, str(here / "hub_datasets.py"), str(tmp_path)]
-    given = {"input": json.dumps(published()), "env": os.environ | {"PYTHONPATH": str(here.parent)}}
+    given = {"input": json.dumps(published()), "env": os.environ | {"PYTHONPATH": SEARCHED}}
     done = subprocess.run(program, capture_output=True, text=True, **given)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

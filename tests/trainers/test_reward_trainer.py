@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from models import tiny_model, weights
 from peft import LoraConfig
+from processes import SEARCHED
 from tiny_tokenizers import byte_bpe
 from torch import distributed as dist
 from trainers import settings
@@ -263,8 +264,7 @@ def worker(path):
 def test_two_processes_take_the_same_steps(tmp_path):
     """Each generates for its own prompts; both end with the same bits, and the log replays."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    tests = Path(__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED}
     done = subprocess.run(
         [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True
     )

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from models import llama, weights
+from processes import SEARCHED
 from torch import distributed as dist
 from trainers import UNIT, grads, trainer_at
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from mezo import MeZOTrainer, trajectory
-
-TESTS = Path(__file__).parents[1]
 
 
 def digest(model):
@@ -80,7 +79,7 @@ def sharded(path, options):
 def torchrun(path):
     """Both processes, one thread each; returns what each has seen."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED}
     done = subprocess.run(
         [*command, __file__, str(path)],
         env=environment,

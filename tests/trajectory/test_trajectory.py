@@ -14,6 +14,7 @@ import pytest
 import torch
 from logs import run
 from models import Regression, weights
+from processes import SEARCHED
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
@@ -249,12 +250,10 @@ def test_killing_the_process_loses_at_most_the_step_in_flight(tmp_path):
         """
     )
     path = tmp_path / "run.mezo"
-    here = os.path.dirname(os.path.dirname(__file__))
-    paths = os.pathsep.join([here, os.path.dirname(here)])
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(path)],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": SEARCHED},
     )
     assert process.stdout is not None
     process.stdout.read(57)
