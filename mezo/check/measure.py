@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mezo import tasks
 from mezo.arguments import DataArguments
 from mezo.check.findings import ERRORS, Measurements, advice, findings
-from mezo.compare.grids import GRIDS
+from mezo.compare.paper_grids import GRIDS
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
 from mezo.memory.measured import PeakMemory

@@ -1,18 +1,38 @@
-"""`mezo train --grid`: a search from the command line."""
+"""`mezo train --grid`, `--paper` and `--dry_run`: a search, and what would be run."""
 
+import shlex
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any
 
+from mezo.arguments import DataArguments
 from mezo.cli.parsing import print_result, say
-from mezo.compare import grids
+from mezo.compare import grids, paper_grids
+from mezo.errors import InputError
+from mezo.models import adapters
+from mezo.models.arguments import ModelArguments
+from mezo.runs import rates
+from mezo.runs.arguments import TrainArguments
 
 
 def main(own, options: list[str], model, data, args) -> None:
-    """Search over the grid `own.grid`; `options` are the words given, which win over the grid."""
+    """Search over the grid that `own` names; `options` are the words given, which win over it.
+
+    Without a grid, which is `--dry_run` alone, the one run is shown.
+    """
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
+    name = own.grid
+    if own.paper is not None:
+        if name is not None:
+            raise InputError("paper and grid both name a grid: give one of them")
+        name = _name_of(own.paper, model, data, args)
+        model = _with_model(own.paper, model, given)
+    if own.dry_run:
+        return _show(own, _commands(name, given, model, data, args))
     with redirect_stdout(sys.stderr):
         found = grids.search(
-            *(model, data, args, own.grid),
+            *(model, data, args, name),
             given=given,
             on_cell=lambda name, what: say(f"{what}: {name}"),
         )
@@ -21,3 +41,37 @@ def main(own, options: list[str], model, data, args) -> None:
     shown |= {"cells": len(found["cells"]), "output_dir": args.output_dir}
     print_result(found if own.json else shown, own.json)
     say(f"all cells: {args.output_dir}/{grids.SUMMARY}")
+
+
+def _name_of(table: str, model: ModelArguments, data: DataArguments, args: TrainArguments) -> str:
+    if model.trainable is not None:
+        raise InputError(f"{table} has no grid for trainable {model.trainable}: use --grid")
+    part = adapters.method_of(model).removeprefix("-")
+    return paper_grids.name_of(table, args.method, part, data.task, data.k)
+
+
+def _with_model(table: str, model: ModelArguments, given: set[str]) -> ModelArguments:
+    if given & {"model", "model_name_or_path"}:
+        return model
+    return replace(model, model_name_or_path=paper_grids.TABLES[table][0])
+
+
+def _commands(
+    grid: str | None, given: set[str], model: ModelArguments, data: DataArguments, args: Any
+) -> list[list[str]]:
+    """The command of each run, with the options that are not the defaults."""
+    cells = [("", {})] if grid is None else grids.chosen_cells(data, grid, given)
+    commands = []
+    for name, chosen in cells:
+        folder = f"{args.output_dir}/{name}" if name else args.output_dir
+        kinds: list[Any] = [grids.with_options(kind, chosen) for kind in (model, data, args)]
+        kinds[2] = replace(rates.resolved(kinds[0], kinds[2]), output_dir=folder)
+        commands.append(["mezo", "train", *grids.as_options(*kinds)])
+    return commands
+
+
+def _show(own, commands: list[list[str]]) -> None:
+    if own.json:
+        print_result({"commands": commands}, own.json)
+    for command in [] if own.json else commands:
+        print(shlex.join(command))

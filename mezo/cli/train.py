@@ -3,6 +3,7 @@
 import shlex
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
 from mezo.arguments import DataArguments
 from mezo.cli import reward
@@ -33,6 +34,9 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --lr_scheduler_type NAME            default constant
   --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
   --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml
+  --paper TABLE                       table15 or table16: the paper's model, grid, data and steps
+                                      for --task, --method and --peft_type
+  --dry_run                           print the commands that would run, one a line
   --activation_checkpointing true     adam: less memory, a forward pass more
   --seed N                            of the directions and the order of the data
   --eval_steps N  --save_steps N      default 500
@@ -50,6 +54,13 @@ On what a function or program says of generated text, in place of a task: docs/r
 """
 
 
+SEARCH: dict[str, dict[str, Any]] = {
+    "grid": {"help": "Search over a grid."},
+    "paper": {"help": "table15 or table16: search over the paper's grid for method and task."},
+    "dry_run": {"action": "store_true", "help": "Print the commands of the runs, and run none."},
+}
+
+
 def main(argv: list[str]) -> None:
     if reward.asked(argv):
         return reward.train(argv)
@@ -61,13 +72,13 @@ def main(argv: list[str]) -> None:
 
     quiet()
     kinds = (ModelArguments, DataArguments, TrainArguments)
-    parser = hf_parser("mezo train", kinds, json=JSON, grid={"help": "Search over a grid."})
+    parser = hf_parser("mezo train", kinds, json=JSON, **SEARCH)
     if "--help_all" in argv:
         return parser.print_help()
     options = with_config(argv)
     model, data, args, own = parse([*default_output_dir(options), *options], parser, kinds)
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
-    if own.grid is not None:
+    if own.grid is not None or own.paper is not None or own.dry_run:
         from mezo.cli import grid  # transformers comes with it
 
         return grid.main(own, options, model, data, args)

@@ -28,8 +28,10 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.options_file import read_options
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data import task_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.runs.task import config_of
+from mezo.tasks import Task
 
 SUMMARY = "compare.json"  # in output_dir
 CONFIG = "config.yaml"  # in a cell's folder
@@ -128,7 +130,7 @@ def plan(
     methods = recipes.check(settings.methods)
     if not settings.seeds:
         raise InputError("no seeds to compare with")
-    grids = _grids(settings, methods, parameters, data_args.k)
+    grids = _grids(settings, methods, parameters, task_of(data_args), data_args.k)
     made = []
     for seed in settings.seeds:
         for method in methods:
@@ -141,7 +143,7 @@ def plan(
 
 
 def _grids(
-    settings: Settings, methods: Sequence[str], parameters: int, k: int | None
+    settings: Settings, methods: Sequence[str], parameters: int, task: Task, k: int | None
 ) -> dict[str, Grid]:
     steps = settings.max_steps
     if steps < 10:
@@ -153,7 +155,7 @@ def _grids(
     if settings.grid == "default":
         return {method: recipes.searched(one) for method, one in made.items()}
     if settings.grid in GRIDS:
-        table = {method: recipes.of_paper(settings.grid, method, k) for method in methods}
+        table = {method: recipes.of_paper(settings.grid, method, task, k) for method in methods}
         return {method: made[method] | (table[method] or {}) for method in methods}
     if not Path(settings.grid).suffix:
         raise InputError(f"grid must be {', '.join(GRIDS)} or a YAML file, got {settings.grid!r}")

@@ -18,74 +18,29 @@ from pathlib import Path
 from typing import Any
 
 from mezo.arguments import DataArguments
+from mezo.compare.paper_grids import GRIDS, Grid, on_task
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.options_file import read_options
 from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data import task_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.runs.task import config_of, train
+from mezo.trainers.config import changed
 from mezo.trainers.resume import last_checkpoint
 
-Grid = dict[str, Any]
 SUMMARY = "grid.json"  # in output_dir
 
-_LORA = {"use_peft": True, "peft_type": "lora", "lora_r": 8, "lora_alpha": 16}
-_PREFIX = {"use_peft": True, "peft_type": "prefix", "num_virtual_tokens": 5, "mezo_eps": 1e-1}
-_MASKED = {  # Table 15: RoBERTa-large, k = 16 and 512; validated every tenth of the steps
-    "method": "mezo",
-    "per_device_train_batch_size": 64,
-    "max_steps": 100_000,
-    "eval_steps": 0.1,
-    "save_steps": 0.1,
-}
-_MASKED_FT = {
-    "method": "adam",
-    "learning_rate": [1e-5, 3e-5, 5e-5],
-    "max_steps": 1000,
-    "eval_steps": 0.1,
-    "save_steps": 0.1,
-}
-_CAUSAL = {  # Table 16: OPT, 1,000 training examples; validated every fifth of the steps
-    "method": "mezo",
-    "per_device_train_batch_size": 16,
-    "max_steps": 20_000,
-    "lr_scheduler_type": "constant",
-    "eval_steps": 0.2,
-    "save_steps": 0.2,
-    "num_train": 1000,
-    "num_dev": 500,
-    "num_test": 1000,
-}
-GRIDS: dict[str, Grid] = {
-    "table15-mezo": _MASKED | {"learning_rate": [1e-7, 1e-6, 1e-5], "mezo_eps": 1e-3},
-    "table15-mezo-prefix": _MASKED | _PREFIX | {"learning_rate": [1e-2, 5e-3, 1e-3]},
-    "table15-mezo-lora": _MASKED
-    | _LORA
-    | {"learning_rate": [1e-5, 5e-5, 1e-4], "mezo_eps": 1e-3, "weight_decay": 0.1},
-    "table15-ft-k16": _MASKED_FT | {"per_device_train_batch_size": [2, 4, 8]},
-    "table15-ft-k512": _MASKED_FT | {"per_device_train_batch_size": [8, 16, 32]},
-    "table16-mezo": _CAUSAL | {"learning_rate": [1e-6, 1e-7], "mezo_eps": 1e-3},
-    "table16-mezo-generation": _CAUSAL  # SQuAD and DROP
-    | {"learning_rate": [1e-6, 5e-7, 1e-7], "mezo_eps": 1e-3},
-    "table16-mezo-prefix": _CAUSAL | _PREFIX | {"learning_rate": [1e-2, 1e-3]},
-    "table16-mezo-lora": _CAUSAL | _LORA | {"learning_rate": [1e-4, 5e-5], "mezo_eps": 1e-2},
-    "table16-ft": _CAUSAL
-    | {
-        "method": "adam",
-        "learning_rate": [1e-5, 5e-5, 8e-5],
-        "per_device_train_batch_size": 8,
-        "max_steps": -1,
-        "num_train_epochs": 5,
-        "lr_scheduler_type": "linear",
-    },
-}
 
+def load(name: str, num_dev: int = 500) -> Grid:
+    """Return a grid of the paper by its name, or that of a YAML file.
 
-def load(name: str) -> Grid:
-    """A grid of the paper by its name, or that of a YAML file. Unknown options: InputError."""
+    `num_dev` is how many dev examples the paper takes of the task. Raises InputError for options
+    that are unknown.
+    """
     if name in GRIDS:
-        return GRIDS[name]
+        return on_task(name, num_dev)
     if not Path(name).suffix:
         near = get_close_matches(name, GRIDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(GRIDS)}, or a YAML file"
@@ -118,16 +73,32 @@ def values_of(name: str, option: str, value: Any) -> Any:
 
 
 _KINDS = (ModelArguments, DataArguments, TrainArguments)
+_SEVERAL = ("lora_target_modules", "candidates", "labels")  # options whose value is a list
 
 
 def cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, options) of every combination: the name is of the axes, the first one varies last."""
-    axes = {name: value for name, value in grid.items() if isinstance(value, list)}
+    axes = {name: value for name, value in grid.items() if _is_axis(name, value)}
     fixed = {name: value for name, value in grid.items() if name not in axes}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         name = ",".join(f"{axis}={value}" for axis, value in chosen.items())
         yield name.replace("/", "_") or "cell", fixed | chosen
+
+
+def _is_axis(option: str, value: Any) -> bool:
+    """Whether a value is a list of values to try, and not the value of an option of several."""
+    if not isinstance(value, list):
+        return False
+    return option not in _SEVERAL or any(isinstance(one, list) for one in value)
+
+
+def chosen_cells(
+    data_args: DataArguments, grid: str, given: Collection[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return name and options of each cell, without what was asked for by hand."""
+    own = load(grid, task_of(data_args).num_dev)
+    return list(cells({name: value for name, value in own.items() if name not in given}))
 
 
 def search(
@@ -149,10 +120,10 @@ def search(
     Returns {"grid", "cells": [{"name", "options", "dev", "test", "seconds", ...}], "best", ...};
     best is the folder of the cell with the highest metric on the dev examples, the first of equals.
     """
-    chosen = {name: value for name, value in load(grid).items() if name not in given}
+    chosen = chosen_cells(data_args, grid, given)
     make_folder(args.output_dir)
     found: list[dict[str, Any]] = []
-    for name, options in cells(chosen):
+    for name, options in chosen:
         model, data = with_options(model_args, options), with_options(data_args, options)
         own = with_options(args, options | {"output_dir": str(Path(args.output_dir, name))})
         result = finish(model, data, own, partial(on_cell, name))
@@ -204,6 +175,24 @@ ASIDE = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to")  #
 def with_options(kind: Any, options: dict[str, Any]) -> Any:
     """A copy of the arguments with those of the options that they have."""
     return replace(kind, **{f.name: options[f.name] for f in fields(kind) if f.name in options})
+
+
+def as_options(model: ModelArguments, data: DataArguments, args: TrainArguments) -> list[str]:
+    """Return the words of `mezo train` for the options that are not its defaults."""
+    words = []
+    for given, plain in ((model, ModelArguments()), (data, DataArguments())):
+        found = {f.name: getattr(given, f.name) for f in fields(given)}
+        words += [(k, v) for k, v in found.items() if v != getattr(plain, k)]
+    plain = changed(TrainArguments(use_cpu=args.use_cpu))
+    found = {k: v for k, v in changed(args).items() if v != plain.get(k)}
+    words += [(k, v) for k, v in found.items() if k == "output_dir" or k not in ASIDE]
+    argv = []
+    for name, value in words:
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            argv.append(f"--{name}={value}")
+    return argv
 
 
 def _finished(model: ModelArguments, data: DataArguments, args: TrainArguments) -> dict | None:

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from mezo.compare.grids import GRIDS, Grid
+from mezo.compare.paper_grids import GRIDS, Grid, name_of, on_task
 from mezo.errors import InputError
 from mezo.runs import rates
+from mezo.tasks import Task
 
 UNTRAINED = ("zero-shot", "icl", "lp")
 PARTS = ("head", "lora", "prefix", "prompt")
@@ -91,12 +92,18 @@ def searched(made: Grid) -> Grid:
     return made | {"learning_rate": [float(f"{rate * factor:.2g}") for factor in AROUND]}
 
 
-def of_paper(table: str, method: str, k: int | None) -> Grid | None:
-    """The grid of the paper's Table 15 or 16 for a method; None where it has none."""
-    name = f"{table}-{method}"
-    if table == "table15" and method == "ft":
-        name += "-k16" if (k or 512) < 128 else "-k512"
-    return GRIDS.get(name)
+def of_paper(table: str, method: str, task: Task, k: int | None) -> Grid | None:
+    """Return the grid of Table 15 or 16 for a method on a task; None where it has none.
+
+    The split is the comparison's own: its seeds are an axis of `mezo compare`.
+    """
+    trained, part, _ = parts_of(method)
+    try:
+        name = name_of(table, trained, part, task.name, 512 if k is None else k)
+    except InputError:
+        name = f"{table}-{method}"
+    grid = on_task(name, task.num_dev) if name in GRIDS else None
+    return grid and {option: grid[option] for option in grid if option != "split_seed"}
 
 
 def check(methods: Iterable[str]) -> tuple[str, ...]:

@@ -39,6 +39,8 @@ REFUSED = {  # peft's methods that cannot be trained by forward passes alone, an
     "cpt": "it has a loss of its own over the prompt's tokens",
     "shadow": "it runs a second model beside the first",
 }
+QUERY_VALUE = ["query_value"]  # lora_target_modules: the projections of queries and values alone
+_PROJECTIONS = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("q", "v"))
 _FROM_ACTIVATIONS = ("prefix_tuning", "cartridge")
 
 
@@ -130,12 +132,26 @@ def _config(name: str, model, args: ModelArguments):
     if name == "prompt_tuning":
         given["prompt_tuning_init"] = "SAMPLE_VOCAB"  # real tokens, as for a prefix
     if args.lora_target_modules:
-        given["target_modules"] = args.lora_target_modules
+        given["target_modules"] = _targets(model, args.lora_target_modules)
     given |= options_of(args.peft_options)
     for option in given:
         if option not in known:
             raise InputError(f"{name} has no option {option}: it has {', '.join(sorted(known))}")
     return _kind(name)(**given)
+
+
+def _targets(model, asked: list[str]) -> list[str]:
+    """The names of the modules that get an adapter, with QUERY_VALUE as this model calls them."""
+    if asked != QUERY_VALUE:
+        return asked
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for pair in _PROJECTIONS:
+        if names.issuperset(pair):
+            return list(pair)
+    raise InputError(
+        f"{type(model).__name__} has no separate projections of queries and values: name its "
+        "modules with --lora_target_modules"
+    )
 
 
 def prepared(model):

@@ -37,7 +37,9 @@ class ModelArguments:
     peft_options: str | None = option(None, "JSON, more of its options: '{\"use_dora\": true}'.")
     lora_r: int = option(8, "LoRA's rank (Table 15: 8).")
     lora_alpha: int = option(16, "LoRA's scale is lora_alpha / lora_r (Table 15: 16).")
-    lora_target_modules: list[str] = options("Modules that get it; for LoRA all linear ones.")
+    lora_target_modules: list[str] = options(
+        "Modules that get it; query_value: those of the paper. Default for LoRA: all linear ones."
+    )
     load_in_8bit: bool = option(False, "Quantise the frozen weights, by bitsandbytes.")
     load_in_4bit: bool = option(False, "The same, 4 bits (NF4).")
     trainable: str | None = option(

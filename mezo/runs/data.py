@@ -40,7 +40,8 @@ def load_splits(task: Task, args: DataArguments) -> Splits:
     elif _has_dev(task, args):
         dev = read_split(task, args, "dev")
     else:
-        size = args.num_dev or min(task.num_dev, len(train) // 5)
+        fits = 2 * task.num_dev <= len(train)
+        size = args.num_dev or (task.num_dev if fits else len(train) // 5)
         if size == 0:
             raise InputError(f"{len(train)} training examples are too few to train and to validate")
         train, dev = tasks.train_dev(train, args.num_train, size, args.split_seed)

@@ -27,28 +27,6 @@ def options(place, *without):
     return [word for word in argv if word.split("=")[0][2:] not in without]
 
 
-# Tables 15 and 16 of the paper: learning rates, eps, batch, steps
-PAPER = {
-    "table15-mezo": ({1e-7, 1e-6, 1e-5}, 1e-3, 64, 100_000),
-    "table15-mezo-prefix": ({1e-2, 5e-3, 1e-3}, 1e-1, 64, 100_000),
-    "table15-mezo-lora": ({1e-5, 5e-5, 1e-4}, 1e-3, 64, 100_000),
-    "table16-mezo": ({1e-6, 1e-7}, 1e-3, 16, 20_000),
-    "table16-mezo-generation": ({1e-6, 5e-7, 1e-7}, 1e-3, 16, 20_000),
-    "table16-mezo-prefix": ({1e-2, 1e-3}, 1e-1, 16, 20_000),
-    "table16-mezo-lora": ({1e-4, 5e-5}, 1e-2, 16, 20_000),
-}
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_the_grid_is_the_paper_s(name):
-    rates, eps, batch, steps = PAPER[name]
-    grid = grids.load(name)
-    assert set(grid["learning_rate"]) == rates
-    assert (grid["mezo_eps"], grid["per_device_train_batch_size"]) == (eps, batch)
-    assert (grid["max_steps"], grid["method"]) == (steps, "mezo")
-    assert grid.get("peft_type") == {"prefix": "prefix", "lora": "lora"}.get(name.split("-")[-1])
-
-
 def test_mezo_check_names_the_rates_of_these_tables():
     """And none for what the paper did not train."""
     every = "1e-7 to 1e-5 for RoBERTa-large, 1e-7 to 1e-6 for OPT (Tables 15, 16)"
