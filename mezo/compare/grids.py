@@ -179,10 +179,10 @@ def with_options(kind: Any, options: dict[str, Any]) -> Any:
 
 def as_options(model: ModelArguments, data: DataArguments, args: TrainArguments) -> list[str]:
     """Return the words of `mezo train` for the options that are not its defaults."""
-    words = []
-    for given, plain in ((model, ModelArguments()), (data, DataArguments())):
-        found = {f.name: getattr(given, f.name) for f in fields(given)}
-        words += [(k, v) for k, v in found.items() if v != getattr(plain, k)]
+    words: list[tuple[str, Any]] = []
+    for given, default in ((model, ModelArguments()), (data, DataArguments())):
+        own = {f.name: getattr(given, f.name) for f in fields(given)}
+        words += [(k, v) for k, v in own.items() if v != getattr(default, k)]
     plain = changed(TrainArguments(use_cpu=args.use_cpu))
     found = {k: v for k, v in changed(args).items() if v != plain.get(k)}
     words += [(k, v) for k, v in found.items() if k == "output_dir" or k not in ASIDE]
