@@ -1,6 +1,8 @@
 """The demo's recipes over seeds: how much of Adam's gain over zero-shot does MeZO reach?
 
-python -m experiments.demo --seeds 3         # writes experiments/results/demo.json
+python -m experiments.demo --seeds 3                  # writes results/demo-causal-lm.json
+python -m experiments.demo --split dev --seeds 2      # prints only: recipes are chosen on dev
+python -m experiments.demo --model minilm
 """
 
 import argparse
@@ -12,39 +14,52 @@ from statistics import mean, stdev
 from mezo.demo import demo
 from mezo.runs.result import environment
 
-OUT = Path(__file__).parent / "results" / "demo.json"
+RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    seeds = range(parser.parse_args().seeds)
-    runs = []
-    for seed in seeds:
-        rows = demo.baselines(seed)
-        rows += [demo.run(name, recipe, seed) for name, recipe in demo.RECIPES.items()]
-        kept = ("method", "accuracy", "forward_passes", "points")
-        cells = [{key: asdict(row)[key] for key in kept} for row in rows]
-        runs.append({"seed": seed, "rows": cells})
-        print(seed, {row.method: round(row.accuracy, 4) for row in rows}, flush=True)
-    table = {row["method"]: [] for row in runs[0]["rows"]}
-    for run in runs:
-        for row in run["rows"]:
-            table[row["method"]].append(row["accuracy"])
-    zero, adam = mean(table["zero-shot"]), mean(table["Adam, all weights"])
-    summary = {
-        name: {
+def summary_of(accuracies: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """By method: mean and standard deviation over seeds, and the share of Adam's gain."""
+    zero, adam = mean(accuracies["zero-shot"]), mean(accuracies["Adam, all weights"])
+    return {
+        method: {
             "mean": mean(values),
             "std": stdev(values) if len(values) > 1 else 0.0,
             "share_of_adams_gain": (mean(values) - zero) / (adam - zero),
         }
-        for name, values in table.items()
+        for method, values in accuracies.items()
     }
-    recipes = {name: asdict(recipe) for name, recipe in demo.RECIPES.items()}
-    result = {"summary": summary, "recipes": recipes, "runs": runs, "environment": environment()}
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps(result, indent=1))
-    print(json.dumps(summary, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=demo.SETTINGS, default="causal-lm")
+    parser.add_argument("--split", choices=("dev", "test"), default="test")
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    recipes = demo.SETTINGS[args.model].recipes
+    runs, accuracies = [], {}
+    for seed in range(args.seeds):
+        rows = demo.baselines(args.model, seed, args.split)
+        rows += [demo.run(args.model, method, seed, split=args.split) for method in recipes]
+        kept = ("method", "accuracy", "seconds", "forward_passes", "points")
+        runs.append(
+            {"seed": seed, "rows": [{key: asdict(row)[key] for key in kept} for row in rows]}
+        )
+        for row in rows:
+            accuracies.setdefault(row.method, []).append(row.accuracy)
+        print(seed, {row.method: round(row.accuracy, 4) for row in rows}, flush=True)
+    result = {
+        "model": args.model,
+        "split": args.split,
+        "summary": summary_of(accuracies),
+        "recipes": {method: asdict(recipe) for method, recipe in recipes.items()},
+        "runs": runs,
+        "environment": environment(),
+    }
+    if args.split == "test":
+        RESULTS.mkdir(exist_ok=True)
+        Path(RESULTS, f"demo-{args.model}.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result["summary"], indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ def main(argv: list[str]) -> None:
     parser = Parser(
         prog="mezo demo", description="Fine-tune a small model, offline, and compare with Adam."
     )
+    parser.add_argument(
+        "--model",
+        default="causal-lm",
+        help="causal-lm, a small language model (the default), or minilm, a sentence encoder",
+    )
     parser.add_argument("--output_dir", default="demo_output", help="default demo_output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", **JSON)
@@ -15,4 +20,4 @@ def main(argv: list[str]) -> None:
 
     quiet()
 
-    demo.main(own.output_dir, seed=own.seed, as_json=own.json)
+    demo.main(own.output_dir, seed=own.seed, as_json=own.json, model=own.model)

@@ -20,9 +20,9 @@ class ModelArguments:
     """Which model, and which of its weights are trained."""
 
     model_name_or_path: str = field(
-        default="minilm",
+        default="causal-lm",
         metadata={
-            "help": "Hub name, folder, or an embedded model: minilm (encoder), causal-lm.",
+            "help": "Hub name, folder, or an embedded model: causal-lm (19.1 M), minilm (encoder).",
             "aliases": ["--model"],
         },
     )

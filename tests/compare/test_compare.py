@@ -209,14 +209,13 @@ def test_what_was_done_otherwise_is_not_mixed_in(place, done, capsys):
     assert "num_samples" in err
 
 
-def test_the_rates_of_mezo_meet_all_four_models():
-    """causal-lm and minilm as they were found, Tables 15 and 16 within their grids."""
+def test_the_rates_of_mezo_meet_the_models_they_were_found_on():
+    """causal-lm as it was found, Tables 15 and 16 within their grids."""
 
     def rate(parameters):
         return recipes.recipe("mezo", parameters, 100, 10)["learning_rate"][0]
 
-    assert rate(3_009_024) == pytest.approx(1e-3, rel=0.1)
-    assert rate(22_713_216) == pytest.approx(1.4e-4, rel=0.1)
+    assert rate(19_112_448) == pytest.approx(3e-5, rel=0.1)
     assert min(grids.GRIDS["table15-mezo"]["learning_rate"]) <= rate(355e6)
     assert rate(355e6) <= max(grids.GRIDS["table15-mezo"]["learning_rate"])
     assert min(grids.GRIDS["table16-mezo"]["learning_rate"]) <= rate(13e9)
@@ -231,7 +230,7 @@ def test_every_method_is_a_run_that_could_begin(grid, tmp_path):
     settings = Settings(methods=recipes.KNOWN, seeds=(13,), grid=grid)
     args = TrainArguments(str(tmp_path), use_cpu=True)
     data = DataArguments(data_dir="k/16-{seed}", k=16)
-    cells = compare.plan(ModelArguments("causal-lm"), data, args, settings, 3_009_024)
+    cells = compare.plan(ModelArguments("causal-lm"), data, args, settings, 19_112_448)
     assert {cell.method for cell in cells} == set(recipes.KNOWN)
     assert len({cell.folder for cell in cells}) == len(cells)
     for cell in cells:
