@@ -47,7 +47,8 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
             }
             optimizer = MeZO(model.named_parameters(), lr=0.0, **options)
             past = [(step, (1.0,)) for step in range(200)]
-            optimizer.param_groups[0] |= {"past": past, "number": 200, "step": 200}
+            optimizer.memory.past, optimizer.memory.number = past, 200
+            optimizer.param_groups[0]["step"] = 200
             calls[f"{name}, {distribution}"] = lambda o=optimizer: o.step(lambda: next(losses))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():

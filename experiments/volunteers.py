@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from mezo import MeZO, tasks, trajectory
 from mezo.demo.tune import batches
-from mezo.distributed.processes import Alone, Processes
+from mezo.distributed.processes import Processes
 from mezo.distributed.sharding import Sharded
 from mezo.errors import InputError
 from mezo.estimators import Estimate, clipped
@@ -39,6 +39,7 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 from mezo.objectives import form_for
+from mezo.optimizer import OneProcess
 from mezo.runs.result import environment
 
 SEEDS = (13, 21)
@@ -97,7 +98,7 @@ def settings() -> list[Setting]:
     return found
 
 
-class Crowd(Alone):
+class Crowd(OneProcess):
     """Volunteers behind a step: their numbers come together here, as those of processes would."""
 
     def __init__(self, setting: Setting, seed: int):
@@ -123,7 +124,7 @@ class Crowd(Alone):
         grads = ((seen[0] - seen[1]) / (2 * EPS)).numpy()
         self.honest.append(grads.mean(keepdims=True) if self.setting.own_z else grads)
 
-    def joined(self, seen, optimizer):
+    def joined(self, optimizer):
         sizes = [len(grads) for grads in self.honest]
         ids = self.random.choice(self.there, sum(sizes), replace=sum(sizes) > len(self.there))
         honest, told = np.concatenate(self.honest), np.concatenate(self.honest)
@@ -149,8 +150,8 @@ class Crowd(Alone):
             return 0.0
         defence, _, bound = self.setting.defence.partition(" ")
         if defence == "each":
-            group = {"clip": None, "clip_quantile": float(bound), "history": self.history}
-            bounded, self.history = clipped(dict(enumerate(told.tolist())), group)
+            group = {"clip": None, "clip_quantile": float(bound)}
+            bounded, self.history = clipped(dict(enumerate(told.tolist())), group, self.history)
             return mean(bounded.values())
         if defence == "middle":  # without the highest and the lowest quarter
             quarter = len(told) // 4

@@ -12,16 +12,16 @@ a population of one is left as it is.
 """
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mezo.closures import Closure, Mean
+from mezo.record import Memory
+from mezo.rules import Rule
 
-ESTIMATORS = ("two_point", "one_sided", "one_point")
 SHAPINGS = (None, "z_scores", "ranks")
 _HISTORY, _ENOUGH = 100, 10  # projected gradients that a quantile is taken of
 
@@ -39,72 +39,119 @@ class Estimate:
 FAILED = Estimate(math.nan, math.nan, (math.nan, math.nan))
 
 
-def passes_of(estimator: str, num_samples: int) -> int:
-    """Forward passes a step, on one batch."""
-    return {"two_point": 2 * num_samples, "one_sided": num_samples + 1}.get(estimator, num_samples)
+@dataclass(frozen=True)
+class Estimator:
+    """How the projected gradient along a direction is measured: a value for `MeZO(estimator=...)`.
+
+    A function `(closure, direction) -> Estimate` will do in its place. `closure()` is the loss as a
+    float; `with direction.at(+1):`, `at(-1)` and `home()` say at which weights, in this order, each
+    at most once; the result may depend on nothing else.
+
+    Args:
+        measure: the function.
+        sides: 2 if it visits theta - eps z, 1 if not. In place, weights then walk home by two moves
+            instead of three.
+        at_home: whether it calls `direction.loss_at_home(closure)`, which is one forward pass more
+            for all directions of a batch.
+        looks_back: whether it reads `direction.before`. Such a run resumes from checkpoints alone,
+            as no log has these losses.
+    """
+
+    measure: Callable[[Any, Any], Estimate]
+    sides: int = 2
+    at_home: bool = False
+    looks_back: bool = False
+
+    def __call__(self, closure: Any, direction: Any) -> Estimate:
+        return self.measure(closure, direction)
+
+    def passes(self, num_samples: int) -> int:
+        """Forward passes a step, on one batch."""
+        return self.sides * num_samples + self.at_home
 
 
-@torch.no_grad()
-def one_way(
-    closure: Closure, perturbed: Any, group: Mapping[str, Any], probe: int, clean: float | None
-) -> Estimate:
-    """The estimate that the group's estimator, one_sided or one_point, makes of a direction."""
-    if group["estimator"] == "one_sided":
-        return one_sided(closure, perturbed, clean)
-    return one_point(closure, perturbed, dict(enumerate(group.get("before", ()))).get(probe))
-
-
-def one_sided(closure: Closure, perturbed: Any, clean: float | None = None) -> Estimate:
+def one_sided(closure: Any, direction: Any) -> Estimate:
     """A forward difference: biased by eps/2 z'Hz, which two points cancel; half the passes.
 
-    Variance as of two points. `clean` is L(theta) of the same batch, if it is known: n directions
-    then cost n + 1 forward passes. In place, it leaves the weights at theta + eps z.
+    Its variance is that of two points. As L(theta) is measured once, n directions cost n + 1
+    forward passes.
     """
-    if clean is None:
-        with perturbed.home():
-            clean = float(closure())
-    with perturbed.at(+1):
-        plus = float(closure())
-    return Estimate((plus - clean) / perturbed.eps, clean, (plus,))
+    clean = direction.loss_at_home(closure)
+    with direction.at(+1):
+        plus = closure()
+    return Estimate((plus - clean) / direction.eps, clean, (plus,))
 
 
-def one_point(closure: Closure, perturbed: Any, before: float | None) -> Estimate:
-    """Residual feedback: L(theta + eps z) less that of the step `before`, of its own z and batch.
+def one_point(closure: Any, direction: Any) -> Estimate:
+    """Residual feedback: L(theta + eps z) less that of the step before, of its own z and batch.
 
-    One forward pass; without `before`, in a run's first step, 0. The expectation is the two-point
-    estimate's, the variance that of two losses: of two batches, and over eps (Appendix B.5).
+    One forward pass; in a run's first step, 0. The expectation is the two-point estimate's, the
+    variance that of two losses: of two batches, and over eps (Appendix B.5).
     """
-    with perturbed.at(+1):
-        plus = float(closure())
-    return Estimate(0.0 if before is None else (plus - before) / perturbed.eps, plus, (plus,))
+    with direction.at(+1):
+        plus = closure()
+    known = direction.before is not None
+    return Estimate((plus - direction.before) / direction.eps if known else 0.0, plus, (plus,))
 
 
-def applied(
-    seen: Mapping[int, Sequence[Estimate]], group: MutableMapping[str, Any]
-) -> tuple[dict[int, float], float, bool]:
-    """(projected gradients, loss, whether they are finite) of a step's directions, as applied.
+ONE_WAY = {
+    "one_sided": Estimator(one_sided, sides=1, at_home=True),
+    "one_point": Estimator(one_point, sides=1, looks_back=True),
+}
+ESTIMATORS = ("two_point", *ONE_WAY)  # the first is mezo.spsa
+_TWO_POINT = Estimator(one_sided)  # for its numbers
 
-    The estimates of one direction are averaged (`merged`). `group` has the shaping, bounds and
-    scalar rule, and keeps what these remember; a step that is not finite leaves that as it was.
+
+def passes_of(estimator: str, num_samples: int) -> int:
+    """Forward passes a step, on one batch, of the estimator of that name."""
+    return ONE_WAY.get(estimator, _TWO_POINT).passes(num_samples)
+
+
+def sides_of(estimator: str) -> int:
+    """How many of theta + eps z and theta - eps z the estimator of that name looks at."""
+    return ONE_WAY.get(estimator, _TWO_POINT).sides
+
+
+def name_of(estimator: Callable[[Any, Any], Estimate]) -> str:
+    """The name in options and logs of an estimator that is not of this file: "module:name"."""
+    measure = estimator.measure if isinstance(estimator, Estimator) else estimator
+    kind = measure if hasattr(measure, "__qualname__") else type(measure)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a step applies, from all its estimates."""
+
+    grads: dict[int, float]  # by probe
+    loss: float
+    finite: bool  # else nothing is applied
+    cycles: tuple[int, ...] = ()  # walks a probe
+
+
+def combined(
+    seen: Mapping[int, Sequence[Estimate]],
+    settings: Mapping[str, Any],
+    memory: Memory,
+    rule: Rule,
+    looks_back: bool = False,
+) -> Combined:
+    """The projected gradients of a step's directions, as they are applied.
+
+    The estimates of one direction are averaged (`merged`). `settings` has the shaping and bounds;
+    `memory` what these and the rule remember, which a step that is not finite leaves as it was.
     """
     means = {i: merged(es) for i, es in seen.items()}
     grads = {i: e.projected_grad for i, e in means.items()}
-    loss = _mean([e.loss for e in means.values()])
+    loss = sum([e.loss for e in means.values()]) / len(means)
     if not all(map(math.isfinite, grads.values())):
-        return grads, loss, False
-    if group.get("estimator") == "one_point":
-        group["before"] = [e.losses[0] for e in means.values()]
-    if group.get("shaping") and len(seen) > 1:
-        grads = shaped(means, group["shaping"], group["eps"])
-    grads, group["history"] = clipped(grads, group)
-    if group["rule"]["name"] == "scalar_adam":
-        grads = _scaled(grads, group)
-    return grads, loss, True
-
-
-def weighed(found: Estimate, closure: Closure) -> Estimate:
-    """The estimate, with the number of examples that its closure is the mean over."""
-    return replace(found, examples=closure.examples) if isinstance(closure, Mean) else found
+        return Combined(grads, loss, False)
+    if looks_back:
+        memory.before = [e.losses[0] if e.losses else e.loss for e in means.values()]
+    if settings["shaping"] and len(seen) > 1:
+        grads = shaped(means, settings["shaping"], settings["eps"])
+    grads, memory.history = clipped(grads, settings, memory.history)
+    return Combined(rule.scaled(grads, memory), loss, True)
 
 
 def merged(estimates: Sequence[Estimate]) -> Estimate:
@@ -144,29 +191,17 @@ def _ranks(values: torch.Tensor) -> list[float]:
 
 
 def clipped(
-    grads: Mapping[int, float], group: Mapping[str, Any]
+    grads: dict[int, float], settings: Mapping[str, Any], history: tuple[float, ...] = ()
 ) -> tuple[dict[int, float], tuple[float, ...]]:
-    """projected_grads within the bounds that the group sets, and the history for the next step.
+    """projected_grads within the bounds that are set, and the history for the next step.
 
     The history is of the sizes measured, not of those applied: a bound does not tighten itself.
     """
-    bound, history = group["clip"] or float("inf"), group.get("history", ())
-    if group["clip_quantile"] is not None:
+    if settings["clip"] is None and settings["clip_quantile"] is None:
+        return grads, history
+    bound = settings["clip"] or float("inf")
+    if settings["clip_quantile"] is not None:
         if len(history) >= _ENOUGH:
-            bound = min(bound, float(np.quantile(history, group["clip_quantile"])))
+            bound = min(bound, float(np.quantile(history, settings["clip_quantile"])))
         history = (*history, *map(abs, grads.values()))[-_HISTORY:]
     return {i: max(-bound, min(bound, g)) for i, g in grads.items()}, history
-
-
-def _scaled(grads: Mapping[int, float], group: MutableMapping[str, Any]) -> dict[int, float]:
-    """ScalarAdam: over the root of the mean square of all projected gradients up to now."""
-    rule, (mean, weight) = group["rule"], group.get("second_moment", (0.0, 0.0))
-    square = _mean([g * g for g in grads.values()])
-    mean = mean * rule["beta"] + square * (1 - rule["beta"])
-    weight = weight * rule["beta"] + (1 - rule["beta"])
-    group["second_moment"] = [mean, weight]
-    return {i: g / (math.sqrt(mean / weight) + rule["eps"]) for i, g in grads.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -9,13 +9,16 @@ from mezo.errors import InputError
 from mezo.estimators import ESTIMATORS, SHAPINGS
 from mezo.forms.rounding import HALF, ROUNDINGS
 from mezo.noise.sharded import is_sharded, local
-from mezo.perturbation import FORMS
+from mezo.rules import Rule
 
+FORMS = ("in_place", "scratch", "low_rank")
 _ONE = "eps seed distribution num_samples perturbation rank interval"
 _ONE += " rounding clip clip_quantile max_refused rule estimator shaping layers"
 
 
-def check_group(group: dict, first: dict) -> None:
+def check_group(
+    group: dict, first: dict, rule: Rule, estimators: Iterable[str] = ESTIMATORS
+) -> None:
     """InputError if a parameter group of MeZO, or a tensor in it, cannot be trained as asked.
 
     `first` is the optimizer's first group: the direction (eps, seed, distribution, num_samples) is
@@ -37,12 +40,12 @@ def check_group(group: dict, first: dict) -> None:
     if group["perturbation"] not in (None, *FORMS):
         known = ", ".join(FORMS[:-1]) + f" or {FORMS[-1]}"
         raise InputError(f"perturbation must be {known}, got {group['perturbation']!r}")
-    if group["rounding"] not in ROUNDINGS:
+    if group["rounding"] not in tuple(ROUNDINGS):
         raise InputError(
             f"rounding must be one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}"
         )
-    _check_kinds(group)
-    _check_together(group)
+    _check_kinds(group, estimators)
+    _check_together(group, rule)
     for option in ("rank", "interval"):
         if not (isinstance(group[option], int) and group[option] >= 1):
             raise InputError(f"{option} must be at least 1, got {group[option]}")
@@ -63,16 +66,16 @@ def check_group(group: dict, first: dict) -> None:
             _check_tensor(name, tensor)
 
 
-def _check_kinds(group: dict) -> None:
-    for option, known in (("estimator", ESTIMATORS), ("shaping", SHAPINGS)):
+def _check_kinds(group: dict, estimators: Iterable[str]) -> None:
+    for option, known in (("estimator", estimators), ("shaping", SHAPINGS)):
         if group[option] not in known:
             names = ", ".join(str(one) for one in known)
             raise InputError(f"{option} must be one of {names}, got {group[option]!r}")
 
 
-def _check_together(group: dict) -> None:
+def _check_together(group: dict, rule: Rule) -> None:
     """InputError for options that do not go with each other."""
-    form, rule, rounding = group["perturbation"], group["rule"], group["rounding"]
+    form, rounding, name = group["perturbation"], group["rounding"], group["rule"]["name"]
     if rounding in ("compensated", "master") and form == "in_place":
         raise InputError(f"rounding {rounding!r} keeps a buffer: perturb in scratch")
     if rounding in ("compensated", "master") and form == "low_rank":
@@ -80,15 +83,15 @@ def _check_together(group: dict) -> None:
             f"rounding {rounding!r} does not go with low_rank, which writes a matrix once "
             "an interval: take stochastic or nearest"
         )
-    if form == "low_rank" and rule["name"] in ("adam", "sign"):
-        raise InputError(f"rule {rule['name']} does not go with low_rank: take sgd or momentum")
-    if form == "low_rank" and rule["name"] == "momentum":
-        if rule["window"] is not None:
-            raise InputError("rule momentum: no window with low_rank, whose buffers are small")
-        if not rule["decoupled_weight_decay"]:
-            raise InputError("rule momentum: weight decay is decoupled with low_rank")
-    if group["shaping"] and rule["name"] == "scalar_adam":
-        raise InputError(f"shaping {group['shaping']} and rule scalar_adam both scale the step")
+    if form == "low_rank":
+        if not rule.additive:
+            raise InputError(f"rule {name} does not go with low_rank: take sgd or momentum")
+        if rule.window is not None:
+            raise InputError(f"rule {name}: no window with low_rank, whose buffers are small")
+        if not rule.decoupled_weight_decay:
+            raise InputError(f"rule {name}: weight decay is decoupled with low_rank")
+    if group["shaping"] and rule.replayed != rule:
+        raise InputError(f"shaping {group['shaping']} and rule {name} both scale the step")
 
 
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
+from mezo.forms.direction import Part, Row
 from mezo.forms.scratch import Scratch
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -45,12 +46,13 @@ def gradient_norms(
     `parameter_norms`. `named` and `closure` are what the optimizer will be given.
     """
     rows = [(noise.canonical_name(n), p) for n, p in named if p.requires_grad]
+    settings = {"eps": eps, "step": 0, "distribution": "gaussian"}
     squares: dict[str, float] = {}
     for layer in dict.fromkeys(layer_of(n) for n, _ in rows):
-        keyed = [(n, p, noise.tensor_key(seed, n)) for n, p in rows if layer_of(n) == layer]
+        keyed = [Row(n, p, noise.tensor_key(seed, n)) for n, p in rows if layer_of(n) == layer]
         total = 0.0
         for probe in range(num_samples):
-            perturbed, losses = Scratch(keyed, eps, 0, probe, "gaussian"), []
+            perturbed, losses = Scratch([Part({}, keyed)], settings, probe), []
             for sign in (+1, -1):
                 with perturbed.at(sign):
                     losses.append(float(closure()))

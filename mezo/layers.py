@@ -1,65 +1,74 @@
-"""What is a tensor's own: the scale of its perturbation (Definitions 6 and 7), and a mask.
+"""Per-tensor settings as data: scales of the perturbation (Definitions 6 and 7), and masks.
 
     named = list(model.named_parameters())
     MeZO(named, layers=expectation_modified(parameter_norms(named)))
-    MeZO(named, layers=small(named, 0.5), perturbation="scratch")     # the smaller half of each
 
-`layers` is a dict of plain numbers, which the run log keeps; `|` joins two.
+`layers` is a dict of plain numbers, which the run log keeps; `|` joins two. layer_norms.py has the
+numbers of a model: norms of its layers, thresholds of the smallest weights.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mezo.errors import InputError
+from mezo.noise import Move
 
 MODIFIED = ("variance", "expectation")
 
 
 @dataclass(frozen=True)
-class Own:
-    """What is a weight's own beside its name."""
+class TensorScale:
+    """What sets one tensor apart from the others: the scale of its perturbation, and its mask."""
 
     scale: float = 1.0  # d: it is perturbed by eps z / d
-    modified: str = "variance"  # or "expectation": is the estimate along d z, or along z
-    threshold: float | None = None  # only where |theta| is at most this is it trained
+    modified: str = "variance"  # or "expectation": whether the estimate is along d z, or along z
+    threshold: float | None = None  # it is trained only where |theta| is at most this
 
     @property
     def factor(self) -> float:
+        """What lr is multiplied by for this tensor."""
         return self.scale if self.modified == "variance" else 1.0
 
+    @property
+    def masked(self) -> bool:
+        return self.threshold is not None
 
-PLAIN = Own()
+    def walk(self, moves: Sequence[Move]) -> list[Move]:
+        """The moves of a perturbation, over d."""
+        if self.scale == 1.0:
+            return [*moves]
+        return [move._replace(coefficient=move.coefficient / self.scale) for move in moves]
 
 
-def own_of(layers: Mapping[str, Any] | None, name: str) -> Own:
-    if not layers:
-        return PLAIN
-    scale, limit = layers.get("scales", {}).get(name, 1.0), layers.get("thresholds", {}).get(name)
-    return Own(scale, layers.get("modified", "variance"), limit)
+PLAIN = TensorScale()
 
 
-def owns(layers: Mapping[str, Any] | None) -> dict[str, Own]:
-    """By name, from MeZO's option."""
+def scales_of(layers: Mapping[str, Any] | None) -> dict[str, TensorScale]:
+    """By tensor name, from MeZO's option; a name that is missing is PLAIN."""
     layers = layers or {}
-    names = {*layers.get("scales", {}), *layers.get("thresholds", {})}
-    return {name: own_of(layers, name) for name in names}
+    scales, thresholds = layers.get("scales", {}), layers.get("thresholds", {})
+    modified = layers.get("modified", "variance")
+    return {
+        name: TensorScale(scales.get(name, 1.0), modified, thresholds.get(name))
+        for name in {*scales, *thresholds}
+    }
 
 
-def check_layers(layers: Mapping[str, Any] | None, perturbation: str, known: set[str]) -> None:
-    """InputError for what MeZO cannot do with `layers`; `known` are the trained tensors."""
+def check_layers(layers: Mapping[str, Any] | None, form: Any, known: set[str]) -> None:
+    """InputError for what a form (forms.Direction) cannot do; `known` are the trained tensors."""
     if not layers:
         return
     if unknown := layers.keys() - {"scales", "modified", "thresholds"}:
         raise InputError(f"layers has scales, modified and thresholds, not {', '.join(unknown)}")
     if layers.get("modified", "variance") not in MODIFIED:
         raise InputError(f"modified must be {' or '.join(MODIFIED)}, got {layers['modified']!r}")
-    if perturbation == "low_rank":
+    if form.factored:
         raise InputError("layers does not go with low_rank: perturb in scratch or in place")
-    if layers.get("thresholds") and perturbation == "in_place":
+    if layers.get("thresholds") and form.moves_weights:
         raise InputError("a mask is read off the weights: perturb in scratch, which leaves them")
     for kind, least in (("scales", 0.0), ("thresholds", -1.0)):
         for name, value in layers.get(kind, {}).items():

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mezo.closures import Loss
 from mezo.errors import InputError
+from mezo.estimators import Combined
+from mezo.forms.direction import Direction
 from mezo.forms.rounding import HALF
 from mezo.noise.sharded import local
 
@@ -40,7 +43,7 @@ class Watch:
         self._sizes: list[float] = []  # of the first projected gradients
         self._log = logging.getLogger("mezo")
 
-    def first(self, closure, perturbed) -> None:
+    def first(self, closure: Loss, perturbed: Direction) -> None:
         """After the first estimate: is everything read perturbed, and is eps z representable?"""
         if self._unit is not None:
             return
@@ -54,18 +57,19 @@ class Watch:
                 *(perturbed.eps, self._unit, name, 4 * self._unit),
             )
 
-    def step(self, applied: bool, grads: dict[int, float], loss: float, optimizer) -> None:
-        group = optimizer.param_groups[0]
-        self.refused = 0 if applied else self.refused + 1
-        if not applied:
-            self._log.warning("step %d: loss %s: update refused", group["step"], loss)
+    def step(self, found: Combined, optimizer: Any) -> None:
+        """Before an update: is the loss finite, and what do the first steps show?"""
+        settings = optimizer.settings
+        self.refused = 0 if found.finite else self.refused + 1
+        if not found.finite:
+            self._log.warning("step %d: loss %s: update refused", settings["step"], found.loss)
             return
         if self._unit is not None and len(self._sizes) < _JUDGED:
-            self._sizes.append(max(map(abs, grads.values())))
+            self._sizes.append(max(map(abs, found.grads.values())))
             if len(self._sizes) == _JUDGED:
-                self._judge(self._unit, group, optimizer.perturbation)
+                self._judge(self._unit, settings, optimizer.form.moves_weights)
 
-    def _judge(self, unit: float, group: dict[str, Any], perturbation: str) -> None:
+    def _judge(self, unit: float, group: dict[str, Any], rounded: bool) -> None:
         """After some steps: are the losses told apart, and do the updates survive rounding?"""
         size = float(np.median(self._sizes))
         if size == 0:
@@ -75,7 +79,7 @@ class Watch:
                 "more values), raise eps, or compute the loss in float32 (logits.float())",
                 _JUDGED,
             )
-        update, rounded = float(group["lr"]) * size, perturbation == "in_place"
+        update = float(group["lr"]) * size
         if (rounded or group["rounding"] == "nearest") and 0 < update < unit / 2:
             self._log.warning(
                 "updates of lr * |projected_grad| = %.2g are under half a unit in the last place "

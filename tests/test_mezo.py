@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 
 import pytest
 import reference
@@ -236,7 +237,7 @@ def test_an_interrupt_within_a_sweep_leaves_what_the_log_says(num_samples, monke
             apply_(*args, **kwargs)
             calls.append(args[2])
             if len(calls) == fails_at:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         options = {"lr": 1e-2, "seed": 1, "num_samples": num_samples}
         optimizer = MeZO(model.named_parameters(), **options)

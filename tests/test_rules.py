@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import signal
 
 import pytest
 import reference
@@ -11,6 +12,7 @@ from models import ROUNDING, Regression, weights
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
+from mezo.estimators import Estimate
 from mezo.rules import RULES, SGD, Adam, Momentum, ScalarAdam, Sign, options
 
 STEPS = 12
@@ -112,13 +114,17 @@ def test_a_short_window_leaves_out_what_its_docstring_says():
     for kept in ("all", window):
         model = Regression()
         before = weights(model)
-        optimizer = MeZO(model.named_parameters(), 1e-2, seed=5, rule=Momentum(beta, window=kept))
+        optimizer = MeZO(
+            model.named_parameters(),
+            1e-2,
+            seed=5,
+            rule=Momentum(beta, window=kept),
+            perturbation="scratch",
+        )
         past = [(t, (1.0 + t / 10,)) for t in range(20)][-(20 if kept == "all" else window) :]
-        optimizer.param_groups[0] |= {"past": past[:-1], "number": 19, "step": 19}
-        optimizer._seen[0] = type("Seen", (), {"way_home": lambda self, i: [], "estimates": []})()
-        from mezo.estimators import Estimate
-
-        optimizer._seen[0].estimates.append(Estimate(2.9, 1.0, (1.0, 1.0)))
+        optimizer.memory.past, optimizer.memory.number = past[:-1], 19
+        optimizer.param_groups[0]["step"] = 19
+        optimizer.direction(0).add(Estimate(2.9, 1.0, (1.0, 1.0)))
         optimizer.step()
         found[kept] = weights(model) - before
     largest = max(
@@ -254,8 +260,8 @@ def test_a_refused_step_leaves_the_moments_as_they_were():
             optimizer.step(lambda: math.nan)
             assert all(torch.equal(kept[k], v["momentum_buffer"]) for k, v in
                        optimizer.state.items())  # fmt: skip
-            assert optimizer.param_groups[0]["number"] == 1
-        losses.append(len(optimizer.param_groups[0]["past"]))
+            assert optimizer.memory.number == 1
+        losses.append(len(optimizer.memory.past))
     assert losses == [1, 1]
 
 
@@ -274,7 +280,7 @@ def test_an_interrupt_within_an_update_comes_when_it_is_whole(rule, monkeypatch)
             apply_(*args, **kwargs)
             calls.append(1)
             if len(calls) == fails_at:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         optimizer.estimate(model)
         monkeypatch.setattr(noise, "apply_", interrupted)

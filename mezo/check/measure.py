@@ -29,13 +29,14 @@ from mezo.compare.paper_grids import GRIDS
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
 from mezo.memory.measured import PeakMemory
-from mezo.mezo import MeZO, Record
+from mezo.mezo import MeZO
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.modes import evaluating, to_device, unwrap
 from mezo.models.trainable import select
 from mezo.objectives import Batch, Causal, Feature, Form, Masked
+from mezo.record import Record
 from mezo.runs import rates
 from mezo.runs.data import load_splits, task_of
 from mezo.runs.result import environment

@@ -24,10 +24,10 @@ from torch import distributed as dist
 
 from mezo import trajectory
 from mezo.distributed.exchange import Link
-from mezo.distributed.processes import Alone
 from mezo.errors import InputError
 from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
+from mezo.optimizer import OneProcess
 
 
 def catch_up(optimizer: MeZO, path: str | Path, *, group: dist.ProcessGroup | None = None) -> int:
@@ -91,7 +91,7 @@ def writer_of(
 
     The fingerprints of sharded weights are of the whole ones, which takes every process.
     """
-    processes: Alone = optimizer.processes
+    processes: OneProcess = optimizer.processes
     if not isinstance(processes, Link):
         return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
     if processes.rank == 0:

@@ -15,72 +15,35 @@ that weights stay equal to the bit; an all-reduce would not do: its order may di
 
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from mezo.closures import Closure, Mean
 from mezo.distributed.exchange import Link, fingerprint
 from mezo.distributed.sharding import Sharded
 from mezo.errors import InputError
 from mezo.estimators import FAILED, Estimate, merged
-from mezo.noise.sharded import is_sharded
-from mezo.perturbation import InPlace, Resident, perturb, sides
+from mezo.mezo import MeZO
+from mezo.optimizer import (
+    Joined,
+    OneProcess,
+    Weights,
+    ZerothOrderOptimizer,
+    number_of_processes,
+)
+from mezo.record import Record
 
-if TYPE_CHECKING:
-    from mezo.mezo import MeZO
-    from mezo.rules import Record
-
-Seen = dict[int, Any]  # by probe: InPlace, Scratch or LowRank, with its estimates
-Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # by probe; walks a probe
 _FIELDS = 6  # of a direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
 _CHECKS = 2  # before them: of the settings of all steps, and of the weights; then the first probe
 _SETTINGS = "step eps seed distribution num_samples estimator shaping rule rank interval rounding"
 _SETTINGS += " clip clip_quantile layers"
 
 
-class Alone:
-    """One process: a step's estimates are its own."""
-
-    latest: Mapping[int, Sequence[Estimate]] = MappingProxyType({})  # of the last step, by probe
-    _begun = False
-
-    def own(self, num_samples: int) -> range:
-        """The directions of a step that this process estimates."""
-        return range(num_samples)
-
-    def begin(self, closure: Closure, probe: int, seen: Seen, optimizer: "MeZO") -> Closure:
-        """Called before an estimate along direction `probe`: what then computes the loss."""
-        if not max(seen, default=0) <= probe <= len(seen):  # a replay counts on it
-            raise ValueError(f"the probes of a step are estimated in order from 0: not {probe} now")
-        for name, p, _ in optimizer.trained():
-            if is_sharded(p):
-                raise InputError(
-                    f"parameter {name} is sharded: call mezo.distributed.join(optimizer, model)"
-                )
-        if not self._begun and _processes() > 1:
-            logging.getLogger("mezo").warning(
-                "%d processes, and no mezo.distributed.join(optimizer, model): each trains weights "
-                "of its own",
-                _processes(),
-            )
-        self._begun = True
-        return closure.closure if isinstance(closure, Mean) else closure
-
-    def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
-        """The step's estimates, of all processes; called once before the update."""
-        found = {i: perturbed.estimates for i, perturbed in seen.items()}
-        self.latest = found
-        return found, tuple(map(len, found.values()))
-
-
-class Processes(Link, Alone):
+class Processes(Link, OneProcess):
     """Several, of which every one calls `step` equally often. `join` makes it.
 
     Attributes:
@@ -89,7 +52,7 @@ class Processes(Link, Alone):
 
     def __init__(
         self,
-        optimizer: "MeZO",
+        optimizer: MeZO,
         group: dist.ProcessGroup | None,
         probes: int,
         place: int,
@@ -98,15 +61,16 @@ class Processes(Link, Alone):
         model: torch.nn.Module | None = None,
     ):
         super().__init__(optimizer.trained()[0][1].device, group)
+        self.around = sharded.closure if sharded.modules else None
         self.probes, self.place, self.check_every = probes, place, check_every
         self._sharded, self._model = sharded, model
         self._history = 0  # a checksum of the settings of all steps up to now
         self._weights = 0  # a checksum of the weights, where it is due
-        self.own(optimizer.param_groups[0]["num_samples"])
+        self.share(optimizer.param_groups[0]["num_samples"])
         others = [seen for seen in optimizer.observers if not isinstance(seen, _ChecksumsAtRest)]
         optimizer.observers[:] = [*others, _ChecksumsAtRest(self, optimizer)]
 
-    def own(self, num_samples: int) -> range:
+    def share(self, num_samples: int) -> range:
         if num_samples < self.probes:
             raise InputError(
                 f"num_samples {num_samples} is less than the {self.probes} groups of processes "
@@ -115,53 +79,55 @@ class Processes(Link, Alone):
         first, end = (num_samples * i // self.probes for i in (self.place, self.place + 1))
         return range(first, end)
 
-    def begin(self, closure: Closure, probe: int, seen: Seen, optimizer: "MeZO") -> Closure:
-        n = optimizer.param_groups[0]["num_samples"]
-        mine = self.own(n)
+    def begin(self, optimizer: ZerothOrderOptimizer, probe: int) -> None:
+        seen, n = optimizer.directions, optimizer.settings["num_samples"]
+        mine = self.share(n)
         if probe not in mine:
             raise InputError(f"rank {self.rank} estimates probes {_span(mine)}, not {probe}")
         if not max(seen, default=0) <= probe <= max(len(seen), mine[0]):
             raise ValueError(f"the probes of a step are estimated in order: not {probe} now")
         if self._sharded.any and optimizer.weights is not self._sharded:
             raise InputError("a sharded model does not go with offload")
-        _walk(seen, probe, optimizer)
+        if len(seen) < probe:
+            _take_up(optimizer, probe)
+            optimizer.restore_()  # their walks come before this one's
         self.expect(_CHECKS + 1 + self._most(n) * _FIELDS)
-        return self._sharded.closure(closure.closure if isinstance(closure, Mean) else closure)
 
-    def joined(self, seen: Seen, optimizer: "MeZO") -> Joined:
-        first = optimizer.param_groups[0]
+    def joined(self, optimizer: ZerothOrderOptimizer) -> Joined:
+        seen, n = optimizer.directions, optimizer.settings["num_samples"]
         try:
             self._sharded.check(seen)
-            rows = self.exchange(self._row(seen, first["num_samples"], optimizer))
+            rows = self.exchange(self._row(optimizer, n))
             self._compare(rows, optimizer)
-            rows = [_spread(row, first["num_samples"]) for row in rows]
-            if optimizer.perturbation == "in_place":
+            rows = [_spread(row, n) for row in rows]
+            if optimizer.form.moves_weights:
                 _check_walks(rows)
-            found, cycles = _directions(rows, sides(first))
-            _walk(seen, len(found), optimizer)
+            found, cycles = _directions(rows, optimizer.estimator.sides)
+            _take_up(optimizer, len(found))
         except BaseException:  # nothing is applied: the weights are left at theta
-            optimizer._move()
+            optimizer.restore_()
             seen.clear()
             raise
         self.latest = found
         return found, cycles
 
-    def verify(self, optimizer: "MeZO") -> None:
+    def verify(self, optimizer: MeZO) -> None:
         """InputError, naming the rank, unless all processes have the same weights and settings."""
         self.blame(self.gather_json(self._details(optimizer)))
 
-    def take_checksum(self, optimizer: "MeZO") -> None:
+    def take_checksum(self, optimizer: ZerothOrderOptimizer) -> None:
         """Take the checksum of all weights, which the next exchange compares."""
         self._weights = _checksum(_fingerprints(optimizer, self._model))
 
-    def _details(self, optimizer: "MeZO") -> dict[str, Any]:
+    def _details(self, optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
         return _settings(optimizer) | {"tensors": _fingerprints(optimizer, self._model)}
 
-    def _row(self, seen: Seen, n: int, optimizer: "MeZO") -> list[float]:
+    def _row(self, optimizer: ZerothOrderOptimizer, n: int) -> list[float]:
+        seen = optimizer.directions
         if max(seen) >= n:
             raise InputError(f"probe {max(seen)} is not one of num_samples {n}")
         self._history = _checksum([self._history, _settings(optimizer)])
-        mine = self.own(n)
+        mine = self.share(n)
         row = [float(self._history), float(self._weights), float(mine[0])]
         for probe in mine:
             estimates = seen[probe].estimates if probe in seen else []
@@ -170,17 +136,17 @@ class Processes(Link, Alone):
                 continue
             one = merged(estimates)
             losses = (*one.losses, 0.0)[:2]
-            row += [one.examples, len(estimates), one.projected_grad, one.loss, *losses]
+            row += [one.examples, seen[probe].cycles, one.projected_grad, one.loss, *losses]
         return row + [0.0] * _FIELDS * (self._most(n) - len(mine))
 
     def _most(self, n: int) -> int:
         """Directions of a process, at most: rows are equally long, and hold no one else's."""
         return -(-n // self.probes)
 
-    def _compare(self, rows: Sequence[Sequence[float]], optimizer: "MeZO") -> None:
+    def _compare(self, rows: Sequence[Sequence[float]], optimizer: ZerothOrderOptimizer) -> None:
         """InputError naming the ranks that differ; all processes find out together."""
         if any(row[:_CHECKS] != rows[0][:_CHECKS] for row in rows):
-            optimizer._move()
+            optimizer.restore_()
             self.blame(self.gather_json(self._details(optimizer)))
             odd = _odd([str(row[:_CHECKS]) for row in rows])
             raise InputError(f"rank {_list(odd)} had other settings or weights at an earlier step")
@@ -206,24 +172,24 @@ class Processes(Link, Alone):
 class _ChecksumsAtRest:
     """Observes an optimizer's steps, to take the checksum of the weights between two of them."""
 
-    def __init__(self, processes: Processes, optimizer: "MeZO"):
+    def __init__(self, processes: Processes, optimizer: MeZO):
         self.processes, self.optimizer = processes, optimizer
 
-    def __call__(self, record: "Record") -> None:
+    def __call__(self, record: Record) -> None:
         every = self.processes.check_every
         if every and (record.step + 1) % every == 0:
             self.processes.take_checksum(self.optimizer)
 
 
 def join(
-    optimizer: "MeZO",
+    optimizer: MeZO,
     model: torch.nn.Module | None = None,
     *,
     probes: int = 1,
     mesh: Any = None,
     group: dist.ProcessGroup | None = None,
     check_every: int = 100,
-) -> Alone:
+) -> OneProcess:
     """Make the optimizer's steps those of all processes together; called by all of them.
 
     Args:
@@ -245,10 +211,10 @@ def join(
     if hasattr(optimizer, "optimizer"):
         raise InputError("this is Accelerate's wrapper of an optimizer: take its .optimizer")
     sharded = Sharded(model, optimizer)
-    if not _processes():
+    if not number_of_processes():
         return optimizer.processes
     size = dist.get_world_size(group)
-    if size > 1 and not isinstance(optimizer.weights, Resident):
+    if size > 1 and not isinstance(optimizer.weights, Weights):
         raise InputError(f"a run of {size} processes does not go with offload")
     if mesh is not None:
         probes, place = mesh["probe"].size(), mesh.get_local_rank("probe")
@@ -271,13 +237,8 @@ def join(
 
 def leave() -> None:
     """At a process's end: leave the process group, if there is one, or torch complains."""
-    if _processes():
+    if number_of_processes():
         dist.destroy_process_group()
-
-
-def _processes() -> int:
-    """How many there are; 0 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
 
 
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -328,19 +289,17 @@ def _check_walks(rows: Sequence[Sequence[float]]) -> None:
             )
 
 
-def _walk(seen: Seen, end: int, optimizer: "MeZO") -> None:
+def _take_up(optimizer: ZerothOrderOptimizer, end: int) -> None:
     """Take up the directions before `end` that other processes estimate.
 
-    In place, a walk there and back rounds the weights: it is made here too.
+    In place, a walk there and back rounds the weights: a new direction owes one, here too.
     """
+    seen = optimizer.directions
     for probe in range(len(seen), end):
-        group, trained = optimizer.param_groups[0], optimizer.trained()
-        seen[probe] = perturbed = perturb(trained, group, probe, optimizer.state)
-        if isinstance(perturbed, InPlace):
-            perturbed.made = [0] * len(perturbed.rows)
+        seen[probe] = optimizer.weights.direction(optimizer, probe)
 
 
-def _settings(optimizer: "MeZO") -> dict[str, Any]:
+def _settings(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
     first, groups = optimizer.param_groups[0], optimizer.param_groups
     found = {key: first[key] for key in _SETTINGS.split()} | {
         "perturbation": optimizer.perturbation
@@ -348,7 +307,7 @@ def _settings(optimizer: "MeZO") -> dict[str, Any]:
     return found | {key: [float(g[key]) for g in groups] for key in ("lr", "weight_decay")}
 
 
-def _fingerprints(optimizer: "MeZO", model: torch.nn.Module | None) -> dict[str, int]:
+def _fingerprints(optimizer: ZerothOrderOptimizer, model: torch.nn.Module | None) -> dict[str, int]:
     """Of every trained weight with the buffers of its rule, and of all else that `model` saves.
 
     Buffers that a model does not save may depend on the batches that a process has seen, as the

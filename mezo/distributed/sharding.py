@@ -16,7 +16,7 @@ run without a word, and are seen to here:
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,24 +24,22 @@ from mezo.closures import Closure
 from mezo.distributed.exchange import Link, fingerprint
 from mezo.errors import InputError
 from mezo.estimators import FAILED
+from mezo.forms.direction import Direction
 from mezo.forms.scratch import Scratch
+from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded, local, partners, place
-from mezo.perturbation import InPlace, Resident
-from mezo.rules import is_linear
-
-if TYPE_CHECKING:
-    from mezo.mezo import MeZO
+from mezo.optimizer import Weights, ZerothOrderOptimizer
 
 _KINDS = ("Shard", "_StridedShard", "Replicate")  # the second: FSDP's, of a tensor parallel weight
 
 
-class Sharded(Resident):
+class Sharded(Weights):
     """What `distributed.join` keeps of a model that may be sharded.
 
     Raises InputError, naming the tensor, for what cannot be trained so.
     """
 
-    def __init__(self, model: torch.nn.Module | None, optimizer: "MeZO"):
+    def __init__(self, model: torch.nn.Module | None, optimizer: MeZO):
         sharded = [(name, p) for name, p, _ in optimizer.trained() if is_sharded(p)]
         if sharded and model is None:
             raise InputError(f"parameter {sharded[0][0]} is sharded: join(optimizer, model)")
@@ -56,22 +54,22 @@ class Sharded(Resident):
         self._layouts = {id(p): _layout(p) for _, p in sharded}  # in a forward pass
         if sharded:
             _check_settings(sharded[0][0], optimizer)
-            self._look(sharded, optimizer.perturbation)
+            self._look(sharded, optimizer)
 
-    def begin(self, optimizer: "MeZO", link: Link, group: int) -> None:
+    def begin(self, optimizer: MeZO, link: Link, group: int) -> None:
         """All processes have joined: the optimizer's weights are these. `group` has one z."""
         self._link = link
         _check_shards([(n, p) for n, p, _ in optimizer.trained() if is_sharded(p)], link, group)
         if self.any:
             optimizer.weights = self
 
-    def perturb(self, optimizer: "MeZO", probe: int) -> InPlace | Scratch:
-        perturbed = super().perturb(optimizer, probe)
+    def direction(self, optimizer: ZerothOrderOptimizer, probe: int) -> Direction:
+        perturbed = super().direction(optimizer, probe)
         if isinstance(perturbed, Scratch):
             perturbed.placed = self
         return perturbed
 
-    def write_(self, optimizer: "MeZO") -> None:
+    def write_(self, optimizer: ZerothOrderOptimizer) -> None:
         super().write_(optimizer)
         self.reshard()
 
@@ -116,9 +114,10 @@ class Sharded(Resident):
             raise RuntimeError("a forward pass failed in one process of a sharded model")
 
     @torch.no_grad()
-    def _look(self, sharded: Sequence[tuple[str, torch.Tensor]], form: str) -> None:
+    def _look(self, sharded: Sequence[tuple[str, torch.Tensor]], optimizer: MeZO) -> None:
         """Gather once, for a form that perturbs what is read; InputError for what it cannot."""
-        if form == "in_place":
+        form, name_of_form = optimizer.form, optimizer.perturbation
+        if form.moves_weights:
             return
         dtypes = {}
         for fsdp in self.modules:
@@ -131,9 +130,9 @@ class Sharded(Resident):
             if (dtype := dtypes.get(id(p), p.dtype)) != p.dtype:
                 raise InputError(
                     f"parameter {name} is {p.dtype} and gathered as {dtype}: leave param_dtype of "
-                    f"MixedPrecisionPolicy away, or perturb in place, not {form}"
+                    f"MixedPrecisionPolicy away, or perturb in place, not {name_of_form}"
                 )
-            if form == "low_rank" and self._layouts[id(p)] is not None:
+            if form.factored and self._layouts[id(p)] is not None:
                 raise InputError(
                     f"parameter {name} is sharded by tensor parallelism: perturbation must be "
                     "in_place or scratch, not low_rank"
@@ -210,7 +209,7 @@ def reshard(model: torch.nn.Module) -> list[Any]:
     return found
 
 
-def _check_parameters(model: torch.nn.Module, optimizer: "MeZO") -> None:
+def _check_parameters(model: torch.nn.Module, optimizer: MeZO) -> None:
     known = {id(p) for p in model.parameters()}
     for name, p, _ in optimizer.trained():
         if id(p) not in known:
@@ -220,11 +219,11 @@ def _check_parameters(model: torch.nn.Module, optimizer: "MeZO") -> None:
             )
 
 
-def _check_settings(name: str, optimizer: "MeZO") -> None:
+def _check_settings(name: str, optimizer: MeZO) -> None:
     first = optimizer.param_groups[0]
     allowed = {
         "rounding": (first["rounding"], ("stochastic", "nearest")),
-        "rule": (first["rule"]["name"] if not is_linear(first["rule"]) else "sgd", ("sgd",)),
+        "rule": ("sgd" if optimizer.rule.linear else first["rule"]["name"], ("sgd",)),
     }
     for option, (given, good) in allowed.items():
         if given not in good:
@@ -233,7 +232,7 @@ def _check_settings(name: str, optimizer: "MeZO") -> None:
             )
     if first["layers"]:
         raise InputError(f"parameter {name} is sharded: layers (scales, masks) do not go with it")
-    if type(optimizer.weights) is not Resident and not isinstance(optimizer.weights, Sharded):
+    if type(optimizer.weights) is not Weights and not isinstance(optimizer.weights, Sharded):
         raise InputError(f"parameter {name} is sharded, and offloaded too: leave offload away")
     for name, p, _ in optimizer.trained():
         for placement in getattr(p, "placements", ()):

@@ -8,19 +8,19 @@ each interval. low_rank.py has the forward pass.
 """
 
 import math
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from mezo import noise
-from mezo.errors import Held
 from mezo.forms import rounding
 from mezo.forms.rounding import HALF, last_rounding
 from mezo.noise import Move
 from mezo.noise import sharded as shards
 from mezo.noise.definition import round_stochastically, rounding_bits
+from mezo.record import Memory
 
 State = dict[str, Any]  # of a tensor: "low_rank" is A, "decay" what W is to be scaled by
 States = Mapping[torch.Tensor, State]  # the optimizer's
@@ -54,12 +54,9 @@ def update_(
     for scale in moves["scale"].tolist():  # one by one, in a replay as in the run
         decay *= scale
     moves["scale"] = 1.0
-    interrupt = Held()
-    with interrupt:  # or decay would be behind
-        noise.apply_(a, key, moves, distribution=settings["distribution"])
+    noise.apply_(a, key, moves, distribution=settings["distribution"])
     if decay != 1:
         state["decay"] = decay
-    interrupt.release()
 
 
 def factor(tensor: torch.Tensor, name: str, settings: Settings, state: State) -> tuple:
@@ -84,26 +81,24 @@ def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state
     bits["stream"] = last_rounding(settings["rounding"])
     left, right = state["low_rank"] * scale_of(settings), right_of(tensor, name, settings, step)
     decay = state.get("decay", 1.0)
-    interrupt = Held()
-    for kept in ("low_rank", "decay"):
-        state.pop(kept, None)
 
     def write(rows: torch.Tensor, offset: int) -> None:
         mine = left[offset // tensor.shape[1] :]
-        interrupt.commit(
-            [(part,) for part in parts_of(rows)],
-            lambda part: [(rows[part], summed(rows, part, mine, right, bits, decay, offset))],
-        )
+        for part in parts_of(rows):
+            rows[part].copy_(summed(rows, part, mine, right, bits, decay, offset))
 
     shards.apply_(tensor, write)
-    interrupt.release()
+    for kept in ("low_rank", "decay"):
+        state.pop(kept, None)
 
 
-def write_now_(trained: Iterable[tuple], group: MutableMapping[str, Any], states: States) -> None:
-    """Write within an interval; the group's "written" tells the run log before which step."""
+def write_now_(
+    trained: Iterable[tuple], settings: Settings, states: States, memory: Memory
+) -> None:
+    """Write within an interval; the memory tells the run log before which step."""
     if any("low_rank" in state for state in states.values()):
-        group["written"] = group["step"]
-        write_all_(trained, group, states)
+        memory.written = settings["step"]
+        write_all_(trained, settings, states)
 
 
 def write_due_(trained: Iterable[tuple], settings: Settings, states: States) -> None:
@@ -113,14 +108,11 @@ def write_due_(trained: Iterable[tuple], settings: Settings, states: States) -> 
 
 
 def write_all_(trained: Iterable[tuple], settings: Settings, states: States) -> None:
-    """Write every matrix of `MeZO.trained()`; an interrupt meanwhile is raised at the end."""
-    interrupt = Held()
+    """Write every matrix of `MeZO.trained()`."""
     for name, p, _ in trained:
-        while "low_rank" in (state := states.get(p, {})):
-            with interrupt:
-                write_(p, name, settings["step"] - 1, settings, state)
-        restart_(p, settings["step"] - 1, settings, states.get(p, {}))
-    interrupt.release()
+        state = states.get(p, {})
+        write_(p, name, settings["step"] - 1, settings, state)
+        restart_(p, settings["step"] - 1, settings, state)
 
 
 def parts_of(tensor: torch.Tensor) -> list[slice]:

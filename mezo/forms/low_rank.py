@@ -15,16 +15,15 @@ the factors in the forward pass. An update goes along the V that its losses were
 
 import logging
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from mezo import noise
-from mezo.closures import Paired
+from mezo.closures import Loss
 from mezo.forms.factors import (
-    States,
     key_of,
     parts_of,
     right_of,
@@ -33,10 +32,9 @@ from mezo.forms.factors import (
     zeros_for,
 )
 from mezo.forms.products import Factors, Products, Unpaired
-from mezo.forms.reads import Rows, eager
+from mezo.forms.reads import eager
 from mezo.forms.rounding import HALF
 from mezo.forms.scratch import Moved, Scratch
-from mezo.noise import Move
 
 _FAR = 16  # times eps: where both ways to the losses are compared
 
@@ -48,29 +46,20 @@ class LowRank(Scratch):
     matrix, made for the one call; every other parameter is as in scratch perturbation.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        settings: MutableMapping[str, Any],
-        probe: int,
-        state: States,
-    ):
-        how = settings["eps"], settings["step"], probe, settings["distribution"]
-        super().__init__(rows, *how)
-        self.settings, self.state = settings, state
-        self._trained = {name: tensor for name, tensor, _ in rows}
+    factored = True
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._trained = {name: tensor for name, tensor, _ in self.rows}
         self.dtypes: set[torch.dtype] = set()  # in which products were computed
         self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
         self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
+        """At 0, too, products are made with what is summed up of the updates."""
         with eager(), self._products(0, sign):
             yield
-
-    def home(self) -> AbstractContextManager[None]:
-        """Within, the model is the one at theta: with what is summed up of the updates."""
-        return self.at(0)
 
     @contextmanager
     def both(self, batch_size: int) -> Iterator[None]:
@@ -81,8 +70,10 @@ class LowRank(Scratch):
         with eager(), self._products(2 * batch_size, +1, -1):
             yield
 
-    def losses(self, closure: Callable) -> tuple[float, float] | None:
-        return together(closure, self)
+    def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
+        """loss_plus and loss_minus, from one forward pass where the closure can and it is right."""
+        both = together(closure, self)
+        return super().losses(closure) if both is None else both
 
     def _products(self, batch: int, *signs: int) -> Products:
         return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
@@ -96,7 +87,7 @@ class LowRank(Scratch):
             )
             self._made[name] = right, u
         right, u = self._made[name]
-        a = self.state.get(self._trained[name], {}).get("low_rank")
+        a = self.states.get(self._trained[name], {}).get("low_rank")
         left = [sign * u if a is None else a.add(u, alpha=sign) for sign in signs]
         return right, torch.stack(left)
 
@@ -107,7 +98,7 @@ class LowRank(Scratch):
         return tensor.detach().add(self._shifts[key], alpha=sign)
 
     def _drawn(self, key: tuple[int, int], zeros: torch.Tensor) -> torch.Tensor:
-        moves = [Move(self.step, self.probe, 1.0, self.eps)]
+        moves = [self.move(self.eps)]
         noise.apply_(zeros, key, moves, distribution=self.distribution)
         return zeros
 
@@ -141,43 +132,44 @@ class _Half(Moved):
         return self.moved(name, tensor, key)[index]
 
 
-def together(closure: Callable, perturbed: LowRank) -> tuple[float, float] | None:
+def together(closure: Callable[[], float], perturbed: LowRank) -> tuple[float, float] | None:
     """loss_plus and loss_minus from one forward pass; None where it takes two.
 
-    Before one is relied on, both ways are compared. Where they disagree, or it cannot be told whose
-    a row is, a warning says so, and two passes are made from then on: group["paired"] is False.
+    Before one pass is relied on, both ways are compared. Where they disagree, or a row cannot be
+    assigned to a half, a warning says so, and every step takes two passes from then on.
     """
-    if not isinstance(closure, Paired):
+    if not isinstance(closure, Loss) or closure.paired is None:
         return None
-    known = perturbed.settings.get("paired")  # None: not tried yet
-    if known is False:
+    memory = perturbed.memory
+    tried = memory.paired
+    if tried is False:
         return None
     try:
-        if not known and not _agree(closure, perturbed):
+        if not tried and not _agree(closure, perturbed):
             return None
-        plus, minus = map(float, closure.halves(perturbed.both))
+        plus, minus = closure.halves(perturbed.both)
     except (Unpaired, RuntimeError) as error:  # the latter: twice the batch may be too much
-        if known and not isinstance(error, Unpaired):
+        if tried and not isinstance(error, Unpaired):
             raise
         logging.getLogger("mezo").warning("two forward passes a step instead of one: %s", error)
-        perturbed.settings["paired"] = False
+        memory.paired = False
         return None
-    perturbed.settings["paired"] = True
+    memory.paired = True
     return plus, minus
 
 
-def _agree(closure: Paired, perturbed: LowRank) -> bool:
+def _agree(closure: Loss, perturbed: LowRank) -> bool:
     """Unpaired if one pass has other losses than two; False if they are not finite.
 
     At 16 eps the losses differ by so much that a parameter read with the wrong sign shows.
     """
     settings = {**perturbed.settings, "eps": _FAR * perturbed.eps}
-    far = LowRank(perturbed.rows, settings, perturbed.probe, perturbed.state)
-    found = [float(loss) for loss in closure.halves(far.both)]
+    far = LowRank(perturbed.parts, settings, perturbed.probe, states=perturbed.states)
+    found = list(closure.halves(far.both))
     expected = []
     for sign in (+1, -1, 0):
         with far.at(sign):
-            expected.append(float(closure.alone()))
+            expected.append(closure())
     if not all(map(math.isfinite, found + expected)):
         return False
     share = 0.05 if far.dtypes & set(HALF) else 0.01

@@ -1,7 +1,7 @@
 """Which of torch's functions reads a parameter, and may be given theta + eps z in its place."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -9,8 +9,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mezo.errors import InputError
-
-Rows = Sequence[tuple[str, torch.Tensor, tuple[int, int]]]  # name, tensor and key of z, each
 
 
 class Placed(Protocol):
@@ -52,7 +50,8 @@ class Reads(TorchFunctionMode):
     def __init__(self, perturbed: Any):
         super().__init__()
         self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
-        self.read, self.placed = perturbed.read, perturbed.placed
+        self.read: set[str] = perturbed.read  # names of the parameters that were asked for
+        self.placed: Placed | None = perturbed.placed
         self._known: dict[int, torch.Tensor] = {}  # parameters that were looked up in `placed`
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -10,7 +10,8 @@ matters to float32 and float64 weights: theirs are rounded to nearest, as IEEE 7
 docs/numerics.md has the measurements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,11 +19,108 @@ import numpy as np
 import torch
 
 from mezo import noise
-from mezo.errors import Held
 from mezo.noise import Move
+from mezo.noise.definition import round_stochastically, rounding_bits
 
-ROUNDINGS = ("stochastic", "compensated", "master", "nearest")
 HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the update of a 16-bit weight is rounded to it. The methods are called for such alone.
+
+    Attributes:
+        last: the rounding of an update's last move (noise.Move); the moves before it stay float32.
+        buffer: the name of what is kept beside a weight; None: nothing.
+        each_step: a step's moves are made apart from the next one's, as every step ends with a
+            rounding that the next one begins from.
+    """
+
+    last: int = noise.NEAREST
+    buffer: str | None = None
+    each_step: bool = False
+
+    def begin(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The buffer before the first update."""
+        return None
+
+    def move_(self, tensor, key, moves, distribution: str, state: dict[str, Any]) -> None:
+        """Apply `moves`, rounded once, after the last of them."""
+        noise.apply_(tensor, key, moves, distribution=distribution)
+
+    def read(self, piece: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """A piece of the weight in float32; of a float64 weight, in float64."""
+        return piece if piece.dtype == torch.float64 else piece.float()
+
+    def writes(self, piece, kept, x: torch.Tensor, bits: Mapping[str, Any]) -> list[tuple]:
+        """(target, source) pairs that store x; `bits` say which random bits are the piece's."""
+        return [(piece, x.to(piece.dtype))]
+
+
+class _Stochastic(Rounding):
+    def writes(self, piece, kept, x, bits):
+        drawn = rounding_bits(**bits, stream=noise.ROUND_UPDATE, device=x.device).view(x.shape)
+        return [(piece, round_stochastically(x, drawn, piece.dtype))]
+
+
+class _Compensated(Rounding):
+    def begin(self, tensor):
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def move_(self, tensor, key, moves, distribution, state):
+        cut = buffer_of(self, tensor, state).view(-1)
+        for piece, start in noise.pieces(tensor.detach(), noise.GROUP[distribution]):
+            rest = cut[start : start + piece.numel()].view(piece.shape)
+            wide = self.read(piece, rest)
+            noise.apply_(wide, key, moves, distribution=distribution, offset=start)
+            for target, source in self.writes(piece, rest, wide, {}):
+                target.copy_(source)
+
+    def read(self, piece, kept):
+        return piece.float() + kept.float()
+
+    def writes(self, piece, kept, x, bits):
+        rounded = x.to(piece.dtype)
+        return [(piece, rounded), (kept, (x - rounded.float()).to(piece.dtype))]
+
+
+class _Master(Rounding):
+    def begin(self, tensor):
+        return tensor.detach().float().contiguous()
+
+    def move_(self, tensor, key, moves, distribution, state):
+        master = buffer_of(self, tensor, state)
+        noise.apply_(master, key, moves, distribution=distribution)
+        tensor.copy_(master)
+
+    def read(self, piece, kept):
+        return kept
+
+    def writes(self, piece, kept, x, bits):
+        return [(piece, x.to(piece.dtype)), (kept, x)]
+
+
+ROUNDINGS: dict[str, Rounding] = {
+    "stochastic": _Stochastic(last=noise.ROUND_UPDATE),
+    "compensated": _Compensated(buffer="compensation", each_step=True),
+    "master": _Master(buffer="master"),
+    "nearest": Rounding(),
+}
+
+
+def rounding_of(tensor: torch.Tensor, name: str) -> Rounding:
+    """How updates of this tensor are rounded, in a run whose option is `name`."""
+    return ROUNDINGS[name] if tensor.dtype in HALF else ROUNDINGS["nearest"]
+
+
+def buffer_of(rounding: Rounding, tensor: torch.Tensor, state: dict[str, Any]) -> Any:
+    """The tensor that is kept beside a weight, made at first; None where nothing is."""
+    if rounding.buffer is None:
+        return None
+    if rounding.buffer not in state:
+        state[rounding.buffer] = rounding.begin(tensor)
+    state[rounding.buffer] = state[rounding.buffer].contiguous()  # one from a file may not be
+    return state[rounding.buffer]
 
 
 @torch.no_grad()
@@ -38,38 +136,8 @@ def update_(
 
     `state` keeps the buffer of "compensated" and "master" from call to call; empty at first.
     """
-    if not len(moves):
-        return
-    if tensor.dtype not in HALF or rounding in ("nearest", "stochastic"):  # the moves say which
-        noise.apply_(tensor, key, moves, distribution=distribution)
-    elif rounding == "master":
-        master = state.get("master", tensor)
-        state["master"] = master = master.detach().float()
-        try:
-            noise.apply_(master, key, moves, distribution=distribution)
-        finally:  # Ctrl-C between the two would leave a weight behind its master
-            tensor.copy_(master)
-    else:
-        if "compensation" not in state:
-            state["compensation"] = torch.zeros_like(tensor, requires_grad=False)
-        parts = [
-            list(noise.pieces(one, noise.GROUP[distribution]))
-            for one in (tensor.detach(), state["compensation"])
-        ]
-        interrupt = Held()
-        interrupt.commit(
-            [(*kept, cut) for kept, (cut, _) in zip(*parts, strict=True)],
-            lambda kept, start, cut: _split(kept, cut, key, moves, distribution, start),
-        )
-        interrupt.release()
-
-
-def _split(kept, cut, key, moves, distribution: str, start: int) -> list[tuple]:
-    """The sum of both after `moves`, in two again."""
-    wide = kept.float() + cut.float()
-    noise.apply_(wide, key, moves, distribution=distribution, offset=start)
-    rounded = wide.to(kept.dtype)
-    return [(kept, rounded), (cut, wide - rounded.float())]
+    if len(moves):
+        rounding_of(tensor, rounding).move_(tensor, key, moves, distribution, state)
 
 
 def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -84,4 +152,4 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
 
 def last_rounding(rounding: str) -> int:
     """The rounding of an update's last move; those before it are kept in float32."""
-    return noise.ROUND_UPDATE if rounding == "stochastic" else noise.NEAREST
+    return ROUNDINGS[rounding].last

@@ -6,21 +6,22 @@ and freed after it. It is the form for 16-bit weights, which moving there and ba
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.forms.reads import LOOKUP, Placed, Reads, Rows, eager
-from mezo.layers import PLAIN, Own, within
+from mezo.forms.direction import Direction
+from mezo.forms.reads import LOOKUP, Placed, Reads, eager
+from mezo.layers import PLAIN, within
 from mezo.noise import Move
 from mezo.noise.sharded import is_sharded, local
 
 
-class Scratch:
+class Scratch(Direction):
     """Within `at(sign)`, torch's functions are given theta + sign eps z for a trained parameter.
 
     It holds for any model: tied weights, weights read outside of their module's forward, experts,
@@ -29,40 +30,28 @@ class Scratch:
     Not seen is what does not pass through torch's functions; `check` finds it.
     """
 
-    def __init__(
-        self,
-        rows: Rows,
-        eps: float,
-        step: int,
-        probe: int,
-        distribution: str,
-        owns: Mapping[str, Own] | None = None,
-    ):
-        self.rows, self.eps, self.distribution = rows, eps, distribution
-        self.step, self.probe, self.owns = step, probe, owns or {}
-        self.estimates: list = []
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.scales = {
+            row.name: part.scale
+            for part in self.parts
+            if part.scale is not PLAIN
+            for row in part.rows
+        }
         self.read: set[str] = set()  # names of the parameters that were asked for
         self.placed: Placed | None = None
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
+        if not sign:
+            yield
+            return
         with eager(), Moved(self, self.moves(sign)):
             yield
 
     def moves(self, sign: int) -> list[Move]:
         """From theta to what is read in its place."""
-        return [Move(self.step, self.probe, 1.0, sign * self.eps, noise.ROUND_PERTURBED)]
-
-    def losses(self, closure) -> tuple[float, float] | None:
-        """loss_plus and loss_minus, if one pass gives both."""
-        return None
-
-    def home(self) -> AbstractContextManager[None]:
-        """Within, the model is the one at theta."""
-        return nullcontext()
-
-    def way_home(self, i: int) -> list[Move]:
-        return []
+        return [self.move(sign * self.eps, noise.ROUND_PERTURBED)]
 
     @torch.no_grad()
     def check(self, closure) -> None:
@@ -100,7 +89,7 @@ class Moved(Reads):
 
     def __init__(self, perturbed: Scratch, moves: Sequence[Move]):
         super().__init__(perturbed)
-        self.moves, self.distribution, self.owns = moves, perturbed.distribution, perturbed.owns
+        self.moves, self.distribution, self.scales = moves, perturbed.distribution, perturbed.scales
         self._tables: dict[float, Any] = {}  # by scale
 
     def call(self, function, args: tuple, kwargs: dict):
@@ -151,10 +140,9 @@ class Moved(Reads):
     def _shift(self, out, name: str, tensor: torch.Tensor, key, before, **which) -> None:
         """Perturb `out`, a part of the parameter whose numbers are `before`, where its mask is."""
         self.read.add(name)
-        own = self.owns.get(name, PLAIN)
+        own = self.scales.get(name, PLAIN)
         if own.scale not in self._tables:
-            scaled = [m._replace(coefficient=m.coefficient / own.scale) for m in self.moves]
-            self._tables[own.scale] = noise.table(scaled)
+            self._tables[own.scale] = noise.table(own.walk(self.moves))
         if own.threshold is not None and before is out:
             before = out.clone()
         how = {"distribution": self.distribution, **which}

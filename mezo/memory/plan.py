@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mezo import noise
 from mezo.errors import InputError
+from mezo.forms.direction import Part, Row
 from mezo.forms.scratch import Moved, Scratch
 from mezo.memory.meta import FusedAttention, LiveBytes
 from mezo.models.adapters import with_adapter
@@ -243,8 +244,9 @@ class Planner:
         def measure(config: Any) -> list[int]:
             model = self.make(config, self.dtype)
             named = model.named_parameters() if perturbed else []
-            rows = [(name, p, (0, 0)) for name, p in named if p.requires_grad]
-            remade = _Remade(Scratch(rows, 1.0, 0, 0, "gaussian"), [Move(0, 0, 1.0, 1.0)])
+            rows = [Row(name, p, (0, 0)) for name, p in named if p.requires_grad]
+            settings = {"eps": 1.0, "step": 0, "distribution": "gaussian"}
+            remade = _Remade(Scratch([Part({}, rows)], settings), [Move(0, 0, 1.0, 1.0)])
             known = [*model.parameters(), *model.buffers()]
             with torch.no_grad(), FusedAttention(), LiveBytes(known) as living, remade:
                 self._loss(model, batch)

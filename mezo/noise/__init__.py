@@ -6,7 +6,7 @@ triton are installed.
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from types import ModuleType
 from typing import NamedTuple
@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mezo.errors import Held
 from mezo.noise import sharded as shards
 from mezo.noise.definition import (
     CONTRACT,
@@ -33,8 +32,9 @@ from mezo.noise.definition import (
 
 __all__ = ["CONTRACT", "DISTRIBUTIONS", "GROUP", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST"]
 __all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
-__all__ += ["pieces", "table", "tensor_key"]
+__all__ += ["SIGNS", "apply_all_", "pieces", "table", "tensor_key"]
 
+SIGNS = ("rademacher",)  # distributions whose z^2 is 1
 KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
 
 
@@ -142,13 +142,21 @@ def apply_(
         _apply_in_pieces(tensor.detach(), key, moves, distribution, offset)
 
 
+def apply_all_(
+    rows: Iterable[tuple[str, torch.Tensor, tuple[int, int]]],
+    moves: Sequence[Move] | np.ndarray,
+    *,
+    distribution: str = "gaussian",
+) -> None:
+    """`apply_` the same moves to many tensors: rows of (name, tensor, key)."""
+    moves = table(moves)
+    for _, tensor, key in rows:
+        apply_(tensor, key, moves, distribution=distribution)
+
+
 def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:
-    interrupt = Held()
-    interrupt.commit(
-        list(pieces(tensor, GROUP[distribution])),
-        lambda piece, start: [(piece, _moved(piece, key, moves, distribution, offset + start))],
-    )
-    interrupt.release()
+    for piece, start in pieces(tensor, GROUP[distribution]):
+        piece.copy_(_moved(piece, key, moves, distribution, offset + start))
 
 
 def _moved(piece, key, moves, distribution: str, start: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ second thread pool that aborts when two Python threads meet in it.
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from mezo.errors import Held
 from mezo.noise import definition
 
 _LANES = definition.LANES
@@ -360,11 +359,6 @@ def _in_parallel(run, count: int, quantum: int) -> None:
     spans = [(start, min(start + size, count)) for start in range(0, count, size)]
     pool = _pool(os.getpid(), threads)
     futures = [pool.submit(run, *span) for span in spans]
-    interrupt = Held()  # no tensor is left half moved
-    while not all(future.done() for future in futures):
-        with interrupt:
-            wait(futures)
-    interrupt.release()
     for future in futures:
         future.result()
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from mezo.errors import Held
-
 _BLOCK = 2**18  # elements of the whole width that are drawn at a time
 
 
@@ -62,14 +60,10 @@ def apply_(tensor: Any, move: Callable[..., None]) -> None:
     if mine.shape[1:] == tensor.shape[1:]:
         return move(mine, offset=start[0] * row if start else 0)
     inner = tuple(slice(at, at + n) for at, n in zip(start[1:], shape[1:], strict=True))
-    rows, interrupt = max(1, _BLOCK // row), Held()
-
-    def computed(first: int) -> list[tuple]:
+    rows = max(1, _BLOCK // row)
+    for first in range(0, len(mine), rows):
         part = mine[first : first + rows]
         whole = part.new_zeros(len(part), *tensor.shape[1:])
         whole[(slice(None), *inner)] = part
         move(whole, offset=(start[0] + first) * row)
-        return [(part, whole[(slice(None), *inner)])]
-
-    interrupt.commit([(first,) for first in range(0, len(mine), rows)], computed)
-    return interrupt.release()
+        part.copy_(whole[(slice(None), *inner)])

@@ -14,11 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from mezo.offload.copy_streams import copy_streams_of
-from mezo.trajectory.program import Program, make_
+from mezo.trajectory.program import Action, Program, make_
 
 _KEPT_EACH, _KEPT_ALL = 32, 2  # the largest block's size over that of what always stays
 
@@ -84,8 +83,9 @@ class Loaded:
 class BlockCache:
     """Brings blocks to `device`.
 
-    `update(p, moves)` queues moves of a weight, for its block's next visit. `write_every`: so many
-    updates wait before a block is written back; 0: for ever, each load makes them all again.
+    `update(p, *actions)` queues a program's actions on a weight, for its block's next visit.
+    `write_every`: so many updates wait before a block is written back; 0: for ever, each load makes
+    them all again.
     `settings()` of the noise are those of a run log's header. `given_up(block)` is told when a
     block is of no use for now.
     """
@@ -103,7 +103,7 @@ class BlockCache:
         self.home = {id(p): block for block in blocks for _, p in block.named}
         self.copies = must_copy(device, write_every)
         self.loads, self.stores = Counter[Block](), Counter[Block]()  # transfers, for who counts
-        self._waiting: dict[int, list[np.ndarray]] = {key: [] for key in self.home}
+        self._waiting: dict[int, list[tuple[Action, ...]]] = {key: [] for key in self.home}
         self._resident: dict[Block, Future[Loaded]] = {}
         self._stored: dict[Block, Future[None]] = {}
         self._next_block: dict[Block, Block] = {}  # which one was needed next, the last time
@@ -111,8 +111,8 @@ class BlockCache:
         self._loader, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.streams = copy_streams_of(device)
 
-    def update(self, p: torch.Tensor, moves: np.ndarray) -> None:
-        self._waiting[id(p)].append(moves)
+    def update(self, p: torch.Tensor, *actions: Action) -> None:
+        self._waiting[id(p)].append(actions)
 
     def need(self, block: Block) -> Loaded:
         """The block, with all updates made; others may be dropped, and the next one is prefetched.
@@ -220,13 +220,13 @@ class BlockCache:
         with self.streams.on("in"):
             self.streams.wait(event)
             for name, p in block.named:
-                tables = self._waiting[id(p)][loaded.made[id(p)] :]
-                if tables:
+                waiting = self._waiting[id(p)][loaded.made[id(p)] :]
+                if waiting:
                     tensor = loaded.tensors[id(p)]
                     with torch.no_grad():
-                        program = Program(np.concatenate(tables), [], [], 0)
+                        program = Program([action for actions in waiting for action in actions])
                         make_(tensor, {"name": name}, dict(self.settings()), program, {})
-                    loaded.made[id(p)] += len(tables)
+                    loaded.made[id(p)] += len(waiting)
                 if loaded.made[id(p)]:
                     changed.append(p)
             loaded.ready = self.streams.event()

@@ -15,13 +15,12 @@ it: torch's functions are given what is on the device wherever they read a param
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mezo import noise
@@ -29,7 +28,7 @@ from mezo.compatibility import CACHE_ARGUMENTS
 from mezo.distributed.exchange import Link
 from mezo.errors import InputError
 from mezo.forms import factors
-from mezo.forms.updates import Update
+from mezo.forms.direction import Part
 from mezo.mezo import MeZO
 from mezo.models.mapped import Homes, load_mapped, move_to_file
 from mezo.noise import Move
@@ -37,9 +36,9 @@ from mezo.offload.blocks import Block, BlockCache, blocks_of
 from mezo.offload.device_reads import DeviceReads
 from mezo.offload.interleaved import Interleaved, Walked
 from mezo.offload.turns import Turns
-from mezo.perturbation import Resident, Scratch, perturb
-from mezo.rules import is_linear
-from mezo.trajectory.program import Program, split_at_writing, written_after
+from mezo.optimizer import Weights
+from mezo.rules import rule_of
+from mezo.trajectory.program import Program, Write, split_at_writing
 
 __all__ = ["Offload", "load_offloaded", "offload"]
 
@@ -174,14 +173,14 @@ class Offload:
         if optimizer.weights is self:
             return
         self._check(optimizer)
-        if not isinstance(optimizer.weights, Resident):
+        if not isinstance(optimizer.weights, Weights):
             raise InputError("the optimizer's model is offloaded already")
         self._release()
         self.optimizer, optimizer.weights = optimizer, self
 
     def _release(self) -> None:
         if self.optimizer is not None and self.optimizer.weights is self:
-            self.optimizer.weights = Resident()
+            self.optimizer.weights = Weights()
 
     def flush(self) -> None:
         """The weights are, where they lie, those after the last step: to be read or saved."""
@@ -206,7 +205,7 @@ class Offload:
         finally:
             self._local.mode = before
 
-    # what MeZO asks of `perturbation.Resident`
+    # what MeZO asks of `optimizer.Weights`
 
     def together(self, optimizer: MeZO, probes: Iterable[int]) -> None:
         """One pass over the weights for all, unless each walks them from where the last one ended.
@@ -214,78 +213,75 @@ class Offload:
         The closure of the first one's estimate is that of all of them.
         """
         self._ahead = {}
-        if optimizer.perturbation == "in_place" or optimizer.param_groups[0].get("paired"):
+        if optimizer.form.moves_weights or optimizer.memory.paired:
             return
         step = optimizer.param_groups[0]["step"]
-        found = {(step, probe): self.perturb(optimizer, probe) for probe in probes}
+        found = {(step, probe): self.direction(optimizer, probe) for probe in probes}
         group = list(found.values())
         for one in group:
             one.group = group
         self._ahead = found
 
-    def perturb(self, optimizer: MeZO, probe: int) -> Interleaved:
-        group = optimizer.param_groups[0]
-        if (made := self._ahead.pop((group["step"], probe), None)) is not None:
+    def direction(self, optimizer: MeZO, probe: int) -> Interleaved:
+        step = optimizer.settings["step"]
+        if (made := self._ahead.pop((step, probe), None)) is not None:
             return made
-        inner = perturb(optimizer.trained(), group, probe, optimizer.state)
-        if not isinstance(inner, Scratch):
-            inner = Walked(inner.rows, inner.eps, group["step"], probe, inner.distribution)
+        inner = Weights().direction(optimizer, probe)
+        if optimizer.form.moves_weights:
+            how = {"sides": inner.sides, "memory": inner.memory, "states": inner.states}
+            inner = Walked(inner.parts, inner.settings, probe, **how)
         return Interleaved(inner, self)
 
-    def make_(
-        self,
-        optimizer: MeZO,
-        p: torch.Tensor,
-        name: str,
-        moves: list[Move],
-        update: Update | None,
-    ) -> None:
+    def move_(self, optimizer: MeZO, part: Part, moves: Sequence[Move]) -> None:
         """The moves are made when the block is there the next time."""
-        settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
-        if update is not None:
-            moves = [*moves, *update.moves(1.0, settings["rounding"])]
         if not len(moves):
             return
-        if not factors.is_factored(p, settings):
-            self.blocks.update(p, noise.table(moves))
-            return
-        with self.reading():  # the sum is kept on the device
-            factors.update_(p, name, moves, settings, state)
-        optimizer.state[p] = state
-        self._summed.setdefault(id(p), []).extend(moves)
-        if (settings["step"] + 1) % settings["interval"] == 0:
-            self._write_sum(p, settings["step"], state)
+        settings, table = optimizer.settings, noise.table(moves)
+        for name, p, _ in part.rows:
+            if not factors.is_factored(p, settings):
+                self.blocks.update(p, table)
+                continue
+            state = optimizer.state.get(p, {})
+            with self.reading():  # the sum is kept on the device
+                factors.update_(p, name, table, settings, state)
+            optimizer.state[p] = state
+            self._summed.setdefault(id(p), []).extend(moves)
+            if (settings["step"] + 1) % settings["interval"] == 0:
+                self._write_sum(p, settings["step"], state)
+
+    def end_step_(self, optimizer: MeZO) -> None:
+        """Matrices at an interval's end are on their way already."""
 
     def queue(self, optimizer: MeZO, p: torch.Tensor, name: str, program: Program) -> bool:
         """The moves of a replay, too, are made when the block is there."""
         settings, state = optimizer.param_groups[0], optimizer.state.get(p, {})
         if not factors.is_factored(p, settings):
-            self.blocks.update(p, program.table)
+            self.blocks.update(p, *program.actions)
             return True
-        before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.table)
-        if len(written):
-            self.blocks.update(p, np.concatenate([noise.table(before), written]))
+        before, (written, rest) = self._summed.pop(id(p), []), split_at_writing(program.actions)
+        if written:
+            self.blocks.update(p, noise.table(before), *written)
             before = []
             state.clear()
         with self.reading():
-            factors.update_(p, name, rest, settings, state)
+            for table in rest:
+                factors.update_(p, name, table, settings, state)
         if state:
             optimizer.state[p] = state
-            self._summed[id(p)] = [*before, *(Move(*row) for row in rest.tolist())]
+            self._summed[id(p)] = [*before, *(Move(*row) for x in rest for row in x.tolist())]
         return True
 
     def write_(self, optimizer: MeZO) -> None:
         group = optimizer.param_groups[0]
         trained = {id(p): p for _, p, _ in optimizer.trained()}
         if self._summed:
-            group["written"] = group["step"]
+            optimizer.memory.written = group["step"]
         for key in [*self._summed]:
             self._write_sum(trained[key], group["step"] - 1, optimizer.state[trained[key]])
         self.flush()
 
     def _write_sum(self, p: torch.Tensor, step: int, state: dict) -> None:
-        moves = [*self._summed.pop(id(p)), written_after(step)]
-        self.blocks.update(p, noise.table(moves))
+        self.blocks.update(p, noise.table(self._summed.pop(id(p))), Write(step))
         state.clear()
 
     @contextmanager
@@ -348,7 +344,7 @@ def _check_parameter(name: str, p: torch.Tensor) -> None:
 
 def check_settings(settings: Mapping[str, Any], half: bool) -> None:
     """InputError for a parameter group's settings that do not go with it; half: 16-bit weights."""
-    if not is_linear(settings["rule"]):
+    if not rule_of(settings["rule"]).linear:
         raise InputError(f"rule {settings['rule']['name']} does not go with offload: take sgd")
     if settings["estimator"] != "two_point":
         raise InputError(

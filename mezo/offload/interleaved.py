@@ -1,16 +1,18 @@
 """Forward passes that take turns at each block of the weights: one pass over them serves all."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mezo.forms.reads import Rows, eager
+from mezo.forms.direction import Direction
+from mezo.forms.low_rank import LowRank, together
+from mezo.forms.reads import eager
 from mezo.forms.scratch import Moved, Scratch
+from mezo.mezo import LEGS
 from mezo.noise import Move
 from mezo.offload.turns import Turns
-from mezo.perturbation import walk
 
 if TYPE_CHECKING:
     from mezo.offload.context import Offload
@@ -25,9 +27,9 @@ class Walked(Scratch):
     the walk is repeated on it with the update.
     """
 
-    def __init__(self, rows: Rows, eps: float, step: int, probe: int, distribution: str):
-        super().__init__(rows, eps, step, probe, distribution)
-        self.walked = [True] * len(rows)
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.owes = True  # a walk; another estimate along it owes one more
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -35,11 +37,13 @@ class Walked(Scratch):
             yield
 
     def moves(self, sign: int) -> list[Move]:
-        return walk(self.step, self.probe, self.eps)[: 1 if sign > 0 else 2]
+        return self.walk()[: 1 if sign > 0 else 2]
 
-    def way_home(self, i: int) -> list[Move]:
-        moves = [] if self.walked[i] else walk(self.step, self.probe, self.eps)
-        self.walked[i] = True
+    def walk(self) -> list[Move]:
+        return [self.move(leg * self.eps) for leg in LEGS[self.sides]]
+
+    def way_home(self) -> list[Move]:
+        moves, self.owes = (self.walk() if self.owes else []), False
         return moves
 
 
@@ -50,16 +54,23 @@ class _KeepsRequiresGrad(Moved):
         return super().moved(name, tensor, key).requires_grad_(tensor.requires_grad)
 
 
-class Interleaved:
+class Interleaved(Direction):
     """Both losses from one pass over the weights, by forward passes that take turns.
 
     `group`: the directions of a step that are asked for the same closure, those to come; the first
     one's pass is that of all of them.
     """
 
-    def __init__(self, inner: Scratch, offload: "Offload"):
+    def __init__(self, inner: Any, offload: "Offload"):
+        super().__init__(
+            inner.parts,
+            inner.settings,
+            inner.probe,
+            sides=inner.sides,
+            memory=inner.memory,
+            states=inner.states,
+        )
         self.inner, self.offload = inner, offload
-        self.eps, self.estimates = inner.eps, inner.estimates
         self.rows = inner.rows[:: len(inner.rows) // 16 + 1]  # to be looked at: all would be read
         self.group: list[Interleaved] = []
         self.known: LossPair | None = None
@@ -75,7 +86,7 @@ class Interleaved:
         others = self.group.copy()
         self.group.clear()
         if isinstance(self.inner, Walked):
-            self.inner.walked = [False] * len(self.inner.rows)
+            self.inner.owes = True
         with eager():  # for all: each would undo it for the others
             halves = [one._half(closure, sign) for one in (self, *others) for sign in (+1, -1)]
             plus, minus, *rest = Turns(self.offload.threads).run(halves)
@@ -85,8 +96,10 @@ class Interleaved:
 
     def _in_one(self, closure: Callable) -> LossPair | None:
         """Low rank: both in one forward pass, perhaps."""
+        if not isinstance(self.inner, LowRank):
+            return None
         with self.offload.reading():
-            return self.inner.losses(closure)
+            return together(closure, self.inner)
 
     def _half(self, closure: Callable, sign: int) -> Callable[[Turns, int], float]:
         def run(turns: Turns, number: int) -> float:
@@ -95,8 +108,8 @@ class Interleaved:
 
         return run
 
-    def way_home(self, i: int) -> list[Move]:
-        return self.inner.way_home(i)
+    def way_home(self) -> Sequence[Move]:
+        return self.inner.way_home()
 
     def check(self, closure: Callable) -> None:
         """InputError if the loss depends on a weight that is read past torch's functions."""

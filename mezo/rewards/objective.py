@@ -15,8 +15,8 @@ import torch
 
 from mezo.errors import InputError
 from mezo.objectives.generation import Completion, Generation, generate
+from mezo.record import Record
 from mezo.rewards.functions import Prompt, RewardFunc, RewardFunctions, Scores, is_conversation
-from mezo.rules import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,7 +28,7 @@ from mezo.distributed.elastic import writer_of
 from mezo.distributed.processes import join
 from mezo.distributed.sharding import reshard
 from mezo.errors import InputError
-from mezo.estimators import merged, passes_of
+from mezo.estimators import merged
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
 from mezo.trainers import placement
@@ -174,13 +174,13 @@ class MeZOMixin(_Host):
         fresh = getattr(self.args, "fresh_batches", False)
         if (schedule := schedule_of(self.args, optimizer, self.state.max_steps)) is not None:
             schedule.step()
-        self._estimates, clean = [], None
-        own = optimizer.processes.own(optimizer.param_groups[0]["num_samples"])
+        self._estimates = []
+        own = optimizer.processes.share(optimizer.param_groups[0]["num_samples"])
         optimizer.weights.together(optimizer, () if fresh else own)
+        whole = optimizer.loss(self._closure(model, window))  # one, so that L(theta) is shared
         for probe, part in zip(own, _parts(window, len(own), fresh), strict=False):
-            closure = self._closure(model, part)
-            found = optimizer.estimate(closure, probe, clean=clean)  # restored: callbacks may save
-            clean = None if fresh else found.loss
+            loss = optimizer.loss(self._closure(model, part)) if fresh else whole
+            found = optimizer.estimate(loss, probe)  # theta is restored: callbacks may save
             self._estimates.append(found)
         loss = sum(estimate.loss for estimate in self._estimates) / len(self._estimates)
         return torch.tensor(loss, device=self.args.device)
@@ -230,9 +230,7 @@ class MeZOMixin(_Host):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 per weight, token and forward pass, where Trainer counts 6 with a backward pass."""
         tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-        group = self.optimizer.param_groups[0]
-        passes = passes_of(group["estimator"], group["num_samples"])
-        return super().floating_point_ops(tensors) * passes // 3
+        return super().floating_point_ops(tensors) * self.optimizer.optimizer.passes() // 3
 
 
 class MeZOTrainer(MeZOMixin, Trainer):

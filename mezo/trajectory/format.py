@@ -21,7 +21,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mezo.mezo import Record
+from mezo.record import Record
 from mezo.trajectory.header import FORMAT, text_of
 
 __all__ = ["COMPACT", "FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "encode"]

@@ -15,8 +15,8 @@ from mezo import noise, rules
 from mezo.errors import InputError
 from mezo.estimators import ESTIMATORS
 from mezo.forms.rounding import ROUNDINGS
+from mezo.guards import FORMS
 from mezo.layers import MODIFIED
-from mezo.perturbation import FORMS
 from mezo.rules import RULES
 from mezo.trajectory import start_values
 
@@ -26,7 +26,7 @@ MAX_CYCLES = 2**16  # walks a probe and step; each is 3 moves of a replay
 _KNOWN = {
     "distribution": noise.DISTRIBUTIONS,
     "perturbation": FORMS,
-    "rounding": ROUNDINGS,
+    "rounding": tuple(ROUNDINGS),
     "rule": tuple(name for name in RULES if name != "scalar_adam"),
     "estimator": ESTIMATORS,
     "modified": MODIFIED,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,25 +10,37 @@ import torch
 
 from mezo import noise, rules
 from mezo.errors import InputError
+from mezo.estimators import sides_of
 from mezo.forms.factors import is_factored, restart_, write_
-from mezo.forms.updates import Applied, Update
-from mezo.forms.updates import make_ as step_
-from mezo.layers import Own
-from mezo.perturbation import sides, walk
+from mezo.forms.factors import update_ as move_
+from mezo.forms.rounding import ROUNDINGS
+from mezo.forms.updates import Update, update_
+from mezo.layers import TensorScale
+from mezo.mezo import LEGS, MeZO, sgd
+from mezo.noise import Move
+from mezo.record import Applied
 from mezo.trajectory.format import Step
 
 MAX_WALKS = 2**25  # 3 moves each, of 28 bytes
-_WRITE, _UPDATE = 255, 254  # in the place of a rounding: matrices are written; a rule's own update
+
+
+@dataclass(frozen=True)
+class Write:
+    """After the step of that number, low-rank updates are written to the matrix."""
+
+    step: int
+
+
+Action = np.ndarray | Update | Write  # a table of moves, an update that is more than moves, a write
 
 
 @dataclass(frozen=True)
 class Program:
     """All that steps do to a weight of one parameter group."""
 
-    table: np.ndarray  # of moves
-    updates: list[Update]  # those that are no moves: the table has _UPDATE where each is made
-    past: list[Applied]  # the projected gradients of the steps applied, and of those before
-    number: int  # of steps applied since the run began
+    actions: list[Action]
+    past: list[Applied] = field(default_factory=list)  # the steps applied, and those before
+    number: int = 0  # of steps applied since the run began
 
 
 def program_of(
@@ -48,62 +60,55 @@ def program_of(
     `number` are the first group's after the steps before.
     Raises InputError if they are too many for a replay.
     """
-    tables: list[np.ndarray] = []
-    moves: list[noise.Move] = []  # that are in no table yet: it holds them in a fifth of the memory
-    walked = header["perturbation"] == "in_place"
+    actions: list[Action] = []
+    moves: list[Move] = []  # that are in no table yet: it holds them in a fifth of the memory
+    walked = MeZO.forms[header["perturbation"]].moves_weights
     walks = sum(sum(step.record.cycles) for step in steps) if walked else 0
     if walks > MAX_WALKS:
         raise InputError(f"the log has {walks} walks: a replay holds at most {MAX_WALKS} in memory")
     interval = header["interval"] if header["perturbation"] == "low_rank" else 0
-    rule, looks = rule_of(header), sides({"estimator": header.get("estimator", "two_point")})
-    updates: list[Update] = []
+    rule, legs = rule_of(header), LEGS[sides_of(header.get("estimator", "two_point"))]
     history = list(past)
     scaled = any("scale" in entry or "threshold" in entry for entry in header["tensors"])
-    plain = rules.is_linear(rule) and not scaled
+
+    def then(*following: Action) -> None:
+        actions.extend([noise.table(moves)] if moves else [])
+        actions.extend(following)
+        moves.clear()
+
     for step in steps:
         if len(moves) > 2**16:
-            tables, moves = [*tables, noise.table(moves)], []
+            then()
         seen, grads = step.record, step.record.projected_grads
         if step.written:
-            moves.append(written_after(seen.step - 1))
+            then(Write(seen.step - 1))
         if walked:
             for probe, cycles in enumerate(seen.cycles):
-                moves += walk(seen.step, probe, step.eps, looks) * cycles
+                moves += [Move(seen.step, probe, 1.0, leg * step.eps) for leg in legs] * cycles
         if all(map(math.isfinite, grads)):
             history.append((seen.step, grads))
             number += 1
             how = step.lrs[group], step.weight_decays[group], history, len(history), number
             update = Update(rule, seen.step, *how)
-            if plain:
-                moves += update.moves(1.0, header["rounding"])
+            if rule.linear and not scaled:
+                moves += sgd(update, header["rounding"])
             else:
-                moves.append(_mark(_UPDATE, len(updates)))
-                updates.append(update)
+                then(update)
         if interval and (seen.step + 1) % interval == 0:
-            moves.append(written_after(seen.step))
-    if interval and finish and steps:
-        moves.append(written_after(steps[-1].record.step))
-    return Program(np.concatenate([*tables, noise.table(moves)]), updates, history, number)
+            then(Write(seen.step))
+    then(*([Write(steps[-1].record.step)] if interval and finish and steps else []))
+    return Program(actions, history, number)
 
 
-def rule_of(header: dict[str, Any]) -> dict[str, Any]:
-    return rules.options({"name": header["rule"]} | header.get("rule_options", {}))
+def rule_of(header: dict[str, Any]) -> rules.Rule:
+    return rules.rule_of({"name": header["rule"]} | header.get("rule_options", {}))
 
 
-def written_after(step: int) -> noise.Move:
-    """Where a program writes low-rank updates to the matrix."""
-    return _mark(_WRITE, step)
-
-
-def split_at_writing(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a program's table has up to the last writing of a matrix, and what it sums up after."""
-    written = np.flatnonzero(table["rounding"] == _WRITE)
-    end = int(written[-1]) + 1 if len(written) else 0
-    return table[:end], table[end:]
-
-
-def _mark(kind: int, number: int) -> noise.Move:
-    return noise.Move(number, 0, 1.0, 0.0, kind)
+def split_at_writing(actions: Sequence[Action]) -> tuple[list[Action], list[np.ndarray]]:
+    """A program up to the last writing of a matrix, and the tables of what it sums up after."""
+    ends = [i + 1 for i, action in enumerate(actions) if isinstance(action, Write)]
+    end = ends[-1] if ends else 0
+    return list(actions[:end]), [x for x in actions[end:] if isinstance(x, np.ndarray)]
 
 
 def make_(
@@ -118,20 +123,40 @@ def make_(
     `state` holds the buffers of a rule and of compensated or master rounding, and the sum of
     low-rank updates, as in the optimizer.
     """
-    own = Own(entry.get("scale", 1.0), header.get("modified", "variance"), entry.get("threshold"))
-    name, moves = entry["name"], program.table
-    if own.scale != 1.0:  # the walks: no table has updates where a tensor has a scale
-        moves = moves.copy()
-        moves["coefficient"] /= own.scale
-    marked = moves["rounding"] >= _UPDATE
+    modified, threshold = header.get("modified", "variance"), entry.get("threshold")
+    scale, name = TensorScale(entry.get("scale", 1.0), modified, threshold), entry["name"]
     factored = is_factored(tensor, header)
-    ends = marked if program.updates or factored else np.zeros_like(marked)
-    if header["rounding"] == "compensated":  # splits its number in two at the end of every step
-        ends[:-1] |= np.diff(moves["step"].astype(np.int64)) != 0
-    for part in np.split(moves, np.flatnonzero(ends) + 1):
-        mark, number = (part[-1]["rounding"], int(part[-1]["step"])) if len(part) else (0, 0)
-        update = program.updates[number] if mark == _UPDATE else None
-        step_(tensor, name, part[part["rounding"] < _UPDATE], update, header, state, own)
-        if mark == _WRITE and factored:
-            write_(tensor, name, number, header, state)
-            restart_(tensor, number, header, state)
+    each_step = ROUNDINGS[header["rounding"]].each_step
+    tables: list[np.ndarray] = []  # moves that are made in one pass
+
+    def move() -> None:
+        if not tables:
+            return
+        moves = np.concatenate(tables)
+        ends = np.flatnonzero(np.diff(moves["step"].astype(np.int64))) + 1
+        for part in np.split(moves, ends) if each_step else [moves]:
+            move_(tensor, name, part, header, state)
+        tables.clear()
+
+    for action in program.actions:
+        if isinstance(action, np.ndarray):
+            tables.append(_over(action, scale.scale))
+        elif isinstance(action, Update) and action.rule.linear and not scale.masked:
+            tables.append(noise.table(sgd(action, header["rounding"], scale.factor)))
+        elif isinstance(action, Update):
+            move()
+            update_(tensor, name, action, header, state, scale)
+        elif factored:
+            move()
+            write_(tensor, name, action.step, header, state)
+            restart_(tensor, action.step, header, state)
+    move()
+
+
+def _over(walks: np.ndarray, scale: float) -> np.ndarray:
+    """The walks of a tensor with a scale: no table has updates where a tensor has one."""
+    if scale == 1.0:
+        return walks
+    walks = walks.copy()
+    walks["coefficient"] /= scale
+    return walks

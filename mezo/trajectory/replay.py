@@ -12,7 +12,8 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.rules import BUFFERS
+from mezo.forms.rounding import ROUNDINGS
+from mezo.rules import RULES
 from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import Log, Step
@@ -78,10 +79,10 @@ def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
 
 def kept_by(header: dict) -> str | None:
     """What keeps buffers, or looks back at earlier steps: a replay then begins with the first."""
-    if header["rule"] in BUFFERS:
+    if RULES[header["rule"]].buffers:
         return f"rule {header['rule']}"
     half = {entry["dtype"] for entry in header["tensors"]} & {"bfloat16", "float16"}
-    rounded = half and header["rounding"] in ("compensated", "master")
+    rounded = half and ROUNDINGS[header["rounding"]].buffer
     return f"{header['rounding']} rounding" if rounded else None
 
 

@@ -35,8 +35,11 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
         raise InputError(f"{path}: with {option} a run goes on from a checkpoint alone")
     _check(path, log, optimizer)
     where: dict[int, int] = {id(g): i for i, g in enumerate(optimizer.param_groups)}
-    began = {"past": first.get("past", ()), "number": first.get("number", 0)}
-    programs = {i: program_of(log.header, steps, i, finish=False, **began) for i in where.values()}
+    memory = optimizer.memory
+    programs = {
+        i: program_of(log.header, steps, i, finish=False, past=memory.past, number=memory.number)
+        for i in where.values()
+    }
     entries = {entry["name"]: entry for entry in log.header["tensors"]}
     for name, p, group in optimizer.trained():
         state, program = optimizer.state.get(p, {}), programs[where[id(group)]]
@@ -44,7 +47,7 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
             make_(p, entries[name], log.header, program, state)
         if state:
             optimizer.state[p] = state
-    first["past"], first["number"] = programs[0].past, programs[0].number
+    memory.past, memory.number = programs[0].past, programs[0].number
     for group in optimizer.param_groups:
         group["step"] = end
     return len(steps)

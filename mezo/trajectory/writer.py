@@ -12,12 +12,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mezo import noise
+from mezo import noise, rules
 from mezo.compatibility import unpacked
 from mezo.errors import InputError
-from mezo.layers import PLAIN, owns
-from mezo.mezo import MeZO, Record
+from mezo.layers import PLAIN, scales_of
+from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
+from mezo.record import Record
 from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import FORMAT, checksum, frame
@@ -85,7 +86,7 @@ class Writer:
 
     def _segment(self, header: dict[str, Any], settings: dict[str, Any]) -> bytes:
         whole = header | {"start": self._step} | settings
-        if self.optimizer.param_groups[0].get("written") == self._step:  # MeZO.write was called
+        if self.optimizer.memory.written == self._step:  # MeZO.write was called
             whole["written"], self._written = True, self._step
         try:
             check(whole, None if header else {"lr": [0.0] * self._groups})
@@ -103,7 +104,7 @@ class Writer:
         settings["lr_in_records"] |= settings["lr"] != before["lr"]
         moving = settings["lr_in_records"]  # each record has its own: no change to announce
         same = settings | {"lr": before["lr"]} if moving else settings
-        written = self.optimizer.param_groups[0].get("written") == record.step != self._written
+        written = self.optimizer.memory.written == record.step != self._written
         data = b"" if same == before and not written else self._segment({}, settings)
         with np.errstate(over="ignore"):  # a float64 model's loss may be infinite in float32
             values = [*record.projected_grads, float(np.float32(record.loss))]
@@ -225,12 +226,12 @@ def header_of(
 
 def identity(optimizer: MeZO) -> dict[str, Any]:
     """What a log says of the whole run and a replay goes by, beside the tensors."""
-    group, rule = optimizer.param_groups[0], dict(optimizer.param_groups[0]["rule"])
+    group, rule = optimizer.settings, rules.options(optimizer.rule.replayed, optimizer.rules)
     found = {key: group[key] for key in ("seed", "distribution")}
     found |= {"perturbation": optimizer.perturbation, "rounding": group["rounding"]}
     name = rule.pop("name")
-    found["rule"] = "sgd" if name == "scalar_adam" else name  # what it scales is in the records
-    if rule and name != "scalar_adam":
+    found["rule"] = name
+    if rule:
         found["rule_options"] = rule
     if group["estimator"] != "two_point":
         found["estimator"] = group["estimator"]
@@ -271,7 +272,7 @@ def _place_of(name: str, p: torch.Tensor) -> dict[str, Any]:
 def _entries(optimizer: MeZO) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """What the log says of every trained tensor, but for its fingerprint; and the tensor."""
     index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
-    own = owns(optimizer.param_groups[0]["layers"])
+    own = scales_of(optimizer.param_groups[0]["layers"])
     entries: list[tuple[dict[str, Any], torch.Tensor]] = []
     for name, p, group in optimizer.trained():
         entry = _place_of(name, p) | {"group": index[id(group)]}

@@ -84,7 +84,7 @@ def probe_parallel(rank, folder, options, batches):
         path = f"{folder}/{number}-{rank}.mezo"
         with trajectory.record(optimizer, path):
             for step in range(4):
-                for probe in processes.own(EACH):
+                for probe in processes.share(EACH):
                     part = batches[step][probe]
                     optimizer.estimate(lambda part=part, net=net: part_loss(net, part), probe)
                 optimizer.step()
@@ -131,7 +131,7 @@ def mesh(rank):
     half = slice(4 * data, 4 * data + 4)
     for _ in range(3):
         optimizer.step(lambda: loss(net, x[half], y[half]))
-    return digest(net), list(processes.own(4)), weights(net).tolist()
+    return digest(net), list(processes.share(4)), weights(net).tolist()
 
 
 def test_a_mesh_of_probes_and_data(tmp_path):

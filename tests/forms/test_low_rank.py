@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 from contextlib import nullcontext
 
 import pytest
@@ -13,7 +14,6 @@ from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
 from mezo.forms import factors
 from mezo.noise import Move, definition
-from mezo.perturbation import perturb
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SEED, INTERVAL = 4, 7
@@ -247,7 +247,7 @@ def test_writing_is_what_the_forward_pass_saw():
     optimizer = optimizer_of(model, rank=3, lr=1e-2)
     for _ in range(5):
         optimizer.step(model)
-    beside = perturb(optimizer.trained(), optimizer.param_groups[0], 0, optimizer.state)
+    beside = optimizer.direction(0)
     with torch.no_grad(), beside.at(0):
         expected = float(model())
     plain = float(model().detach())
@@ -297,7 +297,7 @@ def test_an_interrupt_while_matrices_are_written_comes_when_they_are(dtype, monk
         def summed(*args, calls=calls, interrupted=interrupted):
             calls.append(1)
             if len(calls) - 1 == interrupted:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             return original(*args)
 
         monkeypatch.setattr(factors, "summed", summed)
@@ -306,7 +306,7 @@ def test_an_interrupt_while_matrices_are_written_comes_when_they_are(dtype, monk
         else:
             with pytest.raises(KeyboardInterrupt):
                 optimizer.write()
-        assert optimizer.param_groups[0]["written"] == 3
+        assert optimizer.memory.written == 3
         found.append(model.weight.detach())
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert not torch.equal(found[0], base.weight)
@@ -323,7 +323,7 @@ def test_an_interrupt_within_a_step_leaves_what_the_log_says(tmp_path, monkeypat
             apply_(*args, **kwargs)
             calls.append(1)
             if len(calls) == fails_at:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         with trajectory.record(optimizer, tmp_path / "run.mezo"):
             optimizer.step(model)

@@ -13,7 +13,6 @@ from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, 
 from mezo import MeZO, noise
 from mezo.errors import InputError
 from mezo.noise import Move
-from mezo.perturbation import perturb
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def scratch(model, eps=1e-2, seed=3):
     """Direction 0 of step 0 for all of a model's parameters, and its optimizer."""
     optimizer = MeZO(model.named_parameters(), eps=eps, seed=seed, perturbation="scratch")
-    return perturb(optimizer.trained(), optimizer.param_groups[0], 0)
+    return optimizer.direction(0)
 
 
 def materialised(model, sign, eps=1e-2, seed=3):

@@ -17,7 +17,6 @@ from mezo.errors import InputError
 from mezo.forms.products import Unpaired
 from mezo.noise import Move
 from mezo.objectives import form_for
-from mezo.perturbation import perturb
 from mezo.tasks import Example, custom_task
 
 EPS, SEED = 1e-2, 3
@@ -33,7 +32,7 @@ def optimizer_of(model, rank=1, **options):
 def low_rank(model, **options):
     """Direction 0 of step 0 for all of a model's parameters."""
     optimizer = optimizer_of(model, **options)
-    return perturb(optimizer.trained(), optimizer.param_groups[0], 0, optimizer.state)
+    return optimizer.direction(0)
 
 
 def drawn(name, factor, size, rank, step=0):
@@ -242,7 +241,7 @@ def test_a_paired_step_is_one_forward_pass_with_the_same_estimate():
         optimizers[1].step(lambda: twin(twin.x).mean())
         counts.append(model.calls - before)
     assert counts == [5] + [1] * 9
-    assert optimizers[0].param_groups[0]["paired"] is True
+    assert optimizers[0].memory.paired is True
     # a loss near 4 is off by 8 roundings of float32, a projected_grad by 1 / eps of that
     slack = 10 * 1e-3 * 8 * 4 * 2.0**-24 / EPS * 5
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -275,7 +274,7 @@ def test_what_cannot_be_stacked_takes_two_passes_and_says_so_once(fault, caplog)
     for _ in range(3):
         optimizer.step(Paired(closure.alone, halves))
         plain.step(twin.paired().alone)
-    assert optimizer.param_groups[0]["paired"] is False
+    assert optimizer.memory.paired is False
     assert caplog.text.count("two forward passes a step instead of one") == 1
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 

@@ -21,14 +21,10 @@ from frozen.cells import CELLS, Cell
 from frozen.toy_models import Toy, build, digests
 
 from mezo import MeZO, trajectory
-from mezo.estimators import Mean
+from mezo.closures import Mean, Paired
 from mezo.rules import RULES
 from mezo.schedules import Schedule, linear
 
-try:
-    from mezo.forms.low_rank import Paired
-except ImportError:  # the tree of 4da56f9
-    from mezo.low_rank import Paired
 HERE = Path(__file__).parent
 LOGS, INDEX = HERE / "logs", HERE / "index.json"
 DEFAULTS: dict[str, Any] = {"lr": 0.05, "eps": 1e-2, "seed": 6}

@@ -12,7 +12,6 @@ from mezo import MeZO, tasks
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import evaluate
 from mezo.objectives import form_for
-from mezo.perturbation import perturb
 from mezo.tasks import Example, custom_task
 
 WORDS = [" a terrible, awful, boring movie", " great"]
@@ -84,7 +83,7 @@ def test_a_calibrated_loss_takes_both_signs_at_once(share, bpe):
     model = tiny_model("opt").float()
     form = form_for(model, bpe, CHOICE, share=share).calibrate(model, "sfc")
     optimizer = MeZO(model.named_parameters(), eps=0.1, seed=1, perturbation="low_rank")
-    perturbed, batch = perturb(optimizer.trained(), optimizer.param_groups[0], 0), batch_of(form)
+    perturbed, batch = optimizer.direction(0), batch_of(form)
     with torch.no_grad():
         pair = form.pair_loss(model, batch, perturbed.both)
         for sign, found in zip((+1, -1), pair, strict=True):

@@ -9,7 +9,6 @@ from mezo import MeZO
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import evaluate
 from mezo.objectives import Generated, form_for
-from mezo.perturbation import perturb
 from mezo.tasks import Example, Task
 
 QUESTIONS = Task(
@@ -82,7 +81,7 @@ def test_both_losses_along_low_rank_directions(bpe):
     model = tiny_model("opt").float()
     form = form_for(model, bpe, QUESTIONS)
     optimizer = MeZO(model.named_parameters(), eps=0.1, seed=1, perturbation="low_rank")
-    perturbed, batch = perturb(optimizer.trained(), optimizer.param_groups[0], 0), batch_of(form)
+    perturbed, batch = optimizer.direction(0), batch_of(form)
     with torch.no_grad():
         pair = form.pair_loss(model, batch, perturbed.both)
         for sign, found in zip((+1, -1), pair, strict=True):

@@ -24,7 +24,6 @@ from mezo import MeZO
 from mezo.errors import InputError
 from mezo.objectives import form_for
 from mezo.objectives.packing import apart, pack, spread
-from mezo.perturbation import perturb
 from mezo.tasks import Example
 
 WINDOWS = [("mistral", "sliding_window"), ("gpt_neo", "window_size")]
@@ -159,7 +158,7 @@ def test_both_losses_come_from_one_forward_pass(share, objective, bpe):
     model = model_of("opt").float()
     form = form_for(model, bpe, CHOICE, objective=objective, share=share)
     optimizer = MeZO(model.named_parameters(), eps=0.1, seed=1, perturbation="low_rank")
-    perturbed, batch = perturb(optimizer.trained(), optimizer.param_groups[0], 0), batch_of(form)
+    perturbed, batch = optimizer.direction(0), batch_of(form)
     with torch.no_grad():
         pair = form.pair_loss(model, batch, perturbed.both)
         for sign, found in zip((+1, -1), pair, strict=True):

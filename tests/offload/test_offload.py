@@ -182,7 +182,7 @@ def test_both_halves_in_one_forward_pass():
     model, away = made("opt"), made("opt")
     losses, _ = run(model, lambda optimizer: contextlib.nullcontext())
     found, optimizer = run(away, lambda optimizer: Offload(away, optimizer, **COPIES))
-    assert optimizer.param_groups[0]["paired"]
+    assert optimizer.memory.paired
     assert found == losses
     assert same(away, model)
 

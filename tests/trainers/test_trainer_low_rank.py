@@ -53,7 +53,7 @@ def test_a_trainer_that_knows_its_pair_takes_one_pass(tmp_path):
     for name, kind in (("one", PairedTrainer), ("two", MeZOTrainer)):
         trainer = trainer_at(tmp_path / name, model=Toy(), kind=kind, **options)
         trainer.train()
-        paired = trainer.optimizer.optimizer.param_groups[0].get("paired")
+        paired = trainer.optimizer.optimizer.memory.paired
         assert paired is (True if name == "one" else None)
     expected = [pytest.approx(row, rel=1e-9) for row in grads(tmp_path / "two")]
     assert grads(tmp_path / "one") == expected

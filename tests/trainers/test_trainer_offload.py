@@ -110,7 +110,7 @@ def test_both_losses_from_one_forward_pass(tmp_path):
     options |= {"data": points(), "interval": 3, "kind": PairedTrainer, "max_steps": 5}
     here = trained(tmp_path / "here", model=Toy(), **options)
     away = trained(tmp_path / "away", model=Toy(), **options, **AWAY)
-    assert away.optimizer.optimizer.param_groups[0]["paired"]
+    assert away.optimizer.optimizer.memory.paired
     assert_the_same(here, away)
 
 

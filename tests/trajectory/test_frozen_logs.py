@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from mezo import MeZO, noise, trajectory
 from mezo.estimators import ESTIMATORS, SHAPINGS
 from mezo.forms.rounding import ROUNDINGS
+from mezo.guards import FORMS
 from mezo.layers import MODIFIED
-from mezo.perturbation import FORMS
 from mezo.rules import RULES
 
 FROZEN = json.loads(INDEX.read_text())

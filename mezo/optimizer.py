@@ -1,0 +1,411 @@
+"""torch.optim.Optimizer around Algorithm 1: its options, what a run remembers, and its parts.
+
+Two parts are replaceable: `processes`, who estimates which direction (one process, or as many as
+distributed.join finds), and `weights`, where tensors lie (here, sharded, or offloaded).
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import distributed as dist
+
+from mezo import estimators, noise, rules
+from mezo.closures import Closure, Loss
+from mezo.errors import InputError
+from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
+from mezo.forms import factors, rounding
+from mezo.forms.direction import Direction, Part, Row
+from mezo.forms.updates import Update, update_
+from mezo.guards import check_group, check_storage
+from mezo.interrupts import held
+from mezo.layers import PLAIN, TensorScale, check_layers, scales_of
+from mezo.noise import Move
+from mezo.noise.sharded import is_sharded
+from mezo.record import Memory, Record
+from mezo.rules import Rule
+from mezo.watch import Watch
+
+Trained = tuple[str, torch.nn.Parameter, dict[str, Any]]  # canonical name, parameter, its group
+Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # estimates by probe; walks a probe
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """What `MeZO` is beside Algorithm 1. `forms` and `estimators` are those that it knows by name.
+
+    Attributes:
+        processes, weights: the replaceable parts.
+        observers: told of every step's Record, of refused ones too.
+        directions: those of the step that is being made, by probe.
+        memory: what the run remembers from step to step.
+    """
+
+    forms: ClassVar[Mapping[str, type[Direction]]]
+    estimators: ClassVar[Mapping[str, Estimator]]
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-6,
+        *,
+        eps: float = 1e-3,
+        weight_decay: float = 0.0,
+        rule: str | Rule | dict[str, Any] = "sgd",
+        estimator: str | Estimator | Callable[[Any, Any], Estimate] = "two_point",
+        shaping: str | None = None,
+        num_samples: int = 1,
+        seed: int | None = None,
+        distribution: str = "gaussian",
+        perturbation: str | None = None,
+        rank: int = 1,
+        interval: int = 50,
+        rounding: str = "stochastic",
+        layers: Mapping[str, Any] | None = None,
+        clip: float | None = None,
+        clip_quantile: float | None = None,
+        max_refused: int = 10,
+    ):
+        """
+        Args:
+            params: `model.named_parameters()`, or groups of them: z is keyed by name, so that
+                order, filters and wrappers change nothing. `parameters()` works too, keyed by
+                position.
+            lr: about 100 times smaller than Adam's: 1e-7 to 1e-6 for a large model (Tables 15, 16).
+            eps: size of the perturbation: 1e-3 in the paper; 1e-2 for LoRA, 1e-1 for prefixes.
+            weight_decay: decoupled, theta <- (1 - lr * weight_decay) theta at each step.
+            rule: a value of rules.py or of your own (docs/extending.md), or one of the names
+                "sgd", "momentum", "adam", "sign", "scalar_adam".
+            estimator: "two_point", "one_sided" or "one_point" (estimators.py), or a function
+                `(closure, direction) -> Estimate` of your own.
+            shaping: what becomes of the losses of several directions: estimators.py.
+            num_samples: n of n-SPSA (Algorithm 2): directions a step, whose estimates are averaged.
+            seed: of all directions, in [0, 2^64). None takes `torch.initial_seed()`, that is, what
+                `torch.manual_seed` was given; torch's generators are neither used nor changed.
+            distribution: of z: "gaussian", or "rademacher" (signs; the same variance, cheaper).
+            perturbation: "in_place", "scratch" (weights untouched); None: scratch for 16-bit
+                weights. "low_rank": z of a matrix is a product of thin ones; see `write`.
+            rank, interval: of low_rank: columns of a direction, steps between writings of a matrix.
+            rounding: of 16-bit weights' updates: "stochastic", "compensated", "master", "nearest".
+            layers: per-tensor scales (Definitions 6 and 7) or a mask (layers.py).
+            clip, clip_quantile: bounds on |projected_grad|: a value, a quantile of the last 100.
+            max_refused: updates in a row that may be refused for a loss that is not finite.
+        """
+        given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        given["seed"] = torch.initial_seed() if seed is None else seed
+        self.rules = rules.known([type(rule)] if isinstance(rule, Rule) else [])
+        given["rule"] = rules.options(rule, self.rules)
+        self.measures: dict[str, Estimator] = dict(self.estimators)  # by name: estimators it knows
+        given["estimator"] = self._named(estimator)
+        self.observers: list[Callable[[Record], None]] = []
+        self.directions: dict[int, Direction] = {}
+        self.memory, self.watch, self._thread = Memory(), Watch(), threading.Lock()
+        self.processes: Any = OneProcess()
+        self.weights: Any = Weights()
+        self._known: Any = None  # how parameters and settings were when `_trained` was listed
+        super().__init__(params, given | {"step": 0})
+        check_layers(given["layers"], self.form, {name for name, _, _ in self.trained()})
+
+    def _named(self, estimator: Any) -> str:
+        """An estimator's name; one of the user's is kept under it."""
+        if not callable(estimator):
+            return estimator  # a name, which check_group looks at
+        name = estimators.name_of(estimator)
+        whole = estimator if isinstance(estimator, Estimator) else Estimator(estimator)
+        self.measures.setdefault(name, whole)
+        return name
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        check_group(param_group, self.settings, self.rule, self.measures)
+        self._known = None
+        check_storage([(name, p) for name, p, _ in self.trained()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with what the run remembers in the first parameter group."""
+        found = super().state_dict()
+        found["param_groups"][0] |= self.memory.as_dict()
+        return found
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        rounding.keep_dtypes(self, state_dict)
+        self.memory, self._known = Memory.taken_from(self.param_groups[0]), None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that are one for all parameter groups, as the first group has them."""
+        return self.param_groups[0]
+
+    @property
+    def steps(self) -> int:
+        """The number of the step to come; of those made, refused ones included."""
+        return self.settings["step"]
+
+    @property
+    def rule(self) -> Rule:
+        return rules.rule_of(self.settings["rule"], self.rules)
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.measures[self.settings["estimator"]]
+
+    @property
+    def form(self) -> type[Direction]:
+        """How theta + eps z reaches the forward pass: scratch for 16 bits, if it was not said."""
+        self.trained()
+        return self._form
+
+    @property
+    def perturbation(self) -> str:
+        """The name of the form in use: "in_place", "scratch" or "low_rank"."""
+        return next(name for name, form in self.forms.items() if form is self.form)
+
+    def trained(self) -> list[Trained]:
+        """(canonical name, parameter, its group) of what has requires_grad, in order.
+
+        Parameters without names are numbered. The list of a step is that of its beginning.
+        """
+        if not self.directions:
+            first = self.settings
+            known = [first["seed"], first["perturbation"], first["layers"]]
+            known += [(id(p), p.requires_grad, p.dtype) for p in self._every()]
+            if known != self._known:
+                self._list()
+                self._known = known
+        return self._trained
+
+    def parts(self) -> list[Part]:
+        """The same tensors with the keys of their z, by what they have in common."""
+        self.trained()
+        return self._parts
+
+    def _every(self) -> Iterator[torch.Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _list(self) -> None:
+        """List the trained tensors anew."""
+        self._trained: list[Trained] = []
+        self._parts: list[Part] = []
+        first, position = self.settings, 0
+        scales = scales_of(first["layers"])
+        rows: dict[tuple[int, TensorScale], list[Row]] = {}
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names") or map(str, range(position, 2**31))
+            position += len(group["params"])
+            for name, p in zip(names, group["params"], strict=False):
+                if p.requires_grad:
+                    name = noise.canonical_name(name)
+                    self._trained.append((name, p, group))
+                    row = Row(name, p, noise.tensor_key(first["seed"], name))
+                    rows.setdefault((i, scales.get(name, PLAIN)), []).append(row)
+        for (i, scale), of_part in rows.items():
+            self._parts.append(Part(self.param_groups[i], of_part, scale))
+        half = any(p.dtype in rounding.HALF for _, p, _ in self._trained)
+        name = first["perturbation"] or ("scratch" if half else "in_place")
+        self._form = self.forms[name]
+
+    def direction(self, probe: int) -> Direction:
+        """Direction number `probe` of the step that is being made."""
+        self.processes.begin(self, probe)
+        if probe not in self.directions:
+            self.directions[probe] = self.weights.direction(self, probe)
+        return self.directions[probe]
+
+    def loss(self, closure: Closure | Loss) -> Loss:
+        """The closure as estimators call it."""
+        return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around)
+
+    def estimates_of(self, closure: Closure | None) -> Iterator[tuple[int, Loss]]:
+        """This process's directions of a step, each with the loss; none without a closure."""
+        if closure is not None:
+            loss, probes = self.loss(closure), self.processes.share(self.settings["num_samples"])
+            self.weights.together(self, probes)
+            for probe in probes:
+                yield probe, loss
+
+    def passes(self) -> int:
+        """Forward passes a step, on one batch."""
+        return self.estimator.passes(self.settings["num_samples"])
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a step or an estimate: Ctrl-C waits, but for forward passes; one thread at a time.
+
+        Raises RuntimeError in a second thread.
+        """
+        with held():
+            if not self._thread.acquire(blocking=False):
+                raise RuntimeError("this optimizer is making a step already: in another thread?")
+            try:
+                yield
+            finally:
+                self._thread.release()
+
+    @contextmanager
+    def refused_if_raised(self, direction: Direction) -> Iterator[None]:
+        """If an estimate raises, theta is restored, and the step counts as taken, unapplied."""
+        before = len(direction.estimates)
+        try:
+            with torch.no_grad():
+                yield
+        except BaseException:
+            with held():  # as it is already, unless a second Ctrl-C came at a bad moment
+                del direction.estimates[before:]
+                direction.add(FAILED)
+                self.finish(self.combined(told=False))
+            raise
+
+    def combined(self, told: bool = True) -> Combined:
+        """What the step applies, of all its estimates and all processes'."""
+        if not self.directions:
+            raise RuntimeError("step() needs a closure, or estimate(closure) before it")
+        seen, cycles = self.processes.joined(self)
+        rule, looks_back = self.rule, self.estimator.looks_back
+        found = combined(seen, self.settings, self.memory, rule, looks_back)
+        if told:
+            self.watch.step(found, self)
+        if found.finite:
+            self.memory.remember(self.steps, [*found.grads.values()], rule.window)
+        return Combined(found.grads, found.loss, found.finite, cycles)
+
+    def finish(self, found: Combined) -> None:
+        """Apply what was combined, and record it. InputError after max_refused in a row."""
+        self._update(found)
+        torch.clear_autocast_cache()
+        self.record(found)
+        self.watch.stop(self.settings)
+
+    def _update(self, found: Combined | None) -> None:
+        raise NotImplementedError
+
+    def restore_(self) -> None:
+        """Theta is what it was before the directions of this step."""
+        self._update(None)
+
+    def update_of(self, part: Part, found: Combined | None) -> Update | None:
+        """A parameter group's share of the step that the memory has noted last; None: no update."""
+        if found is None or not found.finite:
+            return None
+        group = part.group
+        past, number = self.memory.past, self.memory.number
+        lr, decay = float(group["lr"]), group["weight_decay"]
+        return Update(self.rule, self.steps, lr, decay, past, len(past), number)
+
+    def record(self, found: Combined) -> None:
+        """The step is made: it is counted, and observers are told."""
+        step, self.directions = self.steps, {}
+        for group in self.param_groups:
+            group["step"] = step + 1
+        self.weights.end_step_(self)
+        record = Record(step, tuple(found.grads.values()), found.loss, found.cycles)
+        for observer in self.observers:
+            observer(record)
+
+    def write(self) -> None:
+        """Low-rank directions, offload: bring the weights up to date, to be read or saved."""
+        with held():
+            self.weights.write_(self)
+
+
+class Weights:
+    """The weights are where they are computed with; offload.Offload does the same from afar."""
+
+    def direction(self, optimizer: ZerothOrderOptimizer, probe: int) -> Direction:
+        """A new direction of the step, number `probe`."""
+        estimator, memory = optimizer.estimator, optimizer.memory
+        found = optimizer.form(
+            optimizer.parts(),
+            optimizer.settings,
+            probe,
+            sides=estimator.sides,
+            memory=memory,
+            states=optimizer.state,
+        )
+        if estimator.looks_back and probe < len(memory.before):
+            found.before = memory.before[probe]
+        return found
+
+    def move_(self, optimizer: ZerothOrderOptimizer, part: Part, moves: Sequence[Move]) -> None:
+        """The moves of a step, on the tensors of a part."""
+        settings, table = optimizer.settings, noise.table(moves)
+        for name, p, _ in part.rows:
+            state = optimizer.state.get(p, {})
+            factors.update_(p, name, table, settings, state)
+            if state:
+                optimizer.state[p] = state
+
+    def update_(
+        self, optimizer: ZerothOrderOptimizer, part: Part, moves: Sequence[Move], update: Update
+    ) -> None:
+        """The moves of a step, and then the update of a rule that is more than moves."""
+        settings, table = optimizer.settings, noise.table(moves)
+        for name, p, _ in part.rows:
+            state = optimizer.state.get(p, {})
+            factors.update_(p, name, table, settings, state)
+            update_(p, name, update, settings, state, part.scale)
+            if state:
+                optimizer.state[p] = state
+
+    def end_step_(self, optimizer: ZerothOrderOptimizer) -> None:
+        """After a step that was counted: low-rank matrices at an interval's end."""
+        if optimizer.form.factored:
+            factors.write_due_(optimizer.trained(), optimizer.settings, optimizer.state)
+
+    def together(self, optimizer: ZerothOrderOptimizer, probes: Iterable[int]) -> None:
+        """These directions of a step are estimated next, with the same closure."""
+
+    def queue(self, optimizer: ZerothOrderOptimizer, p, name: str, program: Any) -> bool:
+        """Whether the moves of a replay are taken, to be made later; else the caller makes them."""
+        return False
+
+    def write_(self, optimizer: ZerothOrderOptimizer) -> None:
+        """Whatever is not in the weights yet."""
+        trained, settings = optimizer.trained(), optimizer.settings
+        factors.write_now_(trained, settings, optimizer.state, optimizer.memory)
+
+
+class OneProcess:
+    """One process: a step's estimates are its own."""
+
+    latest: Mapping[int, list[Estimate]] = MappingProxyType({})  # of the last step, by probe
+    around: Callable[[Closure], Closure] | None = None  # what a closure is wrapped in
+    _begun = False
+
+    def share(self, num_samples: int) -> range:
+        """The directions of a step that this process estimates."""
+        return range(num_samples)
+
+    def begin(self, optimizer: ZerothOrderOptimizer, probe: int) -> None:
+        """Called before an estimate along direction `probe`."""
+        seen = optimizer.directions
+        if not max(seen, default=0) <= probe <= len(seen):  # a replay counts on it
+            raise ValueError(f"the probes of a step are estimated in order from 0: not {probe} now")
+        if self._begun:
+            return
+        for name, p, _ in optimizer.trained():
+            if is_sharded(p):
+                raise InputError(
+                    f"parameter {name} is sharded: call mezo.distributed.join(optimizer, model)"
+                )
+        if number_of_processes() > 1:
+            logging.getLogger("mezo").warning(
+                "%d processes, and no mezo.distributed.join(optimizer, model): each trains weights "
+                "of its own",
+                number_of_processes(),
+            )
+        self._begun = True
+
+    def joined(self, optimizer: ZerothOrderOptimizer) -> Joined:
+        """The step's estimates, of all processes; called once before the update."""
+        seen = optimizer.directions
+        self.latest = {i: direction.estimates for i, direction in seen.items()}
+        return dict(self.latest), tuple([direction.cycles for direction in seen.values()])
+
+
+def number_of_processes() -> int:
+    """How many there are; 0 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0
