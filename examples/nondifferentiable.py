@@ -12,7 +12,7 @@ from mezo.objectives import form_for
 model, tokenizer = load(ModelArguments("minilm"))
 task = tasks.get("opinions")
 form = form_for(model, tokenizer, task)
-train = tasks.load_examples(task, "train")[:128]
+train = tasks.load_examples(task, "train")[:48]
 batch = form.collate([form.encode(example) for example in train])
 
 

@@ -1,25 +1,7 @@
 """Models small enough for a test: random weights of many architectures, nets that are a loss."""
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-)
+import transformers  # a class is imported when it is first asked for: that takes seconds
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"initializer_range": 0.3}  # weights large enough that a wrong position shows in the scores
@@ -33,19 +15,27 @@ def tiny_model(name, vocabulary=400, context=LENGTH):
     with torch.random.fork_rng():
         torch.random.manual_seed(7)
         made = {
-            "opt": lambda: OPTForCausalLM(
-                OPTConfig(**_opt(shape), ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0)
+            "opt": lambda: transformers.OPTForCausalLM(
+                transformers.OPTConfig(
+                    **_opt(shape), ffn_dim=32, word_embed_proj_dim=16, pad_token_id=0
+                )
             ),
-            "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=32)),
-            "qwen2": lambda: Qwen2ForCausalLM(
-                Qwen2Config(**shape, intermediate_size=32, num_key_value_heads=1)
+            "llama": lambda: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(**shape, intermediate_size=32)
             ),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=1, eos_token_id=2)),
-            "bert": lambda: BertForMaskedLM(BertConfig(**shape, **bert)),
-            "roberta": lambda: RobertaForMaskedLM(
-                RobertaConfig(**(shape | {"max_position_embeddings": context + 1}), **bert)
+            "qwen2": lambda: transformers.Qwen2ForCausalLM(
+                transformers.Qwen2Config(**shape, intermediate_size=32, num_key_value_heads=1)
             ),
-            "encoder": lambda: BertModel(BertConfig(**shape, **bert)),
+            "gpt2": lambda: transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(**shape, bos_token_id=1, eos_token_id=2)
+            ),
+            "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**shape, **bert)),
+            "roberta": lambda: transformers.RobertaForMaskedLM(
+                transformers.RobertaConfig(
+                    **(shape | {"max_position_embeddings": context + 1}), **bert
+                )
+            ),
+            "encoder": lambda: transformers.BertModel(transformers.BertConfig(**shape, **bert)),
         }[name]()
     return made.double().eval()
 
@@ -60,8 +50,10 @@ def llama(seed=0, dropout=0.0):
         torch.random.manual_seed(seed)
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 2, "max_position_embeddings": 32}
-        config = LlamaConfig(vocab_size=64, attention_dropout=dropout, **shape, **heads)
-        return LlamaForCausalLM(config)
+        config = transformers.LlamaConfig(
+            vocab_size=64, attention_dropout=dropout, **shape, **heads
+        )
+        return transformers.LlamaForCausalLM(config)
 
 
 def weights(model):
@@ -145,10 +137,13 @@ ARCHITECTURES = {  # what is unlike the six above
 
 
 def architecture(name, dtype):
-    config = AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
-    kind = {"t5": AutoModelForSeq2SeqLM, "albert": AutoModelForMaskedLM}
-    kind |= {"deberta": AutoModelForMaskedLM, "deberta-v2": AutoModelForMaskedLM}
+    config = transformers.AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
+    kind = {"t5": transformers.AutoModelForSeq2SeqLM, "albert": transformers.AutoModelForMaskedLM}
+    kind |= {
+        "deberta": transformers.AutoModelForMaskedLM,
+        "deberta-v2": transformers.AutoModelForMaskedLM,
+    }
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
-        made = kind.get(name, AutoModelForCausalLM).from_config(config)
+        made = kind.get(name, transformers.AutoModelForCausalLM).from_config(config)
     return made.to(dtype).eval()
