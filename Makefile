@@ -1,43 +1,88 @@
-# make demo   see MeZO fine-tune a language model on this machine, offline once installed
-# make test   the tests          make lint   ruff, mypy          make slow   the slow tests
+# make demo          see MeZO fine-tune a language model on this machine, offline once installed
+# make test          the tests, with the versions of requirements/lock.txt
+# make slow          the slow tests                     make lint    ruff, mypy
+# make test-floor    the tests with the oldest versions that pyproject.toml admits
+# make test-newest   the tests with the newest versions there are; lists what they deprecate
+# make dist          the wheel and the source archive, installed and tried outside this folder
+# make lock          resolves requirements/*.txt anew
 #
-# Both install what they need into .venv. With a CUDA device: make demo TORCH=torch
+# Each installs what it needs into an environment of its own. With a CUDA device: make demo TORCH=torch
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 1 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-TORCH ?= torch==2.13.0+cpu
-TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 OUT ?= demo_output
+TORCH ?=
+LOCK = requirements/lock.txt
+FLOOR = requirements/floor.txt
+SOURCES = pyproject.toml requirements/install.sh
+INSTALL = TORCH="$(TORCH)" requirements/install.sh $(PYTHON)
+PYTEST = bin/python -m pytest -n auto --dist loadfile
+AS_WARNINGS = -W default::DeprecationWarning -W default::PendingDeprecationWarning \
+	-W default::FutureWarning
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint test-floor test-newest dist lock clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/mezo demo --output_dir $(OUT)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/$(PYTEST)
 
 slow: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-$(VENV)/.torch:
-	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	@echo "installing $(TORCH) and what mezo needs into $(VENV); this takes a few minutes"
-	@# the CPU build: from the package index where it has one, else from PyTorch's own
-	$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+test-floor: .venv-floor/.test
+	.venv-floor/$(PYTEST) $(AS_WARNINGS)
+
+test-newest: .venv-newest/.test
+	.venv-newest/$(PYTEST) $(AS_WARNINGS)
+
+$(VENV)/.demo: $(SOURCES) $(LOCK)
+	$(INSTALL) $(VENV) demo $(LOCK)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[demo]"
+$(VENV)/.test: $(SOURCES) $(LOCK)
+	$(INSTALL) $(VENV) test,lint $(LOCK)
+	@touch $@ $(VENV)/.demo
+
+.venv-floor/.test: $(SOURCES) $(FLOOR)
+	$(INSTALL) .venv-floor test $(FLOOR)
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) --editable ".[test,lint]"
+.venv-newest/.test: $(SOURCES)
+	$(INSTALL) .venv-newest test
+	@touch $@
+
+# ---- what is published
+
+dist: .venv-tools/.installed
+	rm -rf dist
+	.venv-tools/bin/python -m build --quiet
+	requirements/try-dist.sh $(PYTHON) $(LOCK)
+
+# ---- the versions: every one is written down, for any platform and Python 3.11
+# or newer; those of the floor for Linux and Python 3.11
+
+TORCH_PIN = torch==2.13.0
+COMPILE = .venv-tools/bin/uv pip compile pyproject.toml - --quiet --upgrade \
+	--python-version 3.11 --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock" --extra test
+
+lock: .venv-tools/.installed
+	printf '$(TORCH_PIN)\nsetuptools\n' | $(COMPILE) --extra lint \
+		--universal --fork-strategy fewest --output-file $(LOCK)
+	printf 'setuptools>=77\n' | $(COMPILE) --resolution lowest-direct \
+		--python-platform x86_64-manylinux_2_28 --output-file $(FLOOR)
+
+.venv-tools/.installed: Makefile
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip --disable-pip-version-check -qq install uv build
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floor .venv-newest .venv-tools $(OUT) build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache

@@ -10,16 +10,69 @@ from typing import Any
 
 import torch
 
-__all__ = ["CACHE_ARGUMENTS", "cache_of", "unpacked"]
+__all__ = [
+    "CACHE_ARGUMENTS",
+    "TO_DISK",
+    "cache_of",
+    "checkpointing_option",
+    "checkpoints_activations",
+    "enable_checkpointing",
+    "is_sharded_at_load",
+    "loss_is_scaled",
+    "unpacked",
+]
 
 # What a model's keys and values are called among its arguments: transformers 5.24 renamed
 # `past_key_values` to `cache`, and accepts the old name with a warning; peft 0.21 still passes it.
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 
+# A device map that leaves every weight in its file. transformers says where each one is by hooks;
+# 5.6 attaches them only if a map names two devices (5.17 always does), hence the second entry,
+# which names no module.
+TO_DISK = {"": "disk", "-": "cpu"}
+
 
 def cache_of(output: Any) -> Any:
     """Return the keys and values in a model's output, under the name that its release uses."""
     return output["cache" if "cache" in output else "past_key_values"]
+
+
+def checkpointing_option(arguments: Any) -> str:
+    """Return the name of activation checkpointing among TrainingArguments (a class or its object).
+
+    transformers 5.23 renamed `gradient_checkpointing` to `activation_checkpointing`.
+    """
+    new = "activation_checkpointing"
+    return new if hasattr(arguments, new) else "gradient_checkpointing"
+
+
+def checkpoints_activations(arguments: Any) -> bool:
+    """Return whether TrainingArguments ask for activation checkpointing."""
+    return bool(getattr(arguments, checkpointing_option(arguments)))
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Make a transformers model checkpoint its activations (the method was renamed in 5.23)."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)(options)
+
+
+def loss_is_scaled(trainer: Any, num_items_in_batch: Any) -> bool:
+    """Return whether the trainer's loss is divided by the size of the whole accumulated batch.
+
+    This is the rule of `Trainer.training_step`. A trainer states an exception of its own in
+    `loss_is_scaled_for_ga` since transformers 5.19; no older release reads it.
+    """
+    stated = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if stated is not None:
+        return stated
+    counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return counted or trainer.compute_loss_func is not None
+
+
+def is_sharded_at_load(trainer: Any) -> bool:
+    """Return whether from_pretrained sharded the trainer's model, which it can since 5.19."""
+    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
 
 
 def unpacked(p: torch.Tensor) -> torch.Tensor:

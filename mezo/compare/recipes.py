@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mezo.compare.paper_grids import GRIDS, Grid, name_of, on_task
+from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
 from mezo.runs import rates
 from mezo.tasks import Task
@@ -80,7 +81,10 @@ def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
         rate = rates.adam(parameters, part)
         made |= {"max_steps": adam_steps, "per_device_train_batch_size": 8}
         made |= {"lr_scheduler_type": "linear"}
-    made |= {"activation_checkpointing": True} if checkpointing else {}
+    if checkpointing:
+        from transformers import TrainingArguments  # slow to import, and most recipes need none
+
+        made[checkpointing_option(TrainingArguments)] = True
     return made | {"learning_rate": [rate], "eval_steps": 0.1, "save_steps": 0.1}
 
 

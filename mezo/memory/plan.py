@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezo import noise
+from mezo.compatibility import enable_checkpointing
 from mezo.errors import InputError
 from mezo.forms.direction import Part, Row
 from mezo.forms.scratch import Moved, Scratch
@@ -205,7 +206,7 @@ class Planner:
         def checkpointing(config: Any) -> Any:
             model: Any = self.make(config, self.dtype)
             again = {"context_fn": lambda: (nullcontext(), FusedAttention())}  # within backward
-            model.activation_checkpointing_enable({"use_reentrant": False} | again)
+            enable_checkpointing(model, {"use_reentrant": False} | again)
             return model.train()
 
         return self._trained(checkpointing, 4)

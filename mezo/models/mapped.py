@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
+from mezo.compatibility import TO_DISK
 from mezo.errors import InputError
 from mezo.models.safetensors_files import FLOATS
 
@@ -107,7 +108,7 @@ def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **k
     """
     from accelerate.hooks import remove_hook_from_submodules
 
-    where: dict[str, Any] = {"device_map": {"": "disk"}, "offload_folder": folder}
+    where: dict[str, Any] = {"device_map": TO_DISK, "offload_folder": folder}
     try:
         model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **where, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:

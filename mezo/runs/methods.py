@@ -21,6 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from mezo import noise
+from mezo.compatibility import checkpointing_option, checkpoints_activations
 from mezo.errors import InputError
 from mezo.estimators import passes_of
 from mezo.evaluation.evaluate import evaluate
@@ -54,9 +55,9 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
     prompt = tuners.is_prompt(model_args)
     if model_args.freeze_layers and prompt:
         raise InputError(f"freeze_layers does not go with peft_type {model_args.peft_type}")
-    if args.activation_checkpointing and prompt and args.method == "adam":
+    if checkpoints_activations(args) and prompt and args.method == "adam":
         raise InputError(
-            f"activation_checkpointing does not go with peft_type {model_args.peft_type}: "
+            f"{checkpointing_option(args)} does not go with peft_type {model_args.peft_type}: "
             "it drops the cache that holds the prefix"
         )
 
@@ -166,7 +167,7 @@ def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str,
 
 def passes_of_a_step(args: Any) -> int:
     """Forward passes of one batch; a backward pass counts as two."""
-    again = bool(args.activation_checkpointing)  # the forward pass runs a second time
+    again = checkpoints_activations(args)  # the forward pass runs a second time
     if getattr(args, "method", "mezo") != "mezo":  # SFT and DPO have no other
         return (3 + again) * args.gradient_accumulation_steps
     share = args.num_samples if args.fresh_batches else 1  # of the batch, for each direction

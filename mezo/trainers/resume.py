@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from mezo import trajectory
+from mezo.compatibility import is_sharded_at_load
 from mezo.errors import InputError
 from mezo.trainers.config import MeZOConfig
 
@@ -35,7 +36,7 @@ class Tail:
         """What to resume from: a checkpoint, or the folder that stands for the log's end."""
         args = self.trainer.args
         # the Trainer cannot load one into a model that `from_pretrained` has sharded
-        sharded = self.trainer.is_distributed_loading_by_transformers
+        sharded = is_sharded_at_load(self.trainer)
         found = None if sharded else last_checkpoint(args.output_dir)
         log = Path(args.output_dir, "run.mezo")
         if found is None and not log.exists():

@@ -24,6 +24,7 @@ from transformers.utils import PushToHubMixin
 
 from mezo import trajectory
 from mezo.closures import Both, Paired
+from mezo.compatibility import checkpointing_option, checkpoints_activations, loss_is_scaled
 from mezo.distributed.elastic import writer_of
 from mezo.distributed.processes import join
 from mezo.distributed.sharding import reshard
@@ -159,10 +160,7 @@ class MeZOMixin(_Host):
 
         Returns the update's loss, the mean of both passes, once: 0 for the other micro-batches.
         """
-        scaled = self.loss_is_scaled_for_ga  # the rule of Trainer.training_step
-        if scaled is None:
-            takes_count = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = takes_count or self.compute_loss_func is not None
+        scaled = loss_is_scaled(self, num_items_in_batch)
         divisor = 1 if scaled else self.current_gradient_accumulation_steps
         self._window.append((inputs, num_items_in_batch, divisor))
         if not self.accelerator.sync_gradients:  # more micro-batches to come
@@ -292,8 +290,9 @@ def _check(trainer: Trainer) -> None:
         if given:
             raise InputError(f"{option} does not go with MeZO: {instead}")
     logger = logging.getLogger("mezo")
-    if args.activation_checkpointing:  # TRL's default
-        logger.warning("activation_checkpointing has no effect: no activations are kept anyway")
+    if checkpoints_activations(args):  # TRL's default
+        option = checkpointing_option(args)
+        logger.warning("%s has no effect: no activations are kept anyway", option)
     if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
         message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
         logger.warning(message, args.learning_rate)

@@ -16,6 +16,7 @@ from tiny_tokenizers import byte_bpe, word_piece
 from transformers import MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mezo import MeZO, load, objectives, tasks, trajectory
+from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
 from mezo.evaluation import linear_probe as baselines
 from mezo.models import adapters as tuners
@@ -24,11 +25,13 @@ from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import head_of
 from mezo.runs import rebuild as adapter
 from mezo.runs import task as run
+from mezo.runs.arguments import TrainArguments
 from mezo.runs.methods import passes_of_a_step
 
 FIELDS = {"metric", "method", "test", "dev", "seconds", "peak_memory_above_model", "steps"}
 FIELDS |= {"forward_passes", "stored_bytes", "config", "environment", "zero_shot", "kept_step"}
 PREFIX = {"use_peft": True, "peft_type": "prefix"}
+CHECKPOINTING = checkpointing_option(TrainArguments)
 quantised = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
 
@@ -135,7 +138,7 @@ def test_adam_with_checkpointing_gives_the_same_in_more_passes(place, tmp_path, 
 
     monkeypatch.setattr(models, "load", counting)
     own, counts = {"use_peft": lora}, []
-    for name, more in (("plain", {}), ("less", {"activation_checkpointing": True})):
+    for name, more in (("plain", {}), ("less", {CHECKPOINTING: True})):
         result = trained(place, tmp_path / name, own, method="adam", **more)
         counts.append((sum(calls), result["forward_passes"]))
         calls.clear()
@@ -301,8 +304,13 @@ REFUSED = [
     (["--use_peft", "--peft_type=adalora"], "adalora does not go with MeZO: it is steered by"),
     (["--use_peft", "--peft_type=prefix", "--freeze_layers=1"], "freeze_layers does not go with"),
     (
-        ["--use_peft", "--peft_type=prefix", "--method=adam", "--activation_checkpointing=true"],
-        "activation_checkpointing does not go with peft_type prefix",
+        [
+            "--use_peft",
+            "--peft_type=prefix",
+            "--method=adam",
+            f"--{checkpointing_option(TrainArguments)}=true",
+        ],
+        "_checkpointing does not go with peft_type prefix",
     ),
 ]
 

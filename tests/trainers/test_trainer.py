@@ -39,7 +39,7 @@ def test_what_the_mixin_calls_exists(tmp_path):
     """The same for what it reads of the host."""
     trainer = trainer_at(tmp_path)
     trainer.train()
-    for name in ("loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "compute_loss_func"):
+    for name in ("model_accepts_loss_kwargs", "compute_loss_func"):
         assert name in dir(trainer)
     for name in ("current_gradient_accumulation_steps", "_prepare_inputs", "callback_handler"):
         assert name in dir(trainer)
@@ -59,11 +59,13 @@ def test_a_plain_loop_gives_the_same_bits(tmp_path, accelerated):
     if accelerated:
         model, wrapped = Accelerator(cpu=True).prepare(model, optimizer)
         step = wrapped.step
+    host = trainer_at(tmp_path / "host")
     data = sentences()
     for start in range(0, 24, 4):
         rows = data[start : start + 4]
         batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        count = batch["labels"][:, 1:].ne(-100).sum()
+        # how labels are counted depends on the release of transformers
+        _, count = host.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
         step(lambda batch=batch, n=count: model(**batch, num_items_in_batch=n).loss)
     assert torch.equal(weights(model), trained(tmp_path, max_steps=6))
 
