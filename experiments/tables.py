@@ -42,8 +42,8 @@ def sst2(model: str) -> None:
         print(f"| {method} | {' | '.join(shown)} |")
 
 
-# arXiv:2305.17333, Appendix A: RoBERTa-large, SST-2, k = 16, 10,000 forward passes. Its n-SPSA draws
-# a batch for each direction (Algorithm 2), so that n = 16 on one batch has no number beside it.
+# arXiv:2305.17333, Appendix A: RoBERTa-large, SST-2, k = 16, 10,000 forward passes. Its n-SPSA
+# draws a batch for each direction (Algorithm 2), so n = 16 on one batch has no number beside it.
 PAPER_ABLATION = {
     "mezo": 89.6,
     "no prompt": 51.9,

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mezo.runs.examiner import ERRORS, Horizon
+
 STEPS = 20_000  # of a run: Table 16
 AGREES = 0.1  # change of the projected gradient that is small beside the noise of a batch
-ERRORS = 2.0  # standard errors at which a number is told from zero, or from chance
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ class Measurements:
     gap: float  # between the losses of the two passes
     spacing: float  # of numbers of the loss's size
     loss: float
-    best_lr: float | None
-    limited: bool  # best_lr is bounded by how far the slope lasts
+    pull: float  # E[g_B^2 z'Gz], of examiner.py
+    steps: int  # of the run to come
+    best_lr: float | None  # of a first step
+    run_lr: float | None  # of the whole run
+    limited: bool  # the rates are bounded by how far the slope lasts
     last_place: float  # a unit in the last place of most weights
     last_place_of: str
     eps_low: float | None  # change of the projected gradient at eps / 10
@@ -93,12 +97,12 @@ class Measurements:
 
 
 def advice(m: Measurements) -> dict[str, Any]:
-    """The options of a run: a part of the best learning rate, and eps or a steadier neighbour.
+    """The options of a run: the rate for its length, and eps or a steadier neighbour.
 
-    The part is a third where the gradient was clearly measured, else a tenth.
+    Where the gradient was not clearly measured, its upper bound was used, and a third is taken.
     """
     smaller, larger = m.changes
-    part, eps = m.best_lr and m.best_lr / (3 if m.clear else 10), m.eps
+    part, eps = m.run_lr and m.run_lr / (1 if m.clear else 3), m.eps
     if eps < m.last_place / 2:
         eps = float(f"{4 * m.last_place:.0e}")
     elif min(smaller, larger) > AGREES:  # to the steadier side, unless rounding would show there
@@ -176,11 +180,13 @@ def _of_training(m: Measurements) -> Iterator[tuple[str, str]]:
     if best is None:
         yield "warning", "no learning rate can be derived: no slope of the loss is seen at this eps"
     else:
-        text = f"the best learning rate is {'about' if m.clear else 'at most'} {best:.1e}: take "
-        text += f"{best / 10:.0e} to {best:.0e}. A rule of thumb after Section 4 of the paper"
-        text += ", with no step longer than its slope lasts" if m.limited else ""
-        yield "ok", text + (f"; its own rates are {t.paper[0]}" if t.paper else "")
-        yield _rate(lr, best, (m.signal_at_most or 0.0) / m.loss)
+        run = m.run_lr or best
+        text = f"the best learning rate of a run of {m.steps:,} steps is "
+        text += f"{'about' if m.clear else 'at most'} {run:.1e}, of a single step {best:.1e}; a "
+        text += f"rate up to three times smaller or larger than {run:.1e} is worth trying"
+        text += "; no step is longer than its slope lasts" if m.limited else ""
+        yield "ok", text + (f"; the paper's rates are {t.paper[0]}" if t.paper else "")
+        yield _rate(m, lr, run)
     size, half = lr * m.mean_size, m.last_place / 2
     text = f"lr * |projected_grad| is {size:.1g}, half a unit in the last place {half:.1g}"
     kept = t.half and t.perturbation == "scratch" and t.rounding != "nearest"
@@ -194,13 +200,13 @@ def _of_training(m: Measurements) -> Iterator[tuple[str, str]]:
     yield "ok", f"{text}{STEPS * step / 3600:.1f} hours, this check {m.seconds / step:.0f} steps"
 
 
-def _rate(lr: float, best: float, slope: float) -> tuple[str, str]:
-    """Judge the learning rate `lr`; `slope` is |grad|^2 in units of the loss."""
-    gain = lr * slope * (1 - lr / best / 2)  # of a step
-    text = f"learning_rate {lr:g} is {lr / best:.3g} times the best: "
-    if gain <= 0:
-        return "warning", f"{text}too large, a step raises the loss on average"
-    if gain * STEPS < 0.01:
-        return "warning", f"{text}{STEPS:,} steps lower the loss by {gain * STEPS:.1%}"
-    text += f"{math.ceil(0.01 / gain):,} steps lower the loss by 1 %"
-    return "ok" if 0.1 <= lr / best <= 1 else "note", text
+def _rate(m: Measurements, lr: float, best: float) -> tuple[str, str]:
+    """Judge the learning rate `lr` beside the best of the run."""
+    horizon = Horizon(m.signal_at_most or 0.0, m.pull, m.loss, m.steps)
+    change = horizon.change(lr) / m.loss
+    text = f"learning_rate {lr:g} is {lr / best:.2g} times that: {m.steps:,} steps are expected to "
+    if change > 0:
+        return "warning", f"{text}raise the loss, as the noise of the updates outweighs their gain"
+    text += f"lower the loss by about {-change:.0%}, and at the best rate by "
+    text += f"{-horizon.change(best) / m.loss:.0%}"
+    return "ok" if 1 / 3 <= lr / best <= 3 else "note", text

@@ -1,14 +1,6 @@
 """`mezo check`: what a dozen estimates say of a model, a prompt, eps and the learning rate.
 
-The scores s of the two passes along z, which a step computes anyway, give for every example i
-
-    g_i       = (loss_i(theta + eps z) - loss_i(theta - eps z)) / (2 eps)    its gradient along z
-    z' G_i z  = variance of (s+ - s-) / (2 eps) under p = softmax(s)         its curvature along z
-
-A step of size lr on a batch B changes the loss by -lr |grad|^2 + lr^2 / 2 E[g_B^2 z'Hz] in the
-mean over z and B. The best lr is |grad|^2 / E[g_B^2 z'Hz]: the share of |grad|^2 in E[g_B^2], over
-tr H or a little more (Section 4 of the paper: the effective rank); twice that lr gains nothing.
-H is taken to be its Gauss-Newton part G: the second differences of the loss drown in their spread.
+The arithmetic of the gradient, the curvature and the best rate is in mezo/runs/examiner.py.
 """
 
 import json
@@ -16,29 +8,27 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from mezo import tasks
 from mezo.arguments import DataArguments
-from mezo.check.findings import ERRORS, Measurements, advice, findings
+from mezo.check.findings import STEPS, Measurements, advice, findings
 from mezo.compare.paper_grids import GRIDS
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, evaluate
 from mezo.memory.measured import PeakMemory
-from mezo.mezo import MeZO
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
-from mezo.models.modes import evaluating, to_device, unwrap
+from mezo.models.modes import evaluating, unwrap
 from mezo.models.trainable import select
 from mezo.objectives import Batch, Causal, Feature, Form, Masked
-from mezo.record import Record
 from mezo.runs import rates
 from mezo.runs.data import load_splits, task_of
+from mezo.runs.examiner import ERRORS, Examiner, Landscape, best_step, mean_error
 from mezo.runs.result import environment
 from mezo.runs.task import form_of
 from mezo.watch import last_place
@@ -65,39 +55,6 @@ def of_paper(kind: str) -> tuple[str, str] | None:
     return f"{text} (Tables 15, 16)".replace("e-0", "e-"), " or ".join(eps).replace("e-0", "e-")
 
 
-def mean_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of two or more values, and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def gradient(grads: np.ndarray, batch_size: int) -> dict[str, float]:
-    """How much of E[g_B^2] is the gradient, from g_i (directions, examples).
-
-    signal: |grad L|^2, the mean of g_i g_j over z and pairs of examples: unbiased, so it may be
-    negative; noise: variance of a batch's mean; share: signal / (signal + noise), NaN if all is 0.
-    """
-    n, squares = grads.shape[1], (grads**2).sum(1)
-    signals = (grads.sum(1) ** 2 - squares) / (n * (n - 1))
-    powers = signals + (squares / n - signals) / batch_size
-    (signal, signal_error), power = mean_error(signals), float(powers.mean())
-    share = signal / power if power > 0 else math.nan
-    error = mean_error(signals - share * powers)[1] / power if power > 0 else math.nan
-    found = {"signal": signal, "signal_error": signal_error, "noise": power - signal}
-    return found | {"share": share, "share_error": error}
-
-
-def gauss_newton(plus: torch.Tensor, minus: torch.Tensor, eps: float) -> float:
-    """z'Gz of the mean cross-entropy, from the scores (examples, candidates) of both passes."""
-    slope, p = (plus - minus) / (2 * eps), ((plus + minus) / 2).softmax(-1)
-    return float(((p * slope**2).sum(-1) - (p * slope).sum(-1) ** 2).mean())
-
-
-def best_rate(signal: float, squares: np.ndarray, curvatures: np.ndarray) -> float:
-    """signal / E[g_B^2 z'Hz] from both factors (directions); NaN where no step lowers the loss."""
-    pull = float(np.mean(squares * curvatures))
-    return signal / pull if signal > 0 and pull > 0 else math.nan
-
-
 def changes(grads: np.ndarray) -> tuple[float, float]:
     """Relative changes (rms) of g (directions, [eps / 10, eps, 10 eps]) from eps to the others."""
     with np.errstate(invalid="ignore", divide="ignore"):  # of infinite losses, or of none: NaN
@@ -110,53 +67,6 @@ def reach(eps: float, high: float) -> float:
     return 10 * eps * min(1.0, math.sqrt(0.25 / high)) if high > 0 else eps
 
 
-class Seen(NamedTuple):
-    """One estimate on a batch."""
-
-    grads: np.ndarray  # projected gradient, example by example
-    grad: float  # of the batch, as MeZO has it
-    loss: float  # mean of the two passes
-    curvature: float  # z'Gz
-    seconds: float  # of the whole step
-
-
-class Examiner:
-    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call."""
-
-    def __init__(self, model: torch.nn.Module, form: Form, seed: int):
-        adapter = getattr(model, "peft_config", None) is not None
-        rounding = "master" if adapter else "stochastic"  # as MeZOMixin
-        self.model, self.form = model, form
-        self.optimizer = MeZO(model.named_parameters(), 0.0, seed=seed, rounding=rounding)
-        self.trained: list[torch.Tensor] = [p for _, p, _ in self.optimizer.trained()]
-        self._records: list[Record] = []
-        self.optimizer.observers.append(self._records.append)
-
-    def batch(self, features: Sequence[Feature]) -> Batch:
-        return to_device(self.form.collate(features), self.model)
-
-    def loss(self, batch: Batch) -> float:
-        return float(self.form.loss(self.model, batch))
-
-    def __call__(self, batch: Batch, direction: int, eps: float) -> Seen:
-        scores: list[torch.Tensor] = []
-
-        def closure() -> torch.Tensor:  # form.loss, with the scores kept
-            scores.append(self.form.scores(self.model, batch))
-            return F.cross_entropy(scores[-1], batch["labels"])
-
-        for group in self.optimizer.param_groups:
-            group["step"], group["eps"] = direction, eps
-        began = time.perf_counter()
-        self.optimizer.step(closure)
-        seconds, record = time.perf_counter() - began, self._records.pop()
-        ends = [s.double() for s in scores[:2]]  # the first step may look once more
-        plus, minus = (F.cross_entropy(s, batch["labels"], reduction="none") for s in ends)
-        grads = ((plus - minus) / (2 * eps)).cpu().numpy()
-        grad, curvature = record.projected_grads[0], gauss_newton(ends[0], ends[1], eps)
-        return Seen(grads, grad, record.loss, curvature, seconds)
-
-
 def check(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -165,17 +75,20 @@ def check(
     lr: float | None = None,
     batch_size: int = 16,
     directions: int = 12,
+    steps: int = STEPS,
     seed: int = 42,
 ) -> dict[str, Any]:
     """The numbers, "findings": {"level", "text"} each, and "next": options, as JSON can hold them.
 
     level: "ok", "note" or "warning". A direction takes two estimates and a forward pass. eps and lr
-    are those of `mezo train` where they are None.
+    are those of `mezo train` where they are None; `steps` is the length of the run to come, at a
+    constant rate.
     """
     for name, value in {"eps": eps, "lr": lr}.items():
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be positive, got {value}")
-    for name, count, least in (("batch_size", batch_size, 1), ("directions", directions, 2)):
+    counts = (("batch_size", batch_size, 1), ("directions", directions, 2), ("steps", steps, 1))
+    for name, count, least in counts:
         if count < least:
             raise InputError(f"{name} must be at least {least}, got {count}")
     began, task = time.perf_counter(), task_of(data_args)
@@ -194,14 +107,14 @@ def check(
         select(model, model_args.trainable)
     layers, features = model_args.freeze_layers, [form.encode(example) for example in train]
     found: dict[str, Any] = {"model": model_args.model_name_or_path, "task": task.name}
-    found |= {"eps": eps, "lr": lr, "batch_size": size, "asked": batch_size}
+    found |= {"eps": eps, "lr": lr, "batch_size": size, "asked": batch_size, "steps": steps}
     with FrozenLower(model, layers) if layers else nullcontext(), evaluating(model):
         examiner, dev = Examiner(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
         found |= {"trained": _trained(examiner), "candidates": _candidates(form, features[:SHOWN])}
         found["prompt"] = _prompt(form, evaluate(model, form, dev))
         longest = sorted(features, key=lambda feature: feature["length"])[-size:]
         found |= _repeated(examiner, examiner.batch(longest), eps)
-        found |= measure(examiner, features, eps, size, directions)
+        found |= measure(examiner, features, eps, size, directions, steps)
     found |= {"seconds": time.perf_counter() - began, "environment": environment()}
     found = json.loads(json.dumps(found), parse_constant=lambda word: None)  # NaN is no JSON
     measurements = Measurements.of(found)
@@ -209,7 +122,7 @@ def check(
 
 
 def measure(
-    examiner: Examiner, features: list[Feature], eps: float, size: int, n: int
+    examiner: Examiner, features: list[Feature], eps: float, size: int, n: int, steps: int
 ) -> dict[str, Any]:
     """Gradient, curvature, eps and time, from two disjoint batches of `size` along n directions."""
     rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
@@ -234,33 +147,43 @@ def measure(
         raise InputError(f"{lost}: lower eps, take bfloat16 or float32, or look at the data")
     low, high = changes(np.array(scan))
     found |= {"lost": n - len(rows), "eps_low": low, "eps_high": high}
-    found |= _numbers(rows, eps, size, reach(eps, high))
+    found |= _numbers(rows, eps, size, reach(eps, high), steps)
     unit, dtype = last_place(examiner.trained)
     value = torch.tensor(found["loss"], dtype=unwrap(examiner.model).dtype)
     found |= {"last_place": unit, "last_place_of": str(dtype).removeprefix("torch.")}
     found["spacing"] = last_place([value])[0]
     if found["gap"] <= found["spacing"] or eps < unit / 2:  # what was seen is rounding
-        found["best_lr"] = math.nan
+        found["best_lr"] = found["run_lr"] = math.nan
     return found
 
 
-def _numbers(rows: list, eps: float, size: int, longest: float) -> dict[str, Any]:
-    """Of the gradient, the curvature and the best lr; from rows of loss, seconds, and two Seen."""
+def _numbers(rows: list, eps: float, size: int, longest: float, steps: int) -> dict[str, Any]:
+    """Of the gradient, the curvature and the rates; from rows of loss, seconds, and two Seen."""
+    land = Landscape.of([(one, two) for _, _, one, two in rows], size)
     grads = np.array([[one.grad, two.grad] for _, _, one, two in rows])
-    found = gradient(np.array([[*one.grads, *two.grads] for _, _, one, two in rows]), size)
-    clear, squares = found["share"] > ERRORS * found["share_error"], (grads**2).mean(1)
-    most = min(1.0, found["share"] + ERRORS * found["share_error"])
-    used = found["signal"] if clear else most * float(squares.mean())
     curved = np.array([(one.curvature + two.curvature) / 2 for _, _, one, two in rows])
     losses, ends = np.array([[loss, one.loss] for loss, _, one, _ in rows]).T
     second = 2 * (ends - losses) / eps**2  # z'Hz, as ends are means of two
     (trace, error), (hessian, off) = mean_error(curved), mean_error(second)
-    found |= {"clear": clear, "share_at_most": most, "signal_at_most": used}
-    found |= {"mean_size": float(abs(grads).mean()), "std": float(grads.std())}
-    best, limit = best_rate(used, squares, curved), longest / max(found["mean_size"], 1e-300)
-    found |= {"trace": trace, "trace_error": error, "hessian": hessian, "hessian_error": off}
-    found |= {"gap": float(np.median(2 * eps * abs(grads))), "loss": float(np.mean(losses))}
-    return found | {"best_lr": min(best, limit), "limited": limit < best}
+    best, limit = best_step(land.signal, land.pull), longest / max(land.size, 1e-300)
+    most = min(1.0, land.gradient["share"] + ERRORS * land.gradient["share_error"])
+    return land.gradient | {
+        "clear": land.clear,
+        "share_at_most": most,
+        "signal_at_most": land.signal,
+        "pull": land.pull,
+        "mean_size": land.size,
+        "std": float(grads.std()),
+        "trace": trace,
+        "trace_error": error,
+        "hessian": hessian,
+        "hessian_error": off,
+        "gap": float(np.median(2 * eps * abs(grads))),
+        "loss": float(np.mean(losses)),
+        "best_lr": min(best, limit),
+        "run_lr": min(land.horizon(steps).best_rate(), limit),
+        "limited": limit < best,
+    }
 
 
 def _trained(examiner: Examiner) -> dict[str, Any]:

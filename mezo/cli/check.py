@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
         "  --learning_rate LR                  default: as mezo train's, by the model's size\n"
         "  --per_device_train_batch_size N     default 16\n"
         "  --directions N                      more tell more, default 12\n"
+        "  --max_steps N                       length of the run to come, default 20000\n"
         "  --json                              one line of JSON, with every number\n"
     )
     kinds = (ModelArguments, DataArguments)
@@ -37,9 +38,14 @@ def main(argv: list[str]) -> None:
     options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
     options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
     options |= {"directions": {"type": int, "default": 12}}
+    options |= {"max_steps": {"type": int, "default": 20_000}}
     given = with_config(argv)
     model, data, own = parse(given, hf_parser("mezo check", kinds, **options), kinds)
-    sizes = {"batch_size": own.per_device_train_batch_size, "directions": own.directions}
+    sizes = {
+        "batch_size": own.per_device_train_batch_size,
+        "directions": own.directions,
+        "steps": own.max_steps,
+    }
     with redirect_stdout(sys.stderr):
         result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes)
     if own.json:

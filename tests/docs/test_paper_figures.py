@@ -69,4 +69,4 @@ def test_every_quoted_gigabyte_is_the_paper_s():
         "prefix FT": (19, 29, 46, 158, 315),
         "Adam FT, 32 bits": (27, 55, 156, 316, 633),
     }
-    assert sizes.PAPER == {row: dict(zip(names, gb, strict=False)) for row, gb in rows.items()}
+    assert {row: dict(zip(names, gb, strict=False)) for row, gb in rows.items()} == sizes.PAPER
