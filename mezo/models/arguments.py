@@ -43,6 +43,8 @@ class ModelArguments:
     load_in_8bit: bool = option(False, "Quantise the frozen weights, by bitsandbytes.")
     load_in_4bit: bool = option(False, "The same, 4 bits (NF4).")
     trainable: str | None = option(
-        None, "train: head, or only weights whose name this expression finds."
+        None,
+        "train: head, biases, norms, biases_and_norms, or only weights whose name this expression "
+        "finds.",
     )
     freeze_layers: int = option(0, "train: freeze so many lower layers, run them once a text.")

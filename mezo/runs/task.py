@@ -22,7 +22,7 @@ from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
-from mezo.models.trainable import select
+from mezo.models.trainable import select, told
 from mezo.objectives import Form, form_for
 from mezo.runs import methods, rates
 from mezo.runs.arguments import TrainArguments
@@ -43,8 +43,8 @@ def train(
 ) -> dict:
     """Tune a model on a task; returns and writes the result. Resumes where told to.
 
-    `on_rate` is told in a line, before the first step, of a learning rate or an eps that were taken
-    because none was given.
+    `on_rate` is told in a line each, before the first step, of a learning rate or an eps that were
+    taken because none was given, and of how many tensors and weights `trainable` found.
     """
     began = time.perf_counter()
     task = task_of(data_args)
@@ -65,6 +65,8 @@ def train(
     if line := rates.told(model_args, given, args):
         on_rate(line)
     with trained_part(model, model_args):
+        if model_args.trainable is not None:
+            on_rate(told(model, model_args.trainable))
         with placement.inference(model, args.device, args.offload):
             before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
         if args.method == "icl":

@@ -169,6 +169,6 @@ def test_what_is_shown_runs_the_cells_of_the_grid(capsys):
 def test_a_run_is_shown_with_the_rate_it_would_take(capsys):
     code, out, _ = mezo(capsys, "train", "--model", "causal-lm", "--dry_run")
     assert code == 0
-    assert "--learning_rate=0.001 " in out
+    assert "--learning_rate=3e-05 " in out  # rates.py, for 19.1 M weights
     code, _, err = mezo(capsys, "train", "--paper", "table16", "--grid", "table16-ft")
     assert (code, "both name a grid" in err) == (2, True)

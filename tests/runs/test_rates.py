@@ -113,3 +113,41 @@ def test_a_cell_without_a_rate_of_its_own_is_found_again(place, tmp_path, capsys
     assert (code, "found: seed=1" in err) == (0, True)
     code, _, err = mezo(capsys, *argv, "--learning_rate=1e-30")
     assert (code, "with learning_rate" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part", "rate", "eps"),
+    [
+        (19.1e6, "", 3e-5, 1e-3),  # causal-lm, as it was found
+        (355e6, "", 3.9e-6, 1e-3),  # RoBERTa-large: Table 15 has 1e-7 to 1e-5
+        (1.316e9, "", 1e-6, 1e-3),  # opt-1.3b, which the README names: Table 16 ends at 1e-6
+        (12.85e9, "", 3.1e-7, 1e-3),
+        (65.72e9, "", 1e-7, 1e-3),  # opt-66b: and begins at 1e-7
+        (1.316e9, "head", 1e-6, 1e-3),
+        (3_009_024, "lora", 3e-3, 1e-2),
+        (1.316e9, "lora", 1e-4, 1e-2),  # Table 16: 5e-5 to 1e-4
+        (65.72e9, "lora", 5e-5, 1e-2),
+        (12.85e9, "ia3", 5e-5, 1e-2),  # what is not listed is as LoRA
+        (3_009_024, "prefix", 9.8e-2, 1e-1),
+        (1.316e9, "prefix", 4.7e-3, 1e-1),  # Table 16: 1e-3 to 1e-2
+        (65.72e9, "prompt", 1e-3, 1e-1),
+    ],
+)
+def test_the_rates_by_size_are_these(parameters, part, rate, eps):
+    """Literals, so that a change of the table is seen; the large ones lie in the paper's grids."""
+    assert rates.mezo(int(parameters), part) == (rate, eps)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "part", "rate"),
+    [
+        (3_009_024, "", 2.9e-4),
+        (12.85e9, "", 1e-5),  # Table 16: 1e-5 to 8e-5
+        (3_009_024, "lora", 9.8e-4),
+        (12.85e9, "head", 1e-4),
+        (3_009_024, "prefix", 9.8e-3),
+        (12.85e9, "prompt", 1e-3),
+    ],
+)
+def test_the_rates_of_adam_by_size_are_these(parameters, part, rate):
+    assert rates.adam(int(parameters), part) == rate
