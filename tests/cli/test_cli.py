@@ -289,10 +289,14 @@ def test_a_run_is_not_overwritten(trained, place, capsys):
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_an_interrupted_run_goes_on_to_the_same_weights(trained, place, capsys, monkeypatch):
+def test_an_interrupted_run_goes_on_to_the_same_weights(
+    trained, place, tmp_path, capsys, monkeypatch
+):
     """Ctrl-C within a forward pass of step 3; the last checkpoint is that of step 2."""
     folder, _, _ = trained
-    argv = training(place, place / "tiny", load_best_model_at_end=False, output_dir=place / "cut")
+    argv = training(
+        place, place / "tiny", load_best_model_at_end=False, output_dir=tmp_path / "cut"
+    )
     loss, calls = objectives.Causal.loss, []
 
     def interrupted(self, model, batch):
@@ -308,14 +312,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(trained, place, capsys, 
     assert again in err
     assert err.endswith("mezo: interrupted\n")
     monkeypatch.undo()
-    assert (place / "cut" / "checkpoint-2").is_dir()
+    assert (tmp_path / "cut" / "checkpoint-2").is_dir()
     code, _, err = mezo(capsys, "train", *argv, "--resume_from_checkpoint", "true")
     assert code == 0
     assert "starting anew" not in err
-    assert same_weights(place / "cut", folder)
+    assert same_weights(tmp_path / "cut", folder)
     records = [
         [step.record for step in trajectory.read(path / "run.mezo").steps]
-        for path in (place / "cut", folder)
+        for path in (tmp_path / "cut", folder)
     ]
     assert records[0] == records[1]
 
