@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -264,16 +265,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not self.directions:
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
         seen, cycles = self.processes.joined(self)
-        rule, looks_back = self.rule, self.estimator.looks_back
-        found = combined(seen, self.settings, self.memory, rule, looks_back)
+        looks_back = self.estimator.looks_back
+        found = combined(seen, self.settings, self.memory, self.rule, looks_back)
         if told:
             self.watch.step(found, self)
-        if found.finite:
-            self.memory.remember(self.steps, [*found.grads.values()], rule.window)
-        return Combined(found.grads, found.loss, found.finite, cycles)
+        return replace(found, cycles=cycles)
 
     def finish(self, found: Combined) -> None:
         """Apply what was combined, and record it. InputError after max_refused in a row."""
+        if found.finite:
+            self.memory.remember(self.steps, [*found.grads.values()], self.rule.window)
         self._update(found)
         torch.clear_autocast_cache()
         self.record(found)
@@ -306,9 +307,23 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             observer(record)
 
     def write(self) -> None:
-        """Low-rank directions, offload: bring the weights up to date, to be read or saved."""
+        """Bring the weights up to date, to be read or saved.
+
+        Low-rank directions and offload keep updates elsewhere for a while. In place, estimates that
+        no step has used are given up: their walks have rounded the weights, and the log says so.
+        """
         with held():
+            self.give_up()
             self.weights.write_(self)
+
+    def give_up(self) -> None:
+        """If estimates have moved the weights and no step has used them, that step is refused."""
+        if self.directions and self.form.moves_weights:
+            with held():
+                for direction in self.directions.values():
+                    direction.estimates.clear()
+                    direction.add(FAILED)
+                self.finish(self.combined(told=False))
 
 
 class Weights:

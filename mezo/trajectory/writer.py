@@ -138,6 +138,8 @@ class Writer:
 
     def close(self) -> None:
         if self in self.optimizer.observers:
+            with suppress(InputError):  # no room for the record: whoever took the step is told
+                self.optimizer.give_up()
             self.optimizer.observers.remove(self)
         if not self._file.closed:
             with suppress(OSError):  # whoever took the step was told
