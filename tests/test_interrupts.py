@@ -133,16 +133,24 @@ def test_a_signal_within_a_section_is_handed_over_at_its_end():
 def test_a_forward_pass_lets_it_through_at_once():
     """One that waited comes before the pass; the section is held again behind it."""
     reached = []
-    with pytest.raises(KeyboardInterrupt), held():
-        signal.raise_signal(signal.SIGINT)
-        reached.append("held")
-        with released():
-            reached.append("passed")
-    with pytest.raises(KeyboardInterrupt), held():
-        with released():
-            reached.append("within")
-        signal.raise_signal(signal.SIGINT)
-        reached.append("held again")
+
+    def waits():
+        with held():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("held")
+            with released():
+                reached.append("passed")
+
+    def waits_again():
+        with held():
+            with released():
+                reached.append("within")
+            signal.raise_signal(signal.SIGINT)
+            reached.append("held again")
+
+    for call in (waits, waits_again):
+        with pytest.raises(KeyboardInterrupt):
+            call()
     assert reached == ["held", "within", "held again"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
