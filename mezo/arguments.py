@@ -30,9 +30,15 @@ class DataArguments:
     max_length: int | None = option(None, "Limit in tokens; default: the model's own.")
     truncate: bool = option(False, "Cut longer examples instead of refusing them.")
     demonstrations: int = option(0, "eval: examples shown before each question.")
+    demonstrations_per_example: bool = option(
+        False, "eval: draw other demonstrations for each question, as in the paper."
+    )
     calibrate: bool = option(False, "Subtract the scores of an empty example (Zhao et al., 2021).")
     calibration: Literal["content_free", "sfc"] = option(
         "content_free", "What --calibrate subtracts; sfc: the scores after the task's sfc_prompt."
+    )
+    as_published: bool = option(
+        False, "Make the published code's choices where ours differ: docs/paper.md lists them."
     )
 
 

@@ -35,7 +35,7 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
   --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml
   --paper TABLE                       table15 or table16: the paper's model, grid, data and steps
-                                      for --task, --method and --peft_type
+                                      for the task, the method and the adapter
   --dry_run                           print the commands that would run, one a line
   --activation_checkpointing true     adam: less memory, a forward pass more
   --seed N                            of the directions and the order of the data

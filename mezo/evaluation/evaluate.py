@@ -53,8 +53,11 @@ def evaluate(
     batch_size: int = 32,
     *,
     demonstrations: Sequence[Example] = (),
+    each: Sequence[Sequence[Example]] | None = None,
 ) -> Result:
     """Score all candidates of all examples, or have the model write; compare with what is right.
+
+    `demonstrations` stand before every example; `each` has other ones for each of them.
 
     Neither the batch size nor the order matters, but for rounding. The model is as it was before,
     training mode included. Memory: that of a forward pass over batch_size examples; where the model
@@ -64,7 +67,11 @@ def evaluate(
         raise InputError("there are no examples to evaluate")
     if demonstrations:
         form = form.in_context(model, demonstrations)
-    features = [form.encode(example) for example in examples]
+    if each is None:
+        features = [form.encode(example) for example in examples]
+    else:
+        pairs = zip(examples, each, strict=True)
+        features = [form.encode(example, shown) for example, shown in pairs]
     scores = score(model, form, features, batch_size)
     predictions: tuple[int, ...] | tuple[str, ...]
     if isinstance(form, Generated):

@@ -33,6 +33,7 @@ class Causal(Form):
     objective: str = "candidates"  # or "tokens": -log p of the right candidate's tokens, their mean
     demonstrations: tuple[Example, ...] = ()
     share: int = 0  # longest row that may share its beginning with another; 0: none
+    whole: bool = True  # demonstrations that do not fit are dropped; False: they are cut
     normalised: bool = True  # the mean over a candidate's tokens; False: their sum
     neutral: "Causal | None" = None  # its scores are subtracted, example by example
 
@@ -91,7 +92,7 @@ class Causal(Form):
         def fits(dropped: int) -> bool:
             return max(map(self._excess, self._tokens(example, shown[dropped:]))) <= 0
 
-        all_fit = not shown or fits(0)
+        all_fit = not shown or not self.whole or fits(0)
         return 0 if all_fit else bisect_left(range(len(shown)), True, key=fits)
 
     def _check_label(self, example: Example, candidates: int) -> None:

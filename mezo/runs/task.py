@@ -24,7 +24,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.trainable import select, told
 from mezo.objectives import Form, form_for
-from mezo.runs import methods, rates
+from mezo.runs import methods, published, rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import load_splits, read_split, task_of, tested
 from mezo.runs.rebuild import rebuilt
@@ -75,6 +75,8 @@ def train(
         if args.method in methods.WITHOUT_TRAINING:
             found = methods.without_training(model, form, splits, args)
         else:
+            if data_args.as_published:
+                args = published.best_by_loss(args, form)
             trainer = task_trainer(model, form, splits, args, config)
             with trainer.offloaded() if args.offload else nullcontext():
                 found = methods.by_trainer(trainer, splits, checkpoint)
@@ -111,12 +113,22 @@ def form_of(
     data_args: DataArguments,
     demonstrations: Sequence[Example] = (),
 ) -> Form:
-    """The form as the options ask for it: with demonstrations in front, then calibrated."""
+    """Return the form as the options ask for it: with demonstrations in front, then calibrated.
+
+    As published, calibration stands behind no demonstrations, and cuts are by tokens.
+    """
+    if data_args.as_published:
+        published.set_first_token(tokenizer, model)
     options: dict[str, Any] = {"truncate": data_args.truncate}
     options["share"] = not model_args.freeze_layers
     form = form_for(model, tokenizer, task, data_args.max_length, **options)
+    form = published.cut_by_tokens(form) if data_args.as_published else form
+    if data_args.calibrate and data_args.as_published:
+        form = form.calibrate(model, data_args.calibration)
     form = form.in_context(model, demonstrations) if demonstrations else form
-    return form.calibrate(model, data_args.calibration) if data_args.calibrate else form
+    if data_args.calibrate and not data_args.as_published:
+        form = form.calibrate(model, data_args.calibration)
+    return form
 
 
 def config_of(
@@ -161,9 +173,13 @@ def evaluate(
     task = task_of(data_args)
     examples = tested(read_split(task, data_args, "test"), data_args)
     shown: list[Example] = []
+    each: list[list[Example]] | None = None
     if data_args.demonstrations:
-        train = read_split(task, data_args, "train")
-        shown = tasks.sample(train, data_args.demonstrations, data_args.split_seed)
+        train, count = read_split(task, data_args, "train"), data_args.demonstrations
+        if data_args.demonstrations_per_example or data_args.as_published:
+            each = list(tasks.demonstration_sets(train, count, len(examples)))
+        else:
+            shown = tasks.sample(train, count, data_args.split_seed)
     if log is None:
         model, tokenizer = models.load(model_args, offload=offload)
     elif offload:
@@ -172,9 +188,9 @@ def evaluate(
         model, tokenizer, _ = rebuilt(model_args, log, until)
     with placement.inference(model, offload=offload):
         form = form_of(model, tokenizer, task, model_args, data_args, shown)
-        found = evaluate_form(model, form, examples, batch_size)
+        found = evaluate_form(model, form, examples, batch_size, each=each)
     result = {"task": task.name, "model": model_args.model_name_or_path} | found.metrics
-    result |= {"loss": found.loss, "n": found.n, "demonstrations": len(shown)}
+    result |= {"loss": found.loss, "n": found.n, "demonstrations": data_args.demonstrations}
     return result | {"demonstrations_dropped": found.dropped, "log": log}
 
 

@@ -15,7 +15,7 @@ from mezo import objectives, trajectory
 from mezo.arguments import DataArguments
 from mezo.cli import main as cli
 from mezo.cli.parsing import default_output_dir
-from mezo.cli.train import TRAIN_HELP
+from mezo.cli.train import SEARCH, TRAIN_HELP
 from mezo.models.arguments import ModelArguments
 
 
@@ -75,7 +75,8 @@ def test_the_training_options_of_the_help_exist():
     """They are written by hand, as a list of all would be long and slow."""
     from mezo.runs.arguments import TrainArguments
 
-    known = {f"--{f.name}" for f in fields(TrainArguments)} | {"--json", "--help_all", "--grid"}
+    known = {f"--{f.name}" for f in fields(TrainArguments)} | {"--json", "--help_all"}
+    known |= {f"--{name}" for name in SEARCH}
     shown = {word.strip("(") for word in TRAIN_HELP.split() if word.strip("(").startswith("--")}
     assert shown <= known
     defaults = TrainArguments("x", use_cpu=True)
