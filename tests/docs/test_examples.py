@@ -22,14 +22,15 @@ PYTHON = [text for language, text in BLOCKS if language == "python"]
 
 
 def test_the_python_of_the_readme_runs(capsys):
-    loop, reward, rules, _ = PYTHON
+    loop, reward, _, rules = PYTHON
     assert '"facebook/opt-125m"' in loop
     found = {"prompts": ["This film", "The plot"]}
     exec(loop.replace('"facebook/opt-125m"', repr(str(causal_lm()))), found)
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 10
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]  # the reader sees it learn
     exec(reward, found)
-    assert found["optimizer"].param_groups[0]["step"] == 11
+    assert found["optimizer"].param_groups[0]["step"] == 51
     exec(rules, found)
 
 
@@ -38,7 +39,7 @@ def test_the_run_of_the_readme_is_rebuilt(tmp_path):
     optimizer = MeZO(model.named_parameters(), lr=1e-4, seed=1)
     with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
         optimizer.step(lambda: model(input_ids=torch.arange(9).view(1, 9)).logits.mean())
-    code = PYTHON[3].replace('"facebook/opt-1.3b"', repr(str(causal_lm())))
+    code = PYTHON[2].replace('"facebook/opt-1.3b"', repr(str(causal_lm())))
     found = {}
     exec(code.replace('"runs/sst2/run.mezo"', repr(str(tmp_path / "run.mezo"))), found)
     rebuilt = dict(found["model"].named_parameters())
@@ -54,7 +55,7 @@ def test_the_commands_of_the_readme_have_the_options_they_use():
     own |= {"train": {}, "eval": {}}
     lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("mezo ")]
-    assert {command[1] for command in commands} >= {"train", "eval", "replay", "log"}
+    assert {command[1] for command in commands} >= {"train", "eval", "replay"}
     for _, name, *argv in commands:
         if name in kinds:
             parser = parsing.hf_parser(f"mezo {name}", kinds[name], **own[name])
