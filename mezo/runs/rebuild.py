@@ -79,6 +79,7 @@ def rebuilt(args: ModelArguments, log: str | Path, until: int | None = None) -> 
     found = trajectory.read(log)
     steps = steps_until(log, found, until)
     args = arguments_of(args, log, found.header)
+    _check_file(args, log, found.header)
     model, tokenizer = models.load(args, adapter_seed=found.header["seed"])
     trajectory.replay(log, model, until=until)
     return model, tokenizer, len(steps)
@@ -99,12 +100,23 @@ def arguments_of(args: ModelArguments, log: str | Path, header: dict[str, Any]) 
     return replace(args, dtype=dtype) if args.dtype == "auto" else args
 
 
+def _check_file(args: ModelArguments, log: str | Path, header: dict[str, Any]) -> None:
+    """InputError where the run began with one GGUF file and the model is another."""
+    began, name = header["config"].get("gguf_sha256"), args.model_name_or_path
+    here = models.gguf_fingerprint(name) if isinstance(began, str) else None
+    if here not in (None, began):
+        raise InputError(
+            f"{log} starts from the GGUF file with SHA-256 {began!r:.80}; that of {name} is {here}"
+        )
+
+
 def replay_by_tensor(
     args: ModelArguments, log: str | Path, output_dir: str, until: int | None = None
 ) -> dict[str, Any]:
     """`trajectory.replay_checkpoint` on a local folder or an embedded model."""
     if args.dtype != "auto":
         raise InputError("the dtype of a replay by tensor is the log's: leave out --dtype")
+    _check_file(args, log, trajectory.read(log).header)
     folder = models.folder_of(args.model_name_or_path)
     steps = trajectory.replay_checkpoint(log, folder, output_dir, until=until)
     return {"log": str(log), "steps": steps, "output_dir": output_dir}

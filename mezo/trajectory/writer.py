@@ -219,7 +219,9 @@ def header_of(
     """What the first segment alone has."""
     names = {name for name, _, _ in optimizer.trained()}
     header = {"format": FORMAT, "noise": noise.CONTRACT} | identity(optimizer)
-    header |= {"config": config or {}, "versions": {"torch": str(torch.__version__)}}
+    origin = getattr(model, "gguf_sha256", None)  # models.loading sets it
+    given = (config or {}) | ({} if origin is None else {"gguf_sha256": origin})
+    header |= {"config": given, "versions": {"torch": str(torch.__version__)}}
     header["frozen"] = None if model is None else frozen_fingerprint(model, names)
     tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
     named = {entry["name"]: p for entry, p in _entries(optimizer)}

