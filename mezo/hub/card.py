@@ -85,6 +85,8 @@ def card(path: str | Path, repo: str, base_model: str | None = None) -> str:
         datasets=_datasets(header["config"]),
     )
     hint = "" if base_model else "\nBASE_MODEL is the model with the fingerprints below.\n"
+    if (origin := header["config"].get("gguf_sha256")) is not None and not base_model:
+        hint = f"\nBASE_MODEL is the GGUF file with the SHA-256 {_code(origin)}.\n"
     wrapped = ("base_model.", "prompt_encoder.")  # peft's names
     adapter = any(tensor["name"].startswith(wrapped) for tensor in header["tensors"])
     if adapter and "use_peft" not in header["config"]:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def _config_of(header: GGUFHeader) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    _refuse_kernels(header)
     path, scaling = header.path, header.values.get(f"{header.architecture}.rope.scaling.type")
     if scaling not in (None, "none") and _FREQUENCIES not in {t.name for t in header.tensors}:
         raise InputError(
@@ -203,6 +205,21 @@ def _config_of(header: GGUFHeader) -> Any:
     config.__dict__.pop("_model_name_or_path", None)  # what the file calls itself: it is no path
     _scale_positions(config, header)
     return config
+
+
+def _refuse_kernels(header: GGUFHeader) -> None:
+    """Raise InputError where transformers would fetch code from the hub to read the file.
+
+    It does so for its newest architectures wherever the package kernels is installed.
+    """
+    from transformers.integrations import gguf as reader
+
+    newest = getattr(reader, "is_gguf_arch_supported", lambda name: False)  # since 5.24
+    if find_spec("kernels") is not None and newest(header.architecture):
+        raise InputError(
+            f"{header.path}: transformers would download kernels to read {header.architecture}: "
+            "uninstall the package kernels, or take the model's safetensors"
+        )
 
 
 def _scale_positions(config: Any, header: GGUFHeader) -> None:
