@@ -22,7 +22,7 @@ class ModelArguments:
     model_name_or_path: str = field(
         default="causal-lm",
         metadata={
-            "help": "Hub name, folder, GGUF file, or causal-lm (19.1 M), smollm2, minilm (encoder).",
+            "help": "Hub name, folder, GGUF file; or causal-lm (19.1 M), smollm2, minilm (encoder)",
             "aliases": ["--model"],
         },
     )
