@@ -56,7 +56,7 @@ def write_gguf(path, model, kind=Kind.F32, *, embedding=None, pre="default", **e
     config = model.config
     arch = GGUF_NAMES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch)
-    values = _values(config, arch) | _tokenizer(pre) | extra
+    values = _values(config, arch) | _tokenizer(pre, arch) | extra
     for key, value in values.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add |= {str: writer.add_string, list: writer.add_array}
@@ -124,20 +124,25 @@ def _values(config, arch):
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
-def _tokenizer(pre):
+def _tokenizer(pre, arch):
     known = json.loads(byte_bpe().backend_tokenizer.to_str())["model"]
     tokens = sorted(known["vocab"], key=known["vocab"].get)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in known["merges"]]
-    return {
+    ends = {token for token in tokens[:5] if token.startswith("<")}
+    found = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3 if token.startswith("<") and i < 5 else 1
-                                      for i, token in enumerate(tokens)],
+        "tokenizer.ggml.token_type": [3 if token in ends else 1 for token in tokens],
         "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 0,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    }  # fmt: skip
+    }
+    if arch.startswith("gemma"):  # sentencepiece: scores, and no merges
+        scores = [-float(i) for i in range(len(tokens))]
+        found |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": scores}
+        found |= {"tokenizer.ggml.merges": None}
+    return found

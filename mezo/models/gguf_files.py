@@ -212,9 +212,10 @@ def _refuse_kernels(header: GGUFHeader) -> None:
 
     It does so for its newest architectures wherever the package kernels is installed.
     """
-    from transformers.integrations import gguf as reader
-
-    newest = getattr(reader, "is_gguf_arch_supported", lambda name: False)  # since 5.24
+    try:
+        from transformers.integrations.gguf import is_gguf_arch_supported as newest
+    except ImportError:  # before 5.24
+        return
     if find_spec("kernels") is not None and newest(header.architecture):
         raise InputError(
             f"{header.path}: transformers would download kernels to read {header.architecture}: "
