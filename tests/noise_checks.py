@@ -1,5 +1,6 @@
 """What the GPU kernel is checked with: moves, weights, and the definition of what comes of them."""
 
+import numpy as np
 import torch
 
 from mezo import noise
@@ -84,8 +85,8 @@ def check_lookups(distribution):
     """Rows that begin anywhere, repeated and out of order; of parameters as long as any."""
     for width, rows in ((77, [39, 0, 39]), (3000, [2**33, 1])):
         for dtype in (torch.float32, torch.bfloat16):
-            weights, rows = normal(len(rows), width, dtype=dtype), torch.tensor(rows)
-            check(interpreted, weights, MANY[:2], rows=rows, distribution=distribution)
+            weights, index = normal(len(rows), width, dtype=dtype), torch.tensor(rows)
+            check(interpreted, weights, MANY[:2], rows=index, distribution=distribution)
 
 
 def check_rounding(dtype):
@@ -98,6 +99,24 @@ def check_rounding(dtype):
         move = Move(*LAST, 1.0, 2.0**exponent, ROUND_UPDATE)
         check(interpreted, numbers, [move])
     check(interpreted, numbers, [move._replace(scale=1.7, coefficient=0.0)])
+
+
+def check_many(distribution):
+    """Whole spans and parts of them, at any address and offset; the same moves, or one's own."""
+    from mezo.noise import gpu
+
+    sizes, offsets = (4096, 5, 2048, 1000, 4100), np.array([0, 1, 2048, 64, 0])
+    keys = [noise.tensor_key(7, f"{i}") for i in range(5)]
+    own = [[move._replace(coefficient=move.coefficient * i)] for i, move in enumerate(MANY[:5])]
+    for dtype, moves in ((torch.float32, own), (torch.bfloat16, [MANY[:3]]), (torch.bfloat16, own)):
+        found = [normal(size + 1, dtype=dtype)[size % 8 == 5 :][:size] for size in sizes]
+        expected = [p.clone() for p in found]
+        tables = np.stack([noise.table(one) for one in moves])
+        gpu.apply_all_(found, keys, tables, distribution, offsets)
+        for i, p in enumerate(expected):
+            where = {"offset": int(offsets[i]), "distribution": distribution}
+            plain(p, keys[i], moves[i % len(moves)], **where)
+            check_equal(found[i], p)
 
 
 def check_one_copy():

@@ -8,6 +8,25 @@ import torch
 
 MULTIPLIERS, WEYL, MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
 
+BYTE_SUMS = [
+    0,
+    2,
+    4,
+    8,
+    17,
+    34,
+    68,
+    136,
+    17,
+    34,
+    68,
+    136,
+    16,
+    32,
+    64,
+    128,
+]  # of a bit in three bytes
+
 
 def philox(counter, key):
     """Philox4x32-10 on Python integers, after Salmon et al. (2011), figure 1."""
@@ -26,12 +45,19 @@ def key(seed: int, name: str) -> tuple[int, ...]:
 
 def element(seed: int, name: str, step: int, probe: int, i: int, distribution: str) -> float:
     """One element of z in double precision: the specification of docs/noise.md, element-wise."""
-    gaussian = distribution == "gaussian"
-    group, inside = divmod(i, 1024 if gaussian else 32768)
+    group, inside = divmod(
+        i, {"gaussian": 1024, "rademacher": 32768, "gaussian16": 2048}[distribution]
+    )
     row, lane = divmod(inside, 256)
     block = group * 256 + lane
     words = philox((block & MASK, block >> 32, step, probe), key(seed, name))
-    if not gaussian:
+    if distribution == "gaussian16":
+        bits = words[row % 4] // 65536 if row >= 4 else words[row % 4] % 65536
+        total = sum(bits >> k & 1 and weight for k, weight in enumerate(BYTE_SUMS))
+        y = (total - 382) / 256
+        v = y**2 - 1.755717158317566
+        return y * (v / 8 + 0.4452029764652252) * (v**2 + 4.947836875915527)
+    if distribution == "rademacher":
         return 1.0 - 2.0 * (words[row % 4] >> (row // 4) & 1)
     first, second = words[row // 2 * 2 : row // 2 * 2 + 2]
     radius = math.sqrt(-2 * math.log((2 * (first >> 9) + 1) / 2**24))

@@ -3,6 +3,7 @@
 import copy
 import math
 import signal
+from functools import partial
 
 import pytest
 import reference
@@ -227,25 +228,26 @@ def test_an_exception_in_the_closure_restores_the_weights(fails_at, error, caplo
 
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_an_interrupt_within_a_sweep_leaves_what_the_log_says(num_samples, monkeypatch, tmp_path):
-    """Ctrl-C between any two tensors: the sweep is finished, and the run goes on and replays."""
-    apply_ = noise.apply_
-    for fails_at in range(1, 3 * 3 * num_samples + 1):
+    """Ctrl-C after any leg of a walk or any tensor's update: the run goes on and replays."""
+    originals = {name: getattr(noise, name) for name in ("apply_", "apply_all_")}
+    for fails_at in range(1, 2 * num_samples + 3 + 1):
         model = Regression(torch.float32)
         base, calls = copy.deepcopy(model), []
 
-        def interrupted(*args, calls=calls, fails_at=fails_at, **kwargs):
-            apply_(*args, **kwargs)
-            calls.append(args[2])
+        def interrupted(name, *args, calls=calls, fails_at=fails_at, **kwargs):
+            originals[name](*args, **kwargs)
+            calls.append(name)
             if len(calls) == fails_at:
                 signal.raise_signal(signal.SIGINT)
 
         options = {"lr": 1e-2, "seed": 1, "num_samples": num_samples}
         optimizer = MeZO(model.named_parameters(), **options)
         with trajectory.record(optimizer, tmp_path / "run.mezo"):
-            monkeypatch.setattr(noise, "apply_", interrupted)
+            for name in originals:
+                monkeypatch.setattr(noise, name, partial(interrupted, name))
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step(model)
-            monkeypatch.setattr(noise, "apply_", apply_)
+            monkeypatch.undo()
             optimizer.step(model)
         assert len(trajectory.read(tmp_path / "run.mezo").steps) == 2
         trajectory.replay(tmp_path / "run.mezo", base)

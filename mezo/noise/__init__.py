@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -144,14 +144,41 @@ def apply_(
 
 def apply_all_(
     rows: Iterable[tuple[str, torch.Tensor, tuple[int, int]]],
-    moves: Sequence[Move] | np.ndarray,
+    moves: Sequence[Move] | Sequence[Sequence[Move]] | np.ndarray,
     *,
     distribution: str = "gaussian",
+    kernel: bool = True,
 ) -> None:
-    """`apply_` the same moves to many tensors: rows of (name, tensor, key)."""
-    moves = table(moves)
-    for _, tensor, key in rows:
-        apply_(tensor, key, moves, distribution=distribution)
+    """`apply_` for many whole tensors in one launch: the same bits, whatever their number costs.
+
+    Args:
+        rows: (name, tensor, key) of different tensors, of any dtypes and devices. Those that the
+            kernels do not take, and DTensors, are moved one by one.
+        moves: what all of them make; or, for each tensor, as many moves of its own.
+    """
+    listed, tables = list(rows), np.atleast_2d(_tables(moves))
+    groups: dict[Any, list[int]] = {}
+    for i, (_, tensor, _) in enumerate(listed):
+        module = _kernel(tensor.device.type) if kernel and not shards.is_sharded(tensor) else None
+        if module is None or not module.supports(tensor):
+            module = None
+        kind = (module, tensor.device, tensor.dtype) if module else None
+        if tables.shape[1] and tensor.numel():
+            groups.setdefault(kind, []).append(i)
+    for i in groups.pop(None, ()):
+        _, tensor, key = listed[i]
+        own = tables[i if len(tables) > 1 else 0]
+        apply_(tensor, key, own, distribution=distribution, kernel=kernel)
+    for (module, _, _), which in groups.items():
+        tensors, keys = [listed[i][1] for i in which], [listed[i][2] for i in which]
+        own = tables[which] if len(tables) > 1 else tables
+        module.apply_all_(tensors, keys, own, distribution, 0)
+
+
+def _tables(moves) -> np.ndarray:
+    if isinstance(moves, np.ndarray) or not len(moves) or isinstance(moves[0], Move):
+        return table(moves)
+    return np.stack([table(own) for own in moves])
 
 
 def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:

@@ -1,5 +1,6 @@
 """The noise contract: known answers, twins, bits, moments."""
 
+import hashlib
 import math
 import signal
 
@@ -48,7 +49,7 @@ def test_elements_follow_the_specification(distribution):
     z = noise.draw(KEY, 0, 70_000, step=5, probe=3, distribution=distribution)
     for i in [*range(0, 70_000, 997), 255, 256, 1023, 1024, 32767, 32768]:
         twin = reference.element(7, "model.layers.0.weight", 5, 3, i, distribution)
-        assert abs(float(z[i]) - twin) <= (2e-6 if distribution == "gaussian" else 0)
+        assert abs(float(z[i]) - twin) <= (0 if distribution == "rademacher" else 2e-6)
 
 
 def test_first_numbers_are_frozen():
@@ -57,6 +58,25 @@ def test_first_numbers_are_frozen():
     assert [float(v).hex() for v in z] == FROZEN_GAUSSIAN
     signs = noise.draw(noise.tensor_key(0, "w"), 0, 16, step=0, distribution="rademacher")
     assert "".join("+" if s > 0 else "-" for s in signs) == FROZEN_SIGNS
+    z = noise.draw(noise.tensor_key(0, "w"), 0, 1026, step=0, distribution="gaussian16")
+    assert [float(v).hex() for v in (*z[:4], *z[1024:])] == FROZEN_GAUSSIAN16
+
+
+def test_every_number_of_16_bits_is_frozen():
+    """All 2^16 numbers that a half word makes, and what they are by construction."""
+    z = definition._from_16_bits(torch.arange(2**16))
+    digest = hashlib.sha256(z.numpy().astype("<f4").tobytes()).hexdigest()
+    assert digest == "fc7420b745d1e0e511cf4f4a281cd2c1e6dfeb89f4c8347274d6b1846c659c7d"
+    assert torch.equal(z, -z.flip(0))  # the complement of a word is the opposite number
+    for power, moment in ((2, 1), (4, 3), (6, 15)):
+        assert abs(float((z.double() ** power).mean()) / moment - 1) < 3e-8
+    assert 103.7 < float((z.double() ** 8).mean()) < 105  # a normal's
+    values, counts = z.unique(return_counts=True)
+    assert len(values) == 749
+    below = (counts.cumsum(0) - counts) / 2**16  # the distribution function on both sides of a jump
+    normal = 0.5 * torch.erfc(-values.double() / math.sqrt(2))
+    worst = max((below - normal).abs().max(), (below + counts / 2**16 - normal).abs().max())
+    assert 0.0018 < worst < 0.0020
 
 
 FROZEN_GAUSSIAN = [
@@ -64,6 +84,14 @@ FROZEN_GAUSSIAN = [
     "0x1.57bfd40000000p-1",
     "-0x1.8906b60000000p-1",
     "-0x1.938b0a0000000p+1",
+]
+FROZEN_GAUSSIAN16 = [
+    "0x1.5d6d280000000p-2",
+    "0x1.d01ed60000000p-5",
+    "0x1.d0e6280000000p-3",
+    "0x1.9633460000000p-4",
+    "-0x1.4ec34a0000000p-2",
+    "0x1.bd98440000000p+0",
 ]
 FROZEN_SIGNS = "+++-++++-+---+--"
 
@@ -168,6 +196,20 @@ def test_gaussian_moments_tails_and_shape():
         - np.arange(0, n, n // 4096) / n
     ).max()
     assert distance < 2.5 / math.sqrt(n)  # P < 1e-5 under the hypothesis
+
+
+def test_gaussian16_moments_and_tails():
+    """n = 4 M draws have the distribution of the 2^16 numbers: within 5 sigma of its moments."""
+    n = 2**22
+    z = noise.draw(KEY, 0, n, step=11, distribution="gaussian16").double()
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 94.8)):
+        assert abs(float((z**power).mean()) - expected) < 5 * math.sqrt(variance / n)
+    every = definition._from_16_bits(torch.arange(2**16))
+    for bound in (1, 2, 3, 3.8):
+        tail = float((every.abs() > bound).double().mean())
+        assert abs(float((z.abs() > bound).double().mean()) - tail) < 5 * math.sqrt(tail / n)
+        assert abs(tail / math.erfc(bound / math.sqrt(2)) - 1) < 0.16  # a normal's
+    assert z.abs().max() == every.max()
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
