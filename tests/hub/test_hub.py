@@ -253,6 +253,15 @@ def test_a_card_says_if_the_adapter_is_the_reader_s_to_make(tmp_path):
     assert "does not say how its adapter was made" not in card(path, "a/b")
 
 
+def test_a_card_names_the_gguf_file_that_the_run_began_with(tmp_path):
+    """Whoever reads the card needs that file; a base model on the hub goes before it."""
+    model = torch.nn.Linear(2, 2)
+    model.gguf_sha256 = "ab" * 32
+    path = run(tmp_path / "run.mezo", model, {})
+    assert f"BASE_MODEL is the GGUF file with the SHA-256 `{'ab' * 32}`" in card(path, "a/b")
+    assert "BASE_MODEL" not in card(path, "a/b", "user/base")
+
+
 def test_a_run_of_no_steps_has_a_card(tmp_path):
     model = torch.nn.Linear(2, 2)
     optimizer = MeZO(model.named_parameters(), seed=1)
