@@ -13,6 +13,7 @@ import torch
 __all__ = [
     "CACHE_ARGUMENTS",
     "TO_DISK",
+    "accelerator",
     "cache_of",
     "checkpointing_option",
     "checkpoints_activations",
@@ -30,6 +31,15 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")
 # 5.6 attaches them only if a map names two devices (5.17 always does), hence the second entry,
 # which names no module.
 TO_DISK = {"": "disk", "-": "cpu"}
+
+
+def accelerator() -> torch.device | None:
+    """Return the device that computes beside the CPU, or None where there is none.
+
+    A build of torch 2.6 for a device raises where there is none; newer builds may name one.
+    """
+    available = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if available else None
 
 
 def cache_of(output: Any) -> Any:

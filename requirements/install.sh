@@ -1,12 +1,13 @@
 #!/bin/sh
-# Makes a virtual environment and installs this project into it:
+# Makes a virtual environment and installs mezo into it:
 #
-#     requirements/install.sh PYTHON FOLDER EXTRAS [CONSTRAINTS]
+#     requirements/install.sh PYTHON FOLDER EXTRAS [CONSTRAINTS [ARCHIVE]]
 #
-# CONSTRAINTS is a file of exact versions; without it, pip takes the newest ones. TORCH in the
-# environment names another torch than the CPU build, for example TORCH=torch for a CUDA device.
+# CONSTRAINTS is a file of exact versions; without it, pip takes the newest ones. What is installed
+# is this folder, so that its files can be edited, or ARCHIVE. TORCH in the environment names
+# another torch than the CPU build, for example TORCH=torch for a CUDA device.
 set -eu
-python=$1 venv=$2 extras=$3 constraints=${4:-}
+python=$1 venv=$2 extras=${3:+[$3]} constraints=${4:-} archive=${5:-}
 cpu_builds=https://download.pytorch.org/whl/cpu
 
 "$python" -m venv "$venv"
@@ -27,6 +28,9 @@ else
     locked "torch$pinned"
 fi
 
-# setuptools comes from the constraints too, hence no isolated build
-locked setuptools
-locked --no-build-isolation --editable ".[$extras]"
+locked setuptools # from the constraints too, hence no isolated build
+if [ -n "$archive" ]; then
+    locked --no-build-isolation "$archive$extras"
+else
+    locked --no-build-isolation --editable ".$extras"
+fi

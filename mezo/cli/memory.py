@@ -34,6 +34,7 @@ def memory(argv: list[str]) -> None:
             raise InputError(f"--{name} must be at least 1, got {getattr(own, name)}")
     import torch
 
+    from mezo.compatibility import accelerator
     from mezo.memory import plan as planning
 
     dtype = getattr(torch, own.dtype)
@@ -47,7 +48,7 @@ def memory(argv: list[str]) -> None:
     )
     machine = None
     if not own.no_time:
-        found = torch.accelerator.current_accelerator()
+        found = accelerator()
         device = own.device or ("cpu" if found is None else found.type)
         try:
             machine = planning.calibrate(device, dtype)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from mezo import noise
-from mezo.compatibility import CACHE_ARGUMENTS
+from mezo.compatibility import CACHE_ARGUMENTS, accelerator
 from mezo.distributed.exchange import Link
 from mezo.errors import InputError
 from mezo.forms import factors
@@ -108,7 +108,7 @@ class Offload:
         write_every: int = 1,
     ):
         self.model, self.optimizer = model, optimizer
-        found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+        found = accelerator() if device is None else torch.device(device)
         self.device = torch.device("cpu") if found is None else found
         if write_every < 0:
             raise InputError(f"write_every must be at least 1, or 0 for never, got {write_every}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mezo.compatibility import accelerator
 from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
@@ -93,7 +94,7 @@ class Placement:
 
 def place(model: torch.nn.Module, device: Any = None) -> None:
     """Moves a model to `device`, or the accelerator, unless its loading has placed it."""
-    found = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    found = accelerator() if device is None else torch.device(device)
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
     if found is not None and not placed:
         model.to(found)
