@@ -1,6 +1,8 @@
 """What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
 
+import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 
@@ -24,6 +26,9 @@ def check_group(
     `first` is the optimizer's first group: the direction (eps, seed, distribution, num_samples) is
     one for all groups.
     """
+    for option in ("eps", "lr", "weight_decay"):
+        if math.isinf(group[option]):
+            raise InputError(f"{option} must be finite, got {group[option]}")
     if not group["eps"] > 0:
         raise InputError(f"eps must be positive, got {group['eps']}")
     if not float(group["lr"]) >= 0:
@@ -104,6 +109,11 @@ def _check_tensor(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise InputError(f"parameter {name} is sparse ({tensor.layout}); only dense ones are tuned")
+    if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise InputError(
+            f"parameter {name} is expanded: several of its elements are one number in memory; "
+            "train a .clone() of it"
+        )
     if tensor.dtype not in (torch.float32, torch.float64, *HALF):
         raise InputError(f"parameter {name} is {dtype}: only floating-point weights are tuned")
 
@@ -120,11 +130,18 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
     """InputError if two parameters share memory: each walk would move it twice."""
-    seen: dict[tuple, str] = {}
+    spans: dict[tuple, list[tuple[int, int, str]]] = {}  # by storage: first byte, end, name
     for name, tensor in ((name, local(p)) for name, p in named):
-        place = (tensor.device, tensor.data_ptr())
-        if tensor.numel() and seen.setdefault(place, name) != name:
-            raise InputError(
-                f"parameters {seen[place]} and {name} share memory without being one parameter; "
-                "tie them with model.tie_weights() or train one of them"
-            )
+        if tensor.numel():
+            storage = (tensor.device, tensor.untyped_storage().data_ptr())
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            end = tensor.data_ptr() + (last + 1) * tensor.element_size()
+            spans.setdefault(storage, []).append((tensor.data_ptr(), end, name))
+    for storage_spans in spans.values():
+        storage_spans.sort(key=lambda span: span[:2])
+        for (_, end, name), (start, _, other) in pairwise(storage_spans):
+            if start < end and name != other:
+                raise InputError(
+                    f"parameters {name} and {other} share memory without being one parameter; "
+                    "tie them with model.tie_weights() or train one of them"
+                )

@@ -10,7 +10,7 @@ from typing import Any
 
 from mezo.arguments import DataArguments
 from mezo.errors import InputError
-from mezo.options_file import read_options
+from mezo.foreign import read_options
 
 JSON: dict[str, Any] = {"action": "store_true", "help": "Print the result as one line of JSON."}
 

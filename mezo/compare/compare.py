@@ -24,9 +24,9 @@ from mezo.arguments import DataArguments
 from mezo.compare import recipes
 from mezo.compare.grids import ASIDE, Grid, cells, finish, with_options
 from mezo.errors import InputError
+from mezo.foreign import read_options
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.options_file import read_options
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
 from mezo.runs.result import RESULT, make_folder

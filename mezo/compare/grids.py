@@ -20,8 +20,8 @@ from typing import Any
 from mezo.arguments import DataArguments
 from mezo.compare.paper_grids import GRIDS, Grid, on_task
 from mezo.errors import InputError
+from mezo.foreign import read_json, read_options
 from mezo.models.arguments import ModelArguments
-from mezo.options_file import read_options
 from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
@@ -200,11 +200,10 @@ def _finished(model: ModelArguments, data: DataArguments, args: TrainArguments) 
     path = Path(args.output_dir, RESULT)
     if not path.is_file():
         return None
-    try:
-        result = json.loads(path.read_text())
-        had = result["config"]
-    except (ValueError, KeyError):
-        raise InputError(f"{path} is no result of a run: delete it to run the cell again") from None
+    result = read_json(path)
+    had = result.get("config") if isinstance(result, dict) else None
+    if not isinstance(had, dict):
+        raise InputError(f"{path} is no result of a run: delete it to run the cell again")
     asked = json.loads(json.dumps(config_of(model, data, args), default=str))
     for name in asked.keys() | had.keys():
         if name not in ASIDE and asked.get(name) != had.get(name):

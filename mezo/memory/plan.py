@@ -24,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from mezo import noise
 from mezo.compatibility import enable_checkpointing
 from mezo.errors import InputError
+from mezo.foreign import foreign
 from mezo.forms.direction import Part, Row
 from mezo.forms.scratch import Moved, Scratch
 from mezo.memory.meta import FusedAttention, LiveBytes
 from mezo.models.adapters import with_adapter
 from mezo.models.arguments import ModelArguments
-from mezo.models.loading import located
+from mezo.models.loading import located, read_config
 from mezo.models.modes import unwrap
 from mezo.noise import Move
 from mezo.offload.blocks import blocks_of
@@ -82,7 +83,7 @@ class Plan:
 
 def config_of(model: str) -> Any:
     """The config of a model: an OPT by name, a folder, a config.json, or a name on the hub."""
-    from transformers import AutoConfig, OPTConfig
+    from transformers import OPTConfig
 
     short = model.lower().removeprefix("facebook/").removeprefix("opt-")
     if short in OPT and not Path(model).exists():
@@ -93,11 +94,13 @@ def config_of(model: str) -> Any:
             return OPTConfig(**sizes, word_embed_proj_dim=512, do_layer_norm_before=False)
         return OPTConfig(**sizes, word_embed_proj_dim=hidden)
     try:
-        return AutoConfig.from_pretrained(located(model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        words = " ".join(str(error).splitlines()[:1])
+        config = read_config(located(model), trust_remote_code=False)
+    except InputError as error:
         known = ", ".join(f"facebook/opt-{name}" for name in OPT)
-        raise InputError(f"model {model}: {words}; known without a file: {known}") from None
+        raise InputError(f"{error}; known without a file: {known}") from None
+    if config.is_encoder_decoder:
+        raise InputError(f"model {model} is an encoder-decoder, which no method here trains")
+    return config
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -106,11 +109,8 @@ def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 
     named = (config.architectures or [None])[0]
     made: Any = getattr(transformers, named, None) if named else None
-    try:
-        with torch.device("meta"):
-            model = made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"a model of type {config.model_type}: {error}") from None
+    with foreign(f"a model of type {config.model_type}"), torch.device("meta"):
+        model = made(config) if made else transformers.AutoModelForCausalLM.from_config(config)
     return model.to(dtype).eval()
 
 

@@ -1,6 +1,6 @@
 """Loading a model for a task: by hub name, folder, GGUF file, or the name of an embedded one."""
 
-import json
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mezo.errors import InputError
+from mezo.foreign import check_file, foreign, read_json
 from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
 from mezo.models.arguments import ModelArguments
 from mezo.models.gguf_files import folder_sha256, gguf_file, gguf_folder, gguf_sha256, relocated
+from mezo.models.mapped import load_mapped
+from mezo.models.safetensors_files import check_complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 AUTO = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "encoder": "AutoModel"}
+
+
+MAX_MODULES = 10_000  # layers, or experts of a layer, of a model
 
 
 def minilm() -> Path:
@@ -88,6 +94,15 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a peft adapter. Raises InputError if it is no JSON object."""
+    path = Path(folder, "adapter_config.json")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is no JSON object")
+    return config
+
+
 def is_adapter(name: str) -> bool:
     """Whether a model's name is a folder with a peft adapter, of which it is the base."""
     return Path(name, "adapter_config.json").is_file()
@@ -133,18 +148,41 @@ def _sought(name: str) -> tuple[str, str | None]:
     """The folder or hub name of a model, and the folder of its adapter if `name` is one."""
     adapter = name if is_adapter(name) else None
     if adapter is not None:
-        name = relocated(_base_of(Path(adapter, "adapter_config.json")))
+        name = relocated(_base_of(adapter))
     name = located(name)
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise InputError(f"model {name}: no such folder")
     return name, adapter
 
 
-def _base_of(config: Path) -> str:
-    try:
-        return str(json.loads(config.read_text())["base_model_name_or_path"])
-    except (ValueError, KeyError):
-        raise InputError(f"{config} does not name the adapter's base model") from None
+def _base_of(folder: str) -> str:
+    base = adapter_config(folder).get("base_model_name_or_path")
+    if not (isinstance(base, str) and base):
+        raise InputError(f"{folder}/adapter_config.json does not name the adapter's base model")
+    return base
+
+
+def read_config(name: str, **shared: Any) -> Any:
+    """A model's config, by transformers. Raises InputError, naming the model, if it is broken."""
+    import transformers
+
+    for path in Path(name).iterdir() if Path(name).is_dir() else ():
+        if path.exists() and not path.is_dir():  # a pipe among them would be waited for
+            check_file(path)
+    with foreign(f"model {name}"):
+        config = transformers.AutoConfig.from_pretrained(name, **shared)
+        return check_config(name, config)
+
+
+def check_config(name: str, config: Any) -> Any:
+    """The config. Raises InputError for one of which no model could be made in finite time."""
+    for key, value in config.to_dict().items():
+        counts = type(value) is int and any(
+            word in key for word in ("layers", "n_layer", "experts")
+        )
+        if counts and not -1 <= value <= MAX_MODULES:
+            raise InputError(f"model {name}: its config has {key} {value}")
+    return config
 
 
 def _auto(name: str, config: Any) -> Any:
@@ -158,33 +196,28 @@ def _auto(name: str, config: Any) -> Any:
 
 def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
     import transformers
-    from safetensors import SafetensorError
 
     shared: dict[str, Any] = {
         "revision": args.model_revision,
         "trust_remote_code": args.trust_remote_code,
     }
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **shared)
-        auto = _auto(name, config)
+    auto = _auto(name, read_config(name, **shared))
+    with foreign(f"model {name}, its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
-        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        if offload:
-            if args.load_in_4bit or args.load_in_8bit:
-                raise InputError("offload does not go with load_in_4bit and load_in_8bit")
-            from mezo.models.mapped import (
-                load_mapped,  # reads files by trajectory/, which reads models here
-            )
-
-            return load_mapped(name, auto, dtype, folder, **shared), tokenizer
-        shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
-        return auto.from_pretrained(name, **shared), tokenizer
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # in transformers' words
-        words = " ".join(str(error).splitlines()[:2])
-        hint = "; convert its weights to safetensors" if "model.safetensors" in words else ""
-        raise InputError(f"model {name}: {words}{hint}") from None
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if offload:
+        if args.load_in_4bit or args.load_in_8bit:
+            raise InputError("offload does not go with load_in_4bit and load_in_8bit")
+        return load_mapped(name, auto, dtype, folder, **shared), tokenizer
+    shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
+    try:
+        with foreign(f"model {name}"):
+            model, report = auto.from_pretrained(name, output_loading_info=True, **shared)
+    except InputError as error:
+        hint = "; convert its weights to safetensors" if "model.safetensors" in str(error) else ""
+        raise InputError(f"{error}{hint}") from None
+    check_complete(name, report)
+    return model, tokenizer
 
 
 def _quantised(args: ModelArguments) -> Any:
@@ -232,7 +265,8 @@ def _saved_adapter(model, folder: str):
 
     if not Path(folder, "adapter_model.safetensors").is_file():
         raise InputError(f"model {folder} has no adapter_model.safetensors: convert its weights")
-    with peft_errors("adapter"):
+    with peft_errors("adapter"), foreign(f"model {folder}"), warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
         learned = PeftConfig.from_pretrained(folder).is_prompt_learning
         made = PeftModel.from_pretrained(model, folder, is_trainable=not learned)
         return prepared(trainable_prompt(made) if learned else made)
@@ -240,19 +274,10 @@ def _saved_adapter(model, folder: str):
 
 def parameters_of(args: ModelArguments) -> int:
     """How many weights the model has, from its config alone; of an adapter's folder its base's."""
-    import transformers
-
     name, _ = _sought(args.model_name_or_path)
     shared = {"trust_remote_code": args.trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            name, revision=args.model_revision, **shared
-        )
-        auto = _auto(name, config)
-        with torch.device("meta"):
-            model = auto.from_config(config, **shared)
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"model {name}: {' '.join(str(error).splitlines()[:2])}") from None
+    config = read_config(name, revision=args.model_revision, **shared)
+    auto = _auto(name, config)
+    with foreign(f"model {name}"), torch.device("meta"):
+        model = auto.from_config(config, **shared)
     return sum(p.numel() for p in model.parameters())

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
 
 from mezo.compatibility import TO_DISK
 from mezo.errors import InputError
-from mezo.models.safetensors_files import FLOATS
+from mezo.foreign import foreign
+from mezo.models.safetensors_files import FLOATS, check_complete
 
 COPY = "weights.safetensors"  # within the folder of move_to_file
 _NAMES = {getattr(torch, name): short for short, name in FLOATS.items()}
@@ -109,12 +109,14 @@ def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **k
     from accelerate.hooks import remove_hook_from_submodules
 
     where: dict[str, Any] = {"device_map": TO_DISK, "offload_folder": folder}
+    how = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     try:
-        model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **where, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        words = " ".join(str(error).splitlines()[:2])
-        hint = "; give a folder for them" if "offload_folder" in words else ""
-        raise InputError(f"model {name}: {words}{hint}") from None
+        with foreign(f"model {name}"):
+            model, report = auto.from_pretrained(name, **how, **where, **kwargs)
+    except InputError as error:
+        hint = "; give a folder for them" if "offload_folder" in str(error) else ""
+        raise InputError(f"{error}{hint}") from None
+    check_complete(name, report)
     places = {name: _place(model, name) for name, p in model.named_parameters() if p.is_meta}
     remove_hook_from_submodules(model)
     for attribute in ("hf_device_map", "to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa"):

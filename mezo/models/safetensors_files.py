@@ -10,14 +10,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mezo.errors import InputError
+from mezo.foreign import foreign, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -57,15 +58,14 @@ class Checkpoint:
         if path.name != name or not path.is_file():
             hint = "" if self.index else ": its weights must be safetensors"
             raise InputError(f"{self.folder} has no {name}{hint}")
-        try:
-            with safe_open(path, "pt"), open(path, "rb") as file:  # the former checks it
-                return json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: {error}") from None
+        with foreign(str(path)), safe_open(path, "pt"), open(path, "rb") as file:
+            # safe_open checks the file, the header included
+            return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
     def read(self, place: Place) -> torch.Tensor:
         # opened anew for each: an open file keeps in memory what was read from it
-        with safe_open(self.folder / place.file, "pt") as file:
+        path = self.folder / place.file
+        with foreign(str(path)), safe_open(path, "pt") as file:
             return file.get_tensor(place.key)
 
     def dtype(self, place: Place) -> str | None:
@@ -80,13 +80,28 @@ def _index(folder: Path) -> dict[str, Any] | None:
         raise InputError(f"{folder} is no folder with a checkpoint")
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():  # loading's order, too
         return None
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if all(isinstance(name, str) for name in index["weight_map"].values()):
-            return index
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise InputError(f"{folder / INDEX} has no weight_map")
+    index = read_json(folder / INDEX)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not (isinstance(files, dict) and files and all(isinstance(x, str) for x in files.values())):
+        raise InputError(f"{folder / INDEX} has no weight_map")
+    return index
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Raise InputError if a checkpoint lacked weights, which loading has then drawn at random.
+
+    Args:
+        report: the loading info of `from_pretrained`.
+
+    An encoder's pooler is excepted: no objective here reads it, and many checkpoints lack it.
+    """
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"model {name}: the checkpoint lacks {missing[0]}{more}, and random weights would take "
+            "its place: load a complete checkpoint of this kind of model"
+        )
 
 
 def write(
@@ -177,7 +192,7 @@ def _write_beside(checkpoint: Checkpoint, folder: Path, total: int, dtypes) -> N
     for path in {path for pattern in _BESIDE for path in source.glob(pattern) if path.is_file()}:
         shutil.copyfile(path, folder / path.name)
     if casts and (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         text = json.dumps(_with_dtype(config, casts), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     if checkpoint.index is not None:

@@ -11,10 +11,8 @@ From a billion weights on, which Table 16 is about, no rate of MeZO is outside i
 alone would be 1.6e-6 for opt-1.3b and 9.8e-8 for opt-66b.
 """
 
-import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mezo.errors import InputError
@@ -83,7 +81,7 @@ def part_of(args: ModelArguments) -> str:
         return "head"
     folder = args.model_name_or_path
     if models.is_adapter(folder):
-        kind = str(json.loads(Path(folder, "adapter_config.json").read_text()).get("peft_type"))
+        kind = str(models.adapter_config(folder).get("peft_type"))
         args = replace(args, use_peft=True, peft_type=kind.lower())
     return tuners.method_of(args).removeprefix("-")
 

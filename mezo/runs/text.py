@@ -19,6 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from mezo.arguments import TextArguments
 from mezo.errors import InputError
+from mezo.foreign import check_file, foreign, reason_of
 from mezo.memory.measured import PeakMemory
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
@@ -26,6 +27,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.models.trainable import select
 from mezo.runs.methods import check_adapter, passes_of_a_step, started_with
 from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
+from mezo.tasks.reading import READERS, read
 from mezo.trainers.placement import load
 from mezo.trainers.trainer import changed
 from mezo.trainers.trl import MeZODPOConfig, MeZODPOTrainer, MeZOSFTConfig, MeZOSFTTrainer
@@ -167,22 +169,28 @@ def _from_file(name: str | None) -> Dataset:
     path = Path(str(name))
     if path.suffix not in FORMATS:
         raise InputError(f"{path} is none of {', '.join(FORMATS)}")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"file not found: {path}")
-    if path.stat().st_size == 0:
+    if check_file(path).stat().st_size == 0:
         raise InputError(f"{path} is empty")
-    try:
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
-        words = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as {FORMATS[path.suffix]}: {words}") from None
+    kind = FORMATS[path.suffix]
+    if kind == "csv":  # datasets would take 1 for a number, and NA for a missing value
+        rows = [
+            {name: cell or None for name, cell in row.items()} for _, row in read(path, READERS)
+        ]
+        return Dataset.from_list(rows)
+    with foreign(f"{path} cannot be read as {kind}"):
+        try:
+            return load_dataset(kind, data_files=str(path), split="train")
+        except DatasetsError as error:
+            raise error.__cause__ or error from None
 
 
 def _from_hub(args: TextArguments, split: str) -> Dataset:
     try:
         return load_dataset(args.dataset_name, args.dataset_config, split=split)
-    except (ValueError, OSError, RuntimeError, DatasetsError) as error:
-        words = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:
+        words = reason_of(error)
         raise InputError(f"dataset {args.dataset_name}, split {split}: {words}") from None
 
 
@@ -201,3 +209,18 @@ def _check(kind: str, name: str, rows: Dataset) -> None:
         for number, value in enumerate(rows[column], start=1):
             if value is None or value == []:
                 raise InputError(f"{name}: row {number} has no {column}")
+            if not _is_text_or_messages(column, value):
+                wanted = "a list of messages" if column == "messages" else "text"
+                raise InputError(
+                    f"{name}: row {number}, column {column}, is {value!r:.60}, not {wanted}"
+                    + ("; a CSV file cannot hold messages" if wanted != "text" else "")
+                )
+
+
+def _is_text_or_messages(column: str, value: Any) -> bool:
+    """Whether a value is what TRL takes: text, or a conversation of messages with text in them."""
+    if isinstance(value, str):
+        return column != "messages"
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) for message in value
+    )

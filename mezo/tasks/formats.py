@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.tasks.reading import read_csv, read_json
+from mezo.tasks.reading import lines_of, read_csv, read_json
 from mezo.tasks.task import Row
 
 CONNECTIVES = {"cause": "because", "effect": "so"}
@@ -22,7 +22,7 @@ def label_first(path: Path) -> Iterator[tuple[str, Row]]:
     Its -lrb- and -rrb- become the brackets that they stand for, as in the few-shot folders.
     """
     with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
+        for line, text in enumerate(lines_of(path, file), start=1):
             label, _, sentence = text.strip().partition(" ")
             if label and not sentence:
                 raise InputError(f"{path.name} row {line} is not a label, a space and a sentence")
@@ -34,7 +34,7 @@ def label_first(path: Path) -> Iterator[tuple[str, Row]]:
 def trec(path: Path) -> Iterator[tuple[str, Row]]:
     """train_5500.label and TREC_10.label: `DESC:manner How did ... ?`, in Latin-1."""
     with path.open(encoding="latin-1") as file:
-        for line, text in enumerate(file, start=1):
+        for line, text in enumerate(lines_of(path, file), start=1):
             kind, _, question = text.strip().partition(" ")
             label, colon, _ = kind.partition(":")
             if kind and not (colon and question):
@@ -62,7 +62,7 @@ def squad(path: Path) -> Iterator[tuple[str, Row]]:
                 for qa in paragraph["qas"]:
                     row = {"title": article["title"], "context": paragraph["context"], **qa}
                     yield f"question {qa.get('id', '')}", row
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path.name} is not as SQuAD v1.1 is published (data, paragraphs, qas): "
             f"{_problem(error)}"

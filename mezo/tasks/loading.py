@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
+from mezo.foreign import reason_of
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import Example, Hub, Row, Task
 
@@ -79,8 +80,8 @@ def _from_hub(task: Task, hub: Hub, split: str) -> list[Example]:
     options = {} if hub.revision is None else {"revision": hub.revision}
     try:
         data = load_dataset(hub.id, hub.config, split=part, **options)
-    except (OSError, ValueError, RuntimeError) as error:  # offline, or no such data set or part
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # offline, no such data set or part, or files that are damaged
+        reason = reason_of(error)
         raise InputError(f"cannot load {where} from the hub ({reason}); give data_dir") from error
     return _examples(task, where, ((f"row {i}", row) for i, row in enumerate(data)), hub)
 
@@ -158,7 +159,7 @@ def _flat(task: Task, raw: Row, origin: str) -> Iterator[Row]:
         raise InputError(
             f"{origin} has no {error.args[0]!r}: it is not as task {task.name} is published"
         ) from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
         raise InputError(f"{origin} is not as task {task.name} is published: {error}") from None
 
 

@@ -6,33 +6,52 @@ line of a file. What is not in the format is an InputError that names file and r
 
 import csv
 import gzip
-import json
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
+from mezo.foreign import check_file, foreign, parse_json
 from mezo.tasks.task import Reader, Row
+
+MAX_LINE = 2**26  # characters of a line: a few bytes of gzip can stand for gigabytes
 
 
 def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]:
-    """Rows of a file, each with its place in it."""
+    """The rows of a file, each with its place in it.
+
+    Raises InputError, naming file and row, for a suffix without reader, for what is no regular
+    file, and for what is not in the format.
+    """
     if path.suffix not in readers:
         raise InputError(f"{path.name} is none of {', '.join(readers)}")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"file not found: {path}")
+    check_file(path)
     try:
         yield from readers[path.suffix](path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path.name}: {error.strerror or error}") from None
+
+
+def lines_of(path: Path, file: io.TextIOBase) -> Iterator[str]:
+    """The lines of a file. Raises InputError for one that is absurdly long."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise InputError(f"{path.name} has a line of more than {MAX_LINE:,} characters")
+        yield line
 
 
 def read_tsv(path: Path) -> Iterator[tuple[str, Row]]:
     """Fields split at tabs, no quoting: GLUE's files hold single quotation marks."""
     with path.open(encoding="utf-8-sig") as file:
-        header = next(file, "").rstrip("\n").split("\t")
-        for line, text in enumerate(file, start=2):
+        lines = lines_of(path, file)
+        header = next(lines, "").rstrip("\n").split("\t")
+        for line, text in enumerate(lines, start=2):
             if text.strip():
                 yield f"row {line}", _row(path, line, header, text.rstrip("\n").split("\t"))
 
@@ -65,26 +84,40 @@ def _row(path: Path, line: int, header: list[str], values: list[str]) -> Row:
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig") as file:
-        yield from _objects(path, file)
+        yield from _objects(path, lines_of(path, file))
+
+
+def read_array(path: Path) -> Iterator[tuple[str, Row]]:
+    """A .json file: a list of objects, or one object a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        first = file.read(2**16).lstrip()[:1]
+    if first != "[":
+        yield from read_jsonl(path)
+        return
+    rows = read_json(path)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path.name} row {number} is no JSON object")
+        yield f"row {number}", row
 
 
 def read_gzip(path: Path) -> Iterator[tuple[str, Row]]:
     """JSONL, compressed."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") as file:
-            yield from _objects(path, file)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path.name} is not gzip: {error}") from None
+    with gzip.open(path, "rt", encoding="utf-8-sig") as file:
+        lines = _objects(path, lines_of(path, file))
+        while True:
+            with foreign(f"{path.name} is not gzip"):
+                row = next(lines, None)
+            if row is None:
+                return
+            yield row
 
 
 def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
     for line, text in enumerate(lines, start=1):
         if not text.strip():
             continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path.name} row {line} is not JSON: {error}") from None
+        row = parse_json(text, f"{path.name} row {line}")
         if not isinstance(row, dict):
             raise InputError(f"{path.name} row {line} is no JSON object: write one a line")
         yield f"row {line}", row
@@ -92,21 +125,14 @@ def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
 
 def read_json(path: Path) -> Any:
     """The one JSON value that is the whole file."""
-    with path.open(encoding="utf-8-sig") as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path.name} is not JSON: {error}") from None
+    return parse_json(path.read_text(encoding="utf-8-sig"), path.name)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise InputError(f"{path.name} is not parquet: {error}") from None
+    with foreign(f"{path.name} is not parquet"):
+        rows = parquet.read_table(path, partitioning=None).to_pylist()
     yield from ((f"row {line}", row) for line, row in enumerate(rows, start=1))
 
 
@@ -114,7 +140,7 @@ READERS: dict[str, Reader] = {
     ".tsv": read_tsv,
     ".csv": read_csv,
     ".jsonl": read_jsonl,
-    ".json": read_jsonl,
+    ".json": read_array,
     ".parquet": read_parquet,
     ".gz": read_gzip,
 }

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.options_file import read_options
+from mezo.foreign import read_options
 from mezo.tasks.task import Hub, Row, Task, custom_task
 
 FIELDS = {  # what is read

@@ -11,6 +11,7 @@ import numpy as np
 
 from mezo import noise
 from mezo.errors import InputError
+from mezo.foreign import check_file
 from mezo.trajectory import columns
 from mezo.trajectory.compact import decode, encode, without_losses
 from mezo.trajectory.format import COMPACT, MAGIC, Log, Segment, checksum, layout
@@ -32,6 +33,7 @@ def read(path: str | Path, *, recover: bool = False) -> Log:
     Raises InputError, with the position, for a file that is no log, is damaged, or was written by a
     newer version.
     """
+    check_file(path)
     try:
         with open(path, "rb") as file:
             magic = file.read(len(MAGIC))  # before the rest, which may be endless

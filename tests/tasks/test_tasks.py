@@ -130,8 +130,8 @@ def test_unreadable_files_are_named(tmp_path):
     assert message(REVIEWS, "train", files="/no/reviews.csv") == "file not found: /no/reviews.csv"
     broken = write(tmp_path / "broken.jsonl", '{"text": "x", "label": "pos"}\n{"text"\n')
     assert "broken.jsonl row 2 is not JSON" in message(REVIEWS, "train", files=broken)
-    array = write(tmp_path / "array.json", '[{"text": "x"}]\n')
-    assert "array.json row 1 is no JSON object" in message(REVIEWS, "train", files=array)
+    array = write(tmp_path / "array.json", '[{"text": "x", "label": "pos"},\n 3]')
+    assert "array.json row 2 is no JSON object" in message(REVIEWS, "train", files=array)
     quotes = write(tmp_path / "quotes.csv", 'text,label\n"open,pos\n')
     assert "quotes.csv row 2" in message(REVIEWS, "train", files=quotes)
     latin = tmp_path / "latin.tsv"
@@ -160,7 +160,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     told = message(tasks.get("sst2"), "train")
-    assert told == "cannot load nyu-mll/glue sst2 from the hub (offline); give data_dir"
+    assert told == "cannot load nyu-mll/glue sst2 from the hub (offline mode); give data_dir"
 
 
 def test_a_hub_data_set_is_read_from_the_split_of_the_task(monkeypatch):

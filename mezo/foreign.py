@@ -1,0 +1,134 @@
+"""What other packages' parsers make of files that anybody may have written.
+
+A parser documents one exception and raises many: JSON nested deeply is a RecursionError, a number
+of 5,000 digits a ValueError, a damaged gzip stream a zlib.error, and a tokenizer's file may end in
+a panic of Rust. Here each of them becomes an InputError of one line that names the file.
+"""
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mezo.errors import InputError
+
+MAX_OPTIONS = 2**20  # bytes of a YAML file, and values in it once its aliases are written out
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Turn whatever a parser raises within the context into an InputError that begins with `what`.
+
+    Only the call of the other package belongs inside, so that a fault of our own code keeps its
+    traceback. An InputError passes unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what}: {reason_of(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, in tokenizers and safetensors
+            raise
+        raise InputError(f"{what}: its parser failed: {reason_of(error)}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception's reason in one printable line of at most 300 characters."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it takes more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or type(error).__name__
+    text = f"no {text}" if isinstance(error, KeyError) else text
+    return "".join(c if c.isprintable() else "?" for c in text)[:300]
+
+
+def check_file(path: str | Path) -> Path:
+    """The path of a regular file. Raises InputError for everything else.
+
+    Opening a named pipe waits for a writer, and reading a device may never end.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise InputError(f"{path}: {reason_of(error)}") from None
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    if not stat.S_ISREG(mode):
+        kind = next((kind for kind, is_of in kinds.items() if is_of(mode)), "a device")
+        raise InputError(f"{path} is {kind}, not a file")
+    return path
+
+
+def parse_json(text: str | bytes, what: str) -> Any:
+    """The value of a JSON text. Raises InputError, beginning with `what`, for anything else.
+
+    Half a surrogate pair ("\\ud800"), which is no character and which no tokenizer takes, is
+    refused too.
+    """
+    with foreign(f"{what} is not JSON"):
+        value = json.loads(text)
+        mark = b"\\ud" if isinstance(text, bytes) else "\\ud"
+        if mark in text.lower():  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value that is a whole file. Raises InputError for anything else."""
+    path = check_file(path)
+    with foreign(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8-sig")
+    return parse_json(text, str(path))
+
+
+def read_options(path: str | Path, told: str, expected: str) -> dict[Any, Any]:
+    """The mapping that a YAML file of options holds, as `--config` and `--grid` take it.
+
+    Args:
+        told: the file's name in an InputError.
+        expected: what the file should hold, in words.
+
+    Raises InputError for a file that is none, that is no YAML or no mapping, and for one whose
+    aliases stand for more than a million values: an alias of aliases grows without bound.
+    """
+    import yaml
+
+    path = check_file(path)
+    with foreign(told):
+        if path.stat().st_size > MAX_OPTIONS:
+            raise InputError(f"{told} is longer than {MAX_OPTIONS:,} bytes")
+        text = path.read_text(encoding="utf-8")
+    with foreign(f"{told} is not YAML"):
+        found = yaml.safe_load(text)
+        _expanded(found, {}, ())
+    if not isinstance(found, dict):
+        raise InputError(f"{told}: expected {expected}")
+    return found
+
+
+def _expanded(value: Any, sizes: dict[int, int], outer: tuple[int, ...]) -> int:
+    """How many values a YAML value holds, those behind aliases counted each time.
+
+    Raises ValueError for more than a million, for one within itself, and for half a surrogate pair.
+    """
+    if isinstance(value, str):
+        value.encode()
+    if not isinstance(value, dict | list | set | tuple):
+        return 1
+    if id(value) in outer:
+        raise ValueError("an alias stands for a value that it is in itself")
+    if id(value) not in sizes:
+        inner = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        within = (*outer, id(value))
+        sizes[id(value)] = 1 + sum(_expanded(part, sizes, within) for part in inner)
+        if sizes[id(value)] > MAX_OPTIONS:
+            raise ValueError(f"its aliases stand for more than {MAX_OPTIONS:,} values")
+    return sizes[id(value)]
