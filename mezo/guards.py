@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
 
 import torch
 
@@ -129,19 +128,35 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]]) -> None:
 
 
 def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
-    """InputError if two parameters share memory: each walk would move it twice."""
-    spans: dict[tuple, list[tuple[int, int, str]]] = {}  # by storage: first byte, end, name
+    """InputError if two parameters share elements in memory: each walk would move these twice."""
+    storages: dict[tuple, list[tuple[int, int, str, torch.Tensor]]] = {}  # first byte, end, ...
     for name, tensor in ((name, local(p)) for name, p in named):
         if tensor.numel():
-            storage = (tensor.device, tensor.untyped_storage().data_ptr())
+            place = (tensor.device, tensor.untyped_storage().data_ptr())
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             end = tensor.data_ptr() + (last + 1) * tensor.element_size()
-            spans.setdefault(storage, []).append((tensor.data_ptr(), end, name))
-    for storage_spans in spans.values():
-        storage_spans.sort(key=lambda span: span[:2])
-        for (_, end, name), (start, _, other) in pairwise(storage_spans):
-            if start < end and name != other:
-                raise InputError(
-                    f"parameters {name} and {other} share memory without being one parameter; "
-                    "tie them with model.tie_weights() or train one of them"
-                )
+            storages.setdefault(place, []).append((tensor.data_ptr(), end, name, tensor))
+    for spans in storages.values():
+        before: list[tuple[int, int, str, torch.Tensor]] = []
+        for span in sorted(spans, key=lambda span: span[:2]):
+            before = [other for other in before if other[1] > span[0]]
+            for _, _, name, tensor in before:
+                if name != span[2] and _overlap(tensor, span[3]):
+                    raise InputError(
+                        f"parameters {name} and {span[2]} share memory without being one "
+                        "parameter; tie them with model.tie_weights() or train one of them"
+                    )
+            before.append(span)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, whose spans of one storage overlap, have an element in common.
+
+    Columns of one matrix, for example, have none.
+    """
+    if one.dtype != other.dtype or (one.is_contiguous() and other.is_contiguous()):
+        return True
+    size = one.untyped_storage().nbytes() // one.element_size()
+    taken = torch.zeros(size, dtype=torch.bool, device=one.device)
+    taken.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset()).any())

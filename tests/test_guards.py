@@ -164,3 +164,23 @@ def test_the_unit_in_the_last_place_is_the_spacing_of_numbers(dtype):
     few, many = torch.full((10,), 1.5), torch.full((90_000,), 0.3)
     unit, found = last_place([few.to(dtype), many.to(dtype), torch.zeros(5, dtype=dtype)])
     assert (unit, found) == (2.0 ** (-2 - bits), dtype)
+
+
+@pytest.mark.parametrize("option", ["eps", "lr", "weight_decay"])
+def test_an_infinite_option_is_refused(option):
+    """It would turn every weight into NaN at the first step."""
+    with pytest.raises(InputError, match=f"^{option} must be finite, got inf$"):
+        MeZO(torch.nn.Linear(2, 2).named_parameters(), **{option: float("inf")})
+
+
+def test_views_that_share_elements_are_refused_and_others_are_not():
+    """Rows within a matrix move twice; two halves of its columns are neighbours in memory alone."""
+    matrix = torch.randn(6, 4)
+    with pytest.raises(InputError, match="parameters all and some share memory"):
+        MeZO([("all", torch.nn.Parameter(matrix)), ("some", torch.nn.Parameter(matrix[2:4]))])
+    columns = [(str(i), torch.nn.Parameter(matrix[:, i : i + 2])) for i in (0, 2)]
+    assert len(MeZO(columns).trained()) == 2
+    with pytest.raises(InputError, match="parameters 0 and even share memory"):
+        MeZO([columns[0], ("even", torch.nn.Parameter(matrix[:, ::2]))])
+    with pytest.raises(InputError, match="parameter w is expanded"):
+        MeZO([("w", torch.nn.Parameter(torch.randn(1, 4).expand(3, 4)))])
