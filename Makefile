@@ -1,6 +1,7 @@
 # make demo          see MeZO fine-tune a language model on this machine, offline once installed
 # make test          the tests, with the versions of requirements/lock.txt
 # make slow          the slow tests                     make lint    ruff, mypy
+# make mutants       tests/mutants: faults of one line, which the tests must notice
 # make test-floor    the tests with the oldest versions that pyproject.toml admits
 # make test-newest   the tests with the newest versions there are; lists what they deprecate
 # make dist          the wheel and the source archive, installed and tried outside this folder
@@ -21,7 +22,7 @@ PYTEST = bin/python -m pytest -n auto --dist loadfile
 AS_WARNINGS = -W default::DeprecationWarning -W default::PendingDeprecationWarning \
 	-W default::FutureWarning
 
-.PHONY: demo test slow lint test-floor test-newest dist lock clean
+.PHONY: demo test slow mutants lint test-floor test-newest dist lock clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/mezo demo --output_dir $(OUT)
@@ -31,6 +32,9 @@ test: $(VENV)/.test
 
 slow: $(VENV)/.test
 	$(VENV)/$(PYTEST) -m "slow and not gpu"
+
+mutants: $(VENV)/.test
+	$(VENV)/bin/python tests/mutants/run.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
