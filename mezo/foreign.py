@@ -5,6 +5,8 @@ of 5,000 digits a ValueError, a damaged gzip stream a zlib.error, and a tokenize
 a panic of Rust. Here each of them becomes an InputError of one line that names the file.
 """
 
+import importlib
+import importlib.util
 import json
 import stat
 from collections.abc import Iterator
@@ -132,3 +134,32 @@ def _expanded(value: Any, sizes: dict[int, int], outer: tuple[int, ...]) -> int:
         if sizes[id(value)] > MAX_OPTIONS:
             raise ValueError(f"its aliases stand for more than {MAX_OPTIONS:,} values")
     return sizes[id(value)]
+
+
+def imported(text: str, what: str) -> Any:
+    """The object that `text` names: "module:Name", or "file.py:Name". `what` says what it is for.
+
+    Only for a name that the user gave: nothing is ever imported because a file says so. Raises
+    InputError where there is no such module, file or name.
+    """
+    where, _, name = text.rpartition(":")
+    path = Path(where) if where.endswith(".py") else Path(where.replace(".", "/") + ".py")
+    if path.is_file():
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif where.endswith(".py"):
+        raise InputError(f"{what} file not found: {where}")
+    else:
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if where != missing and not where.startswith(f"{missing}."):
+                raise
+            raise InputError(f"{what} module {where}: no such module, no file {path}") from None
+    if not hasattr(module, name):
+        raise InputError(f"{what} {text}: {where} has no {name}")
+    return getattr(module, name)

@@ -18,13 +18,14 @@ tensor at a time are made again, used, and dropped (Appendix B.2 of the paper).
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from mezo.errors import InputError
+from mezo.foreign import imported
 from mezo.record import Memory
 
 
@@ -272,6 +273,8 @@ def options(
         return options(rule_of({"name": rule} if isinstance(rule, str) else rule, rules), rules)
     if not isinstance(rule, Rule):
         raise InputError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if not is_dataclass(rule):
+        raise InputError(f"rule {name_of(type(rule))} is not a frozen dataclass")
     rule.check()
     name, given = name_of(type(rule)), asdict(rule)  # type: ignore[call-overload]
     given = {k: list(v) if isinstance(v, tuple | list) else v for k, v in given.items()}
@@ -294,6 +297,14 @@ def rule_of(given: Mapping[str, Any], rules: Mapping[str, type[Rule]] = RULES) -
     except TypeError:
         options_of = ", ".join(asdict(rules[name]())) or "none"  # type: ignore[call-overload]
         raise InputError(f"rule {name} has no option {', '.join(values)}: {options_of}") from None
+
+
+def rule_class(text: str) -> type[Rule]:
+    """The class that the user names, "module:Name" or "file.py:Name"; InputError for no rule."""
+    found = imported(text, "rule")
+    if not (isinstance(found, type) and issubclass(found, Rule) and is_dataclass(found)):
+        raise InputError(f"rule {text} is not a dataclass that subclasses mezo.rules.Rule")
+    return found
 
 
 def _check_betas(name: str, betas: Sequence[Any], count: int = 1) -> None:

@@ -26,16 +26,19 @@ def main(argv: list[str]) -> None:
         "  --by_tensor                         file to file, in the memory of one tensor; --model\n"
         "                                      is a folder of safetensors\n"
         "  --onto_adapter                      only the adapter of a LoRA run\n"
+        "  --rule MODULE:NAME                  a rule of your own that the run was made with\n"
         "  --json                              one line of JSON\n"
     )
     if {"-h", "--help"} & set(argv):
         return show_help("mezo replay", (ModelArguments,), tail)
+    from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter
     from mezo.runs import task as run
 
     quiet()
     options = {"log": {"required": True}, "output_dir": {"required": True}, "json": JSON}
     options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
+    options["rule"] = {"action": "append", "default": []}
     parser = hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int})
     model, own = parse(with_config(argv), parser, (ModelArguments,))
     if own.by_tensor and own.onto_adapter:
@@ -43,6 +46,7 @@ def main(argv: list[str]) -> None:
     replay = adapter.save_adapter if own.onto_adapter else run.replay
     replay = adapter.replay_by_tensor if own.by_tensor else replay
     with redirect_stdout(sys.stderr):
-        result = replay(model, own.log, own.output_dir, own.until)
+        own_rules = [rule_class(text) for text in own.rule]
+        result = replay(model, own.log, own.output_dir, own.until, rules=own_rules)
     print_result(result, own.json)
     say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")

@@ -37,7 +37,7 @@ from mezo.offload.device_reads import DeviceReads
 from mezo.offload.interleaved import Interleaved, Walked
 from mezo.offload.turns import Turns
 from mezo.optimizer import Weights
-from mezo.rules import rule_of
+from mezo.rules import name_of
 from mezo.trajectory.program import Program, Write, split_at_writing
 
 __all__ = ["Offload", "load_offloaded", "offload"]
@@ -125,7 +125,7 @@ class Offload:
     def _check(self, optimizer: MeZO) -> None:
         trained = optimizer.trained()
         half = any(p.element_size() == 2 for _, p, _ in trained)
-        check_settings(optimizer.param_groups[0], half=half)
+        check_settings(optimizer.settings | {"rule": optimizer.rule}, half=half)
         if isinstance(optimizer.processes, Link) and optimizer.processes.size > 1:
             raise InputError(
                 f"a run of {optimizer.processes.size} processes does not go with offload"
@@ -344,8 +344,9 @@ def _check_parameter(name: str, p: torch.Tensor) -> None:
 
 def check_settings(settings: Mapping[str, Any], half: bool) -> None:
     """InputError for a parameter group's settings that do not go with it; half: 16-bit weights."""
-    if not rule_of(settings["rule"]).linear:
-        raise InputError(f"rule {settings['rule']['name']} does not go with offload: take sgd")
+    if not settings["rule"].linear:
+        name = name_of(type(settings["rule"]))
+        raise InputError(f"rule {name} does not go with offload: take sgd")
     if settings["estimator"] != "two_point":
         raise InputError(
             f"estimator {settings['estimator']} does not go with offload: take two_point"

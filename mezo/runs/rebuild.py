@@ -8,7 +8,7 @@ And for the command line: the same, saved, without loading the model, or as an a
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mezo.hub import repository as hub
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.rules import Rule
 from mezo.trajectory.replay import steps_until
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -74,14 +75,20 @@ def load(base: torch.nn.Module | str | Path, log: str | Path, *, until: int | No
     return trajectory.replay(path, model, until=until).eval()
 
 
-def rebuilt(args: ModelArguments, log: str | Path, until: int | None = None) -> tuple:
+def rebuilt(
+    args: ModelArguments,
+    log: str | Path,
+    until: int | None = None,
+    *,
+    rules: Sequence[type[Rule]] = (),
+) -> tuple:
     """(model, tokenizer, steps): the base model with what the run began with, and replayed."""
     found = trajectory.read(log)
     steps = steps_until(log, found, until)
     args = arguments_of(args, log, found.header)
     _check_file(args, log, found.header)
     model, tokenizer = models.load(args, adapter_seed=found.header["seed"])
-    trajectory.replay(log, model, until=until)
+    trajectory.replay(log, model, until=until, rules=rules)
     return model, tokenizer, len(steps)
 
 
@@ -111,19 +118,29 @@ def _check_file(args: ModelArguments, log: str | Path, header: dict[str, Any]) -
 
 
 def replay_by_tensor(
-    args: ModelArguments, log: str | Path, output_dir: str, until: int | None = None
+    args: ModelArguments,
+    log: str | Path,
+    output_dir: str,
+    until: int | None = None,
+    *,
+    rules: Sequence[type[Rule]] = (),
 ) -> dict[str, Any]:
     """`trajectory.replay_checkpoint` on a local folder or an embedded model."""
     if args.dtype != "auto":
         raise InputError("the dtype of a replay by tensor is the log's: leave out --dtype")
     _check_file(args, log, trajectory.read(log).header)
     folder = models.folder_of(args.model_name_or_path)
-    steps = trajectory.replay_checkpoint(log, folder, output_dir, until=until)
+    steps = trajectory.replay_checkpoint(log, folder, output_dir, until=until, rules=rules)
     return {"log": str(log), "steps": steps, "output_dir": output_dir}
 
 
 def save_adapter(
-    args: ModelArguments, log: str | Path, output_dir: str, until: int | None = None
+    args: ModelArguments,
+    log: str | Path,
+    output_dir: str,
+    until: int | None = None,
+    *,
+    rules: Sequence[type[Rule]] = (),
 ) -> dict[str, Any]:
     """Rebuild the adapter of a run and save it alone, as peft does; no base weights, no tokenizer.
 
@@ -136,7 +153,7 @@ def save_adapter(
             f"{log}: the run trained the model's own weights ({', '.join(own[:1])}), and has no "
             "adapter: replay it without --onto_adapter"
         )
-    model, _, steps = rebuilt(args, log, until)
+    model, _, steps = rebuilt(args, log, until, rules=rules)
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".mezo-", dir=output_dir) as folder:

@@ -24,6 +24,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.models.frozen import FrozenLower
 from mezo.models.trainable import select, told
 from mezo.objectives import Form, form_for
+from mezo.rules import Rule
 from mezo.runs import methods, published, rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import load_splits, read_split, task_of, tested
@@ -194,9 +195,16 @@ def evaluate(
     return result | {"demonstrations_dropped": found.dropped, "log": log}
 
 
-def replay(model_args: ModelArguments, log: str, output_dir: str, until: int | None = None) -> dict:
+def replay(
+    model_args: ModelArguments,
+    log: str,
+    output_dir: str,
+    until: int | None = None,
+    *,
+    rules: Sequence[type[Rule]] = (),
+) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
-    model, tokenizer, steps = rebuilt(model_args, log, until)
+    model, tokenizer, steps = rebuilt(model_args, log, until, rules=rules)
     make_folder(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

@@ -1,5 +1,6 @@
 """The Trainer's arguments with MeZO's, and what they make of an optimizer."""
 
+import json
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -9,7 +10,9 @@ from transformers import TrainingArguments
 
 from mezo import layer_norms, layers, rules
 from mezo.errors import InputError
+from mezo.foreign import imported
 from mezo.mezo import MeZO
+from mezo.rules import Rule
 from mezo.schedules import Schedule, linear
 
 
@@ -55,7 +58,8 @@ class MeZOConfig(TrainingArguments):
     rule: str = field(
         default="sgd",
         metadata={
-            "help": "sgd, momentum, adam (adam_beta1, adam_beta2, adam_epsilon), sign, scalar_adam."
+            "help": "sgd, momentum, adam (adam_beta1, adam_beta2, adam_epsilon), sign, "
+            "scalar_adam, or your own: module:Name."
         },
     )
     momentum: float = field(default=0.9, metadata={"help": "Of the rule momentum."})
@@ -66,8 +70,13 @@ class MeZOConfig(TrainingArguments):
             "history, or all, instead of keeping buffers."
         },
     )
+    rule_options: str | None = field(
+        default=None,
+        metadata={"help": "Options of a rule of your own, as JSON: '{\"beta\": 0.5}'."},
+    )
     estimator: str = field(
-        default="two_point", metadata={"help": "two_point, one_sided or one_point."}
+        default="two_point",
+        metadata={"help": "two_point, one_sided, one_point, or your own: module:name."},
     )
     shaping: str | None = field(
         default=None,
@@ -154,6 +163,8 @@ def mezo_options(
     names = "num_samples distribution perturbation rank interval estimator shaping"
     names += " clip clip_quantile max_refused"
     options = {name: getattr(args, name) for name in names.split()}
+    if ":" in args.estimator:
+        options["estimator"] = imported(args.estimator, "estimator")
     options |= {"eps": args.mezo_eps, "rule": rule_of(args), "rounding": rounding_of(args, model)}
     if args.modified is not None:
         make = {
@@ -175,8 +186,10 @@ def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
     return args.rounding or ("master" if master else "stochastic")
 
 
-def rule_of(args: MeZOConfig) -> dict[str, Any]:
+def rule_of(args: MeZOConfig) -> Rule:
     """The rule that the arguments name, with the options of it that they have."""
+    if ":" in args.rule:
+        return rules.rule_of({"name": args.rule} | _own_options(args), _named(args.rule))
     window = args.window
     if window is not None and window != "all":
         if not window.isdecimal():
@@ -190,7 +203,21 @@ def rule_of(args: MeZOConfig) -> dict[str, Any]:
         given |= {"betas": betas, "eps": args.adam_epsilon, "window": window}
     elif window is not None:
         raise InputError(f"window is for the rules momentum and adam, not {args.rule}")
-    return rules.options(given)
+    return rules.rule_of(rules.options(given))
+
+
+def _named(text: str) -> dict[str, type[Rule]]:
+    return {text: rules.rule_class(text)}
+
+
+def _own_options(args: MeZOConfig) -> dict[str, Any]:
+    try:
+        found = json.loads(args.rule_options or "{}")
+    except ValueError as error:
+        raise InputError(f"rule_options is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"rule_options is a JSON object, got {args.rule_options}")
+    return found
 
 
 def schedule_of(args: TrainingArguments, optimizer: MeZO, steps: int) -> Schedule | None:

@@ -32,10 +32,11 @@ _KNOWN = {
     "modified": MODIFIED,
 }
 _OPTIONAL = ("estimator", "modified")  # without them: two_point, and no scales
-IDENTITY = ("seed", *_KNOWN, "rule_options", "rank", "interval")  # one for a whole run
+IDENTITY = ("seed", *_KNOWN, "rule_options", "sides", "rank", "interval")  # one for a whole run
 _LARGEST = 1e100  # of a setting: products of several are finite, and integers become floats
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _DIGEST = re.compile("[0-9a-f]{16}")
+_OF_A_USER = re.compile(r"[\w.]+:[\w.<>]+")  # a rule or an estimator of their own: "module:Name"
 
 
 class Damage(Exception):
@@ -69,8 +70,8 @@ def check_version(header: dict[str, Any]) -> None:
             f"this log has format {_short(found[0])} and noise contract {_short(found[1])}; this "
             f"version of mezo reads {FORMAT} and {noise.CONTRACT}: upgrade mezo-lm"
         )
-    for key, known in _KNOWN.items():
-        if isinstance(header.get(key), str) and header[key] not in known:
+    for key in _KNOWN:
+        if isinstance(header.get(key), str) and not _names(key, header[key]):
             raise InputError(f"this log has {key} {_short(header[key])}: upgrade mezo-lm")
 
 
@@ -111,7 +112,11 @@ def _check_kinds(header: dict[str, Any]) -> None:
     if header["perturbation"] == "low_rank":
         check_keys(header, _LOW_RANK)
     check_keys(header, {key: _FIRST[key] for key in _OPTIONAL if key in header})
+    if "sides" in header:
+        check_keys(header, {"sides": (lambda x: type(x) is int and x in (1, 2), "1 or 2")})
     given = header.get("rule_options", {})
+    if header["rule"] not in RULES and type(given) is dict:
+        return  # the rule's own file checks them
     try:
         known = rules.options({"name": header["rule"]} | given)
         good = given.keys() == known.keys() - {"name"}
@@ -154,6 +159,12 @@ def are(good: Callable, least: int = 0) -> Callable:
     return lambda value: type(value) is list and len(value) >= least and all(map(good, value))
 
 
+def _names(key: str, value: str) -> bool:
+    """Whether it is one of the names that a key may have; nothing is imported to find out."""
+    own = key in ("rule", "estimator") and _OF_A_USER.fullmatch(value) is not None
+    return own or value in _KNOWN[key]
+
+
 def _is_digest(value: Any) -> bool:
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
@@ -177,7 +188,7 @@ _FIRST: Keys = {
     "config": (lambda x: type(x) is dict, "an object"),
     "versions": (lambda x: type(x) is dict, "an object"),
 } | {
-    key: (lambda x, known=known: x in known, f"one of {', '.join(known)}")
+    key: (lambda x, key=key: isinstance(x, str) and _names(key, x), f"one of {', '.join(known)}")
     for key, known in _KNOWN.items()
 }
 _WRITTEN = (lambda x: type(x) is bool, "true or false")

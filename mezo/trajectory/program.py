@@ -1,7 +1,7 @@
 """What a run did to its weights, as moves that need neither data nor losses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from mezo.layers import TensorScale
 from mezo.mezo import LEGS, MeZO, sgd
 from mezo.noise import Move
 from mezo.record import Applied
+from mezo.rules import RULES, Rule
 from mezo.trajectory.format import Step
 
 MAX_WALKS = 2**25  # 3 moves each, of 28 bytes
@@ -51,13 +52,14 @@ def program_of(
     finish: bool = True,
     past: Sequence[Applied] = (),
     number: int = 0,
+    known: Mapping[str, type[Rule]] = RULES,
 ) -> Program:
     """What `steps` do to a weight of parameter group number `group`.
 
     In place, the walks are repeated too: theta + eps z - 2 eps z + eps z is not quite theta.
     Low-rank updates are written at the end of an interval, where the run wrote them within one, and
     with `finish` after the last step: else they stay in the state, as in the run. `past` and
-    `number` are the first group's after the steps before.
+    `number` are the first group's after the steps before. `known` are the rules by name.
     Raises InputError if they are too many for a replay.
     """
     actions: list[Action] = []
@@ -67,7 +69,8 @@ def program_of(
     if walks > MAX_WALKS:
         raise InputError(f"the log has {walks} walks: a replay holds at most {MAX_WALKS} in memory")
     interval = header["interval"] if header["perturbation"] == "low_rank" else 0
-    rule, legs = rule_of(header), LEGS[sides_of(header.get("estimator", "two_point"))]
+    rule, sides = rule_of(header, known), sides_of(header.get("estimator", "two_point"))
+    legs = LEGS[header.get("sides", sides)]
     history = list(past)
     scaled = any("scale" in entry or "threshold" in entry for entry in header["tensors"])
 
@@ -100,8 +103,15 @@ def program_of(
     return Program(actions, history, number)
 
 
-def rule_of(header: dict[str, Any]) -> rules.Rule:
-    return rules.rule_of({"name": header["rule"]} | header.get("rule_options", {}))
+def rule_of(header: dict[str, Any], known: Mapping[str, type[Rule]]) -> Rule:
+    """The rule that a log names. InputError for one that is not known: a file imports no code."""
+    name = header["rule"]
+    if name not in known:
+        raise InputError(
+            f"the log's rule {name} is not one of mezo's: give it, rules=[{name.split(':')[-1]}], "
+            f"or --rule {name} on the command line"
+        )
+    return rules.rule_of({"name": name} | header.get("rule_options", {}), known)
 
 
 def split_at_writing(actions: Sequence[Action]) -> tuple[list[Action], list[np.ndarray]]:

@@ -5,7 +5,7 @@ which it was: to get the weights of step N, replay from the base model until N, 
 steps' additions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ import torch
 from mezo import noise
 from mezo.errors import InputError
 from mezo.forms.rounding import ROUNDINGS
-from mezo.rules import RULES
+from mezo.rules import RULES, Rule
+from mezo.rules import known as known_rules
 from mezo.trajectory import start_values
 from mezo.trajectory.files import read
 from mezo.trajectory.format import Log, Step
@@ -29,17 +30,20 @@ def replay(
     *,
     until: int | None = None,
     verify: bool = True,
+    rules: Sequence[type[Rule]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
     """Rebuild the trained weights in place: `model` is the base model, the result is the run's.
 
     Bitwise: the same additions in the same order, without data or forward passes, one tensor at a
     time. Values of the start that the log holds (start_values.py) take the place of the model's.
-    `until` stops before that step of the run. `progress(done, total)` is told of each tensor.
+    `until` stops before that step of the run. `rules` are classes of your own that the run was made
+    with: a log names them, and no code is imported for it. `progress(done, total)` is told of each
+    tensor.
     Raises InputError if a tensor is missing or (with `verify`) is not what the run started from,
     trained or frozen.
     """
-    log = read(path)
+    log, known = read(path), known_rules(rules)
     steps = steps_until(path, log, until)
     named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
     entries = log.header["tensors"]
@@ -53,7 +57,10 @@ def replay(
         and expected != frozen_fingerprint(model, {entry["name"] for entry in entries})
     ):
         raise InputError(FROZEN_DIFFER.format(path))
-    programs = {entry["group"]: program_of(log.header, steps, entry["group"]) for entry in entries}
+    programs = {
+        entry["group"]: program_of(log.header, steps, entry["group"], known=known)
+        for entry in entries
+    }
     for done, entry in enumerate(entries, 1):
         make_(named[entry["name"]], entry, log.header, programs[entry["group"]], {})
         if progress is not None:
@@ -79,7 +86,7 @@ def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
 
 def kept_by(header: dict) -> str | None:
     """What keeps buffers, or looks back at earlier steps: a replay then begins with the first."""
-    if RULES[header["rule"]].buffers:
+    if header["rule"] not in RULES or RULES[header["rule"]].buffers:
         return f"rule {header['rule']}"
     half = {entry["dtype"] for entry in header["tensors"]} & {"bfloat16", "float16"}
     rounded = half and ROUNDINGS[header["rounding"]].buffer

@@ -8,7 +8,7 @@ not one tensor of the files (experts that loading merges, a new head) cannot be 
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from mezo.errors import InputError
 from mezo.models.safetensors_files import Checkpoint, Place, write
+from mezo.rules import Rule, known
 from mezo.trajectory.files import read
 from mezo.trajectory.format import Step
 from mezo.trajectory.program import make_, program_of
@@ -33,6 +34,7 @@ def replay_checkpoint(
     *,
     until: int | None = None,
     verify: bool = True,
+    rules: Sequence[type[Rule]] = (),
     progress: Progress | None = None,
 ) -> int:
     """Write the tuned checkpoint of a run from its base checkpoint, without loading the model.
@@ -49,6 +51,7 @@ def replay_checkpoint(
         output_dir: another folder; files of the same names in it are replaced.
         until: stop at that step of the run.
         verify: first read everything once and compare fingerprints with the log's.
+        rules: classes of your own that the run was made with.
         progress: `progress(done, total)` is told of each trained tensor.
 
     Returns the number of steps. Raises InputError if the log is an adapter's or starts from another
@@ -58,7 +61,7 @@ def replay_checkpoint(
     steps, checkpoint = steps_until(log, found, until), Checkpoint(Path(source_dir))
     if output.resolve() == checkpoint.folder.resolve():
         raise InputError(f"output_dir {output} is the base model's own folder")
-    plan = _Plan(log, found.header, checkpoint)
+    plan = _Plan(log, found.header, checkpoint, known(rules))
     if verify:
         plan.verify()
     write(checkpoint, output, plan.replaying(steps, progress), plan.dtypes())
@@ -68,7 +71,14 @@ def replay_checkpoint(
 class _Plan:
     """What becomes of each tensor of a checkpoint. Raises InputError if the log is not for it."""
 
-    def __init__(self, log: str | Path, header: dict[str, Any], checkpoint: Checkpoint):
+    def __init__(
+        self,
+        log: str | Path,
+        header: dict[str, Any],
+        checkpoint: Checkpoint,
+        rules: Mapping[str, type[Rule]],
+    ):
+        self.rules = rules
         self.log, self.header, self.checkpoint = log, header, checkpoint
         entries = {entry["name"]: entry for entry in header["tensors"]}
         self.layout = layout_of(checkpoint, set(entries))
@@ -123,7 +133,9 @@ class _Plan:
     def replaying(self, steps: Sequence[Step], progress: Progress | None):
         """A function from a place to its tensor after `steps`."""
         groups = {entry["group"] for entry in self.header["tensors"]}
-        programs = {group: program_of(self.header, steps, group) for group in groups}
+        programs = {
+            group: program_of(self.header, steps, group, known=self.rules) for group in groups
+        }
         dtypes, done = self.dtypes(), 0
 
         def tensor_of(place: Place) -> torch.Tensor:

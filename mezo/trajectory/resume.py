@@ -31,15 +31,15 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
     steps = log.steps[first["step"] - log.start : max(end - log.start, 0)]
     if not steps:
         return 0
-    if option := forgotten(first):
+    own = optimizer.estimator.looks_back and f"estimator {first['estimator']}"
+    if option := forgotten(first) or own:
         raise InputError(f"{path}: with {option} a run goes on from a checkpoint alone")
     _check(path, log, optimizer)
     where: dict[int, int] = {id(g): i for i, g in enumerate(optimizer.param_groups)}
     memory = optimizer.memory
-    programs = {
-        i: program_of(log.header, steps, i, finish=False, past=memory.past, number=memory.number)
-        for i in where.values()
-    }
+    before: dict[str, Any] = {"past": memory.past, "number": memory.number}
+    before |= {"known": optimizer.rules, "finish": False}
+    programs = {i: program_of(log.header, steps, i, **before) for i in where.values()}
     entries = {entry["name"]: entry for entry in log.header["tensors"]}
     for name, p, group in optimizer.trained():
         state, program = optimizer.state.get(p, {}), programs[where[id(group)]]

@@ -15,6 +15,7 @@ import torch
 from mezo import noise, rules
 from mezo.compatibility import unpacked
 from mezo.errors import InputError
+from mezo.estimators import ESTIMATORS
 from mezo.layers import PLAIN, scales_of
 from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
@@ -239,6 +240,8 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
         found["rule_options"] = rule
     if group["estimator"] != "two_point":
         found["estimator"] = group["estimator"]
+        if group["estimator"] not in ESTIMATORS and optimizer.estimator.sides == 1:
+            found["sides"] = 1
     if (group["layers"] or {}).get("scales"):
         found["modified"] = group["layers"].get("modified", "variance")
     if optimizer.perturbation == "low_rank":
