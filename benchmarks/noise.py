@@ -112,6 +112,10 @@ def main() -> None:
     result = {"device": device_name(args.device), "elements": elements, "repeats": args.repeats}
     result |= {name: version(name) for name in ("torch", "numba", "triton")}
     result["rows"] = []
+    if importlib.util.find_spec("triton"):
+        from benchmarks import sass
+
+        result["sass_instructions_an_element"] = sass.counts()
     print(f"{result['device']}, {elements:,} elements, median of {args.repeats}")
     for dtype in args.dtype:
         for row in measure(dtype, elements, args.repeats, args.device):
