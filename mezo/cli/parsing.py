@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
@@ -34,17 +34,21 @@ def with_config(argv: list[str]) -> list[str]:
 
 
 def _options_in(path: str) -> list[str]:
-    options = read_options(path, path, "lines 'option: value'")
-    argv = []
+    return words_of(read_options(path, path, "lines 'option: value'"))
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that give these options; None and [] are left out."""
+    words = []
     for name, value in options.items():
         if isinstance(value, list) and value:
-            argv += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(str, value)]
         elif value is True:
-            argv += [f"--{name}"]
+            words += [f"--{name}"]
         elif value is not None and value != []:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
-            argv += [f"--{name}={text}"]
-    return argv
+            words += [f"--{name}={text}"]
+    return words
 
 
 def parse(argv: list[str], parser, kinds: tuple) -> tuple:

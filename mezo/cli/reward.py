@@ -5,10 +5,9 @@ mezo train --model NAME --train_file prompts.jsonl --reward "python score.py"
 """
 
 import shlex
-import sys
-from contextlib import redirect_stdout
 
 from mezo.arguments import RewardArguments
+from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     hf_parser,
@@ -19,6 +18,7 @@ from mezo.cli.parsing import (
     show_help,
     with_config,
 )
+from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
 
 HELP = """
@@ -55,15 +55,11 @@ def train(argv: list[str]) -> None:
     parser = hf_parser("mezo train --reward", kinds, json=JSON)
     if "--help_all" in argv:
         return parser.print_help()
-    model, data, args, own = parse(with_config(argv), parser, kinds)
-    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
-    try:
-        with redirect_stdout(sys.stderr):  # the Trainer prints its logs, a function its own
-            result = reward_run.train(model, data, args)
-    except KeyboardInterrupt:
-        again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
-        say(f"\nto go on where it stopped:\n  {again}")
-        raise
+    model, data, args, own = parse(with_log(with_config(argv), kinds, "reward"), parser, kinds)
+    words = ["mezo", "train", *argv]
+    result = carried_out(words, args, lambda tell: reward_run.train(model, data, args, tell))
+    if result is None:
+        return
     shown = {"reward_before": result["before"]["reward"], "reward": result["after"]["reward"]}
     shown |= {"ties": result["ties"], "steps": result["steps"], "seconds": result["seconds"]}
     print_result(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
@@ -71,7 +67,4 @@ def train(argv: list[str]) -> None:
         say(f"  {sample['prompt']!r}")
         for when in ("before", "after"):
             say(f"    {when:<6} {sample[when]!r}")
-    then = ["mezo", "replay", "--model", model.model_name_or_path]
-    then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
-    then += [] if args.offload_write_every else ["--by_tensor"]
-    say(f"next: {shlex.join(then)}")
+    say(f"next: {shlex.join(replay(model, args))}")

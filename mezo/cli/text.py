@@ -1,11 +1,10 @@
 """`mezo sft` and `mezo dpo`: TRL's trainers with MeZO, from the command line."""
 
 import shlex
-import sys
-from contextlib import redirect_stdout
 from importlib.util import find_spec
 
 from mezo.arguments import TextArguments
+from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     hf_parser,
@@ -16,6 +15,7 @@ from mezo.cli.parsing import (
     show_help,
     with_config,
 )
+from mezo.cli.running import carried_out, replay
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 
@@ -47,25 +47,18 @@ def main(kind: str, argv: list[str]) -> None:
         return show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")
-    from mezo.runs import text as sft
+    from mezo.runs import text
 
     quiet()
-    kinds = (sft.ARGUMENTS[kind], ModelArguments, TextArguments)
+    kinds = (text.ARGUMENTS[kind], ModelArguments, TextArguments)
     parser = hf_parser(f"mezo {kind}", kinds, json=JSON)
     if "--help_all" in argv:
         return parser.print_help()
-    args, model, data, own = parse(with_config(argv), parser, kinds)
-    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
-    try:
-        with redirect_stdout(sys.stderr):
-            result = sft.train(kind, model, data, args)
-    except KeyboardInterrupt:
-        again = shlex.join(["mezo", kind, *argv, "--resume_from_checkpoint", "true"])
-        say(f"\nto go on where it stopped:\n  {again}")
-        raise
+    args, model, data, own = parse(with_log(with_config(argv), kinds, "text"), parser, kinds)
+    words = ["mezo", kind, *argv]
+    result = carried_out(words, args, lambda tell: text.train(kind, model, data, args, tell))
+    if result is None:
+        return
     shown = {name: result[name] for name in ("train_loss", "eval_loss", "steps", "seconds")}
     print_result(result if own.json else shown | {"output_dir": args.output_dir}, own.json)
-    then = ["mezo", "replay", "--model", model.model_name_or_path]
-    then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
-    then += [] if args.offload_write_every else ["--by_tensor"]
-    say(f"next: {shlex.join(then)}")
+    say(f"next: {shlex.join(replay(model, args))}")

@@ -2,11 +2,11 @@
 
 import shlex
 import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 from mezo.arguments import DataArguments
 from mezo.cli import reward
+from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     default_output_dir,
@@ -18,6 +18,7 @@ from mezo.cli.parsing import (
     show_help,
     with_config,
 )
+from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
 
 TRAIN_HELP = """
@@ -66,7 +67,6 @@ def main(argv: list[str]) -> None:
         return reward.train(argv)
     if {"-h", "--help"} & set(argv):
         return show_help("mezo train", (ModelArguments, DataArguments), TRAIN_HELP)
-    from mezo.distributed import processes as distributed
     from mezo.runs import task as run
     from mezo.runs.arguments import TrainArguments
 
@@ -76,33 +76,28 @@ def main(argv: list[str]) -> None:
     if "--help_all" in argv:
         return parser.print_help()
     options = with_config(argv)
-    model, data, args, own = parse([*default_output_dir(options), *options], parser, kinds)
-    args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
+    words = with_log([*default_output_dir(options), *options], kinds, "task")
+    model, data, args, own = parse(words, parser, kinds)
     if own.grid is not None or own.paper is not None or own.dry_run:
         from mezo.cli import grid  # transformers comes with it
 
+        args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
         return grid.main(own, options, model, data, args)
-    try:
-        with redirect_stdout(sys.stderr):  # the Trainer prints its logs
-            result = run.train(model, data, args, (lambda _: None) if args.process_index else say)
-    except KeyboardInterrupt:
-        again = shlex.join(["mezo", "train", *argv, "--resume_from_checkpoint", "true"])
-        say(f"\nto go on where it stopped:\n  {again}")
-        raise
-    finally:
-        distributed.leave()
-    if args.process_index:  # one of several processes tells
-        return
+    words = ["mezo", "train", *argv]
+    result = carried_out(words, args, lambda tell: run.train(model, data, args, tell))
+    if result is not None:
+        _report(result, model, args, own.json)
+
+
+def _report(result: dict[str, Any], model: ModelArguments, args: Any, as_json: bool) -> None:
+    """Print the result, and say which command is next."""
     metrics = [name for name in result["test"] if name not in ("loss", "n")]
     shown = {f"zero_shot_{name}": result["zero_shot"][name] for name in metrics}
     shown |= {name: result["test"][name] for name in metrics} | {"steps": result["steps"]}
     shown |= {"seconds": result["seconds"], "output_dir": args.output_dir}
-    print_result(result if own.json else shown, own.json)
+    print_result(result if as_json else shown, as_json)
     then = ["mezo", "eval", "--model", args.output_dir, "--task", "..."]
-    if args.method == "mezo":
-        then = ["mezo", "replay", "--model", model.model_name_or_path]
-        then += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
-        then += [] if args.offload_write_every else ["--by_tensor"]  # there is no other model
-        if result["kept_step"] != result["steps"]:  # what is saved is the best on the dev examples
-            then += ["--until", str(result["kept_step"])]
+    if args.method == "mezo":  # what is saved is the best on the dev examples
+        kept = None if result["kept_step"] == result["steps"] else result["kept_step"]
+        then = replay(model, args, kept)
     say(f"next: {shlex.join(then)}")

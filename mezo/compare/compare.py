@@ -29,8 +29,8 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
+from mezo.runs.plan import config_of
 from mezo.runs.result import RESULT, make_folder
-from mezo.runs.task import config_of
 from mezo.tasks import Task
 
 SUMMARY = "compare.json"  # in output_dir

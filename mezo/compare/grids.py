@@ -25,10 +25,11 @@ from mezo.models.arguments import ModelArguments
 from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
+from mezo.runs.plan import config_of
 from mezo.runs.result import RESULT, make_folder
-from mezo.runs.task import config_of, train
+from mezo.runs.task import train
+from mezo.trainers.checkpoints import last_checkpoint
 from mezo.trainers.config import changed
-from mezo.trainers.resume import last_checkpoint
 
 SUMMARY = "grid.json"  # in output_dir
 

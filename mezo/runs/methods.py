@@ -12,23 +12,17 @@ peak_memory_above_model; of training also peak_memory_of_steps, without evaluati
 curve, one row an evaluation on the dev examples.
 """
 
-from dataclasses import replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
-from mezo import noise
 from mezo.compatibility import checkpointing_option, checkpoints_activations
 from mezo.errors import InputError
 from mezo.estimators import passes_of
-from mezo.evaluation.evaluate import evaluate
 from mezo.evaluation.linear_probe import linear_probe, zero_shot
-from mezo.memory.measured import PeakMemory, PeakOfStretches, give_back
+from mezo.memory.measured import PeakMemory
 from mezo.models import adapters as tuners
-from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form
 from mezo.tasks import METRICS, Example
@@ -38,7 +32,6 @@ if TYPE_CHECKING:
 
 WITHOUT_TRAINING = {"lp": linear_probe, "zero-shot": zero_shot, "icl": zero_shot}
 METHODS = ("mezo", "adam", *WITHOUT_TRAINING)
-START = "start"  # in output_dir, of a prefix run of mezo 0.1: the adapter it began with
 
 
 def check(args: "TrainArguments", model_args: ModelArguments) -> None:
@@ -51,7 +44,6 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
         raise InputError(f"method {args.method} trains no adapter: leave out --use_peft")
     if args.offload and args.method != "mezo":
         raise InputError(f"offload is for the method mezo, not for {args.method}")
-    check_adapter(model_args)
     prompt = tuners.is_prompt(model_args)
     if model_args.freeze_layers and prompt:
         raise InputError(f"freeze_layers does not go with peft_type {model_args.peft_type}")
@@ -76,77 +68,6 @@ def without_training(
         size, folder = args.per_device_eval_batch_size, args.output_dir
         found = WITHOUT_TRAINING[args.method](model, form, splits, size, folder)
     return {"steps": 0, "kept_step": 0, **found, "peak_memory_above_model": peak.bytes}
-
-
-def by_trainer(
-    trainer: Any, splits: dict[str, list[Example]], checkpoint: str | bool | None
-) -> dict[str, Any]:
-    """Train, evaluate and save; the fields of the method."""
-    args, model, folder = trainer.args, trainer.model, Path(trainer.args.output_dir)
-    warm_up(args)
-    trainer.add_callback(memory := _Memory())
-    output = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.remove_callback(memory)
-    memory.peak.end()
-    size, state = args.per_device_eval_batch_size, trainer.state
-    task, kept, dev = trainer.form.task, state.global_step, None
-    if args.load_best_model_at_end:
-        kept, dev = state.best_global_step or kept, state.best_metric
-    test = evaluate(model, trainer.form, splits["test"], size)
-    if dev is None or args.metric_for_best_model != task.metric:  # chosen by another one
-        dev = evaluate(model, trainer.form, splits["dev"], size).value
-    if args.offload_write_every:
-        trainer.save_model(args.output_dir)
-    weights = list(folder.glob("*.safetensors"))
-    stored = [folder / "run.mezo"] if args.method == "mezo" else weights
-    return {
-        "test": test,
-        "dev": dev,
-        "steps": state.global_step,
-        "kept_step": kept,  # whose weights are saved
-        "train_loss": output.training_loss,
-        "forward_passes": state.global_step * passes_of_a_step(args),
-        "curve": curve_of(state.log_history, passes_of_a_step(args)),
-        "stored_bytes": sum(path.stat().st_size for path in stored if path.exists()),
-        "peak_memory_above_model": max(0, memory.peak.whole),
-        "peak_memory_of_steps": max(0, memory.peak.bytes),
-    }
-
-
-class _Memory(TrainerCallback):
-    """Memory above the model's: of the training steps alone, and with evaluation and saving."""
-
-    def __init__(self) -> None:
-        self.peak = PeakOfStretches()
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.peak.begin()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.peak.end()
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        give_back()  # a CPU process keeps what the evaluation took
-
-
-def warm_up(args: "TrainArguments") -> None:
-    """Compiles the directions' kernels, which would count as a step's memory."""
-    if args.method == "mezo":
-        move = noise.Move(0, 0, 1.0, 1.0)
-        noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=args.distribution)
-
-
-def started_with(
-    model_args: ModelArguments, output_dir: str, checkpoint: str | bool | None
-) -> ModelArguments:
-    """Return what a run begins with: the base model; or the prefix that an older version kept.
-
-    Today the log itself holds the values of the start that are not the seed's.
-    """
-    start = str(Path(output_dir, START))
-    if checkpoint and model_args.use_peft and models.is_adapter(start):
-        return replace(model_args, model_name_or_path=start, use_peft=False)
-    return model_args
 
 
 def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str, float]]:

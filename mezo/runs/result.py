@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import transformers
 
+from mezo import trajectory
 from mezo.errors import InputError
-from mezo.trainers.resume import STATE, last_checkpoint
+from mezo.trainers.checkpoints import STATE, damage, last_checkpoint
 from mezo.version import __version__
 
 RESULT = "result.json"  # in output_dir, written last
@@ -34,7 +35,7 @@ def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
     """Where to go on: a folder; True for wherever the run in output_dir ended; None to begin."""
     asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
     if asked.lower() == "false":
-        if log.exists():
+        if trajectory.begun(log):
             raise InputError(
                 f"{log} exists: --resume_from_checkpoint true goes on with that run, another "
                 "--output_dir keeps it"
@@ -43,9 +44,11 @@ def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
     if asked.lower() != "true":
         if not Path(asked, STATE).is_file():
             raise InputError(f"resume_from_checkpoint {asked} is no folder with a {STATE}")
+        if what := damage(asked):
+            raise InputError(f"resume_from_checkpoint {asked}: {what}: take another one")
         return asked
     last = last_checkpoint(args.output_dir)
-    if last is None and not log.exists():
+    if last is None and not trajectory.begun(log):
         logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
         return None
     return True if has_log else last

@@ -4,27 +4,23 @@
                               RewardArguments(["rules.py:short"], train_file="prompts.jsonl"),
                               RewardTrainArguments("runs/short"))
 
-Leaves in output_dir what `run.train` does: run.mezo, result.json, checkpoints, the tuned model.
+It leaves in the output folder what lifecycle.py says.
 """
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mezo import rewards, tasks
 from mezo.arguments import RewardArguments
 from mezo.errors import InputError
-from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.runs import methods
-from mezo.runs import task as task_run
 from mezo.runs.arguments import RewardTrainArguments
-from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
+from mezo.runs.lifecycle import carry_out
+from mezo.runs.plan import Plan, Tell, resolve
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import fields_of, fill
-from mezo.trainers import placement
 from mezo.trainers.policy import MeZOPolicyTrainer
 
 _SHOWN = 3  # samples of text in the result
@@ -32,51 +28,48 @@ _SHOWN_DRAW = 2**32 - 1
 
 
 def train(
-    model_args: ModelArguments, data: RewardArguments, args: RewardTrainArguments
+    model_args: ModelArguments,
+    data: RewardArguments,
+    args: RewardTrainArguments,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Train on the rewards that `data` names; returns the result, which is also written."""
-    began = time.perf_counter()
+    """Train on the rewards that `data` names; return the result, which is also written."""
     if not data.reward:
         raise InputError("--reward names no function and no command")
-    functions = [rewards.resolve(text, data.reward_timeout) for text in data.reward]
-    train_rows, dev_rows = prompts(data)
     if args.method != "mezo":
         raise InputError(f"--method {args.method}: a reward has no gradient, only mezo trains it")
-    task_run.check_arguments(args, model_args)
-    checkpoint = checkpoint_of(args)
-    make_folder(args.output_dir)
-    begins = methods.started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = placement.load(begins, args)
-    models.refuse_quantised(model)
-    if not model.can_generate():
-        raise InputError(f"model {model_args.model_name_or_path} generates no text")
-    args.dataloader_pin_memory = False  # there is nothing but text
-    with task_run.trained_part(model, model_args):
-        trainer = MeZOPolicyTrainer(model, functions, args, train_rows, dev_rows, tokenizer)
-        trainer.run_config = asdict(model_args) | asdict(data) | (trainer.run_config or {})
-        with trainer.offloaded():
-            before, texts = trainer.evaluate(), _texts(trainer, dev_rows)
-            output = trainer.train(resume_from_checkpoint=checkpoint)
-            after, written = trainer.evaluate(), _texts(trainer, dev_rows)
-    rows = zip(dev_rows, texts, written, strict=False)
-    if args.offload_write_every:
-        trainer.save_model(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    result = {
-        "reward": data.reward,
-        "model": model_args.model_name_or_path,
-        "before": _named(before),
-        "after": _named(after),
-        "samples": [{"prompt": r["prompt"], "before": b, "after": a} for r, b, a in rows],
-        "ties": trainer.ties.ties,
-        "estimates": trainer.ties.estimates,
-        "steps": trainer.state.global_step,
-        "train_loss": output.training_loss,
-        "seconds": time.perf_counter() - began,
-        "config": trainer.run_config,
-        "environment": environment(),
-    }
-    return write_result(args.output_dir, result)
+    plan = resolve(model_args, data, args, tell)
+    functions = [rewards.resolve(text, data.reward_timeout) for text in data.reward]
+    return carry_out(RewardKind(data.reward, functions, *prompts(data)), plan)
+
+
+@dataclass(frozen=True)
+class RewardKind:
+    """What a run on rewards has of its own (lifecycle.Kind)."""
+
+    names: list[str]
+    functions: list[Any]
+    train_rows: list[dict]
+    dev_rows: list[dict]
+
+    def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
+        if not model.can_generate():
+            raise InputError(f"model {plan.model.model_name_or_path} generates no text")
+        plan.args.dataloader_pin_memory = False  # there is nothing but text
+        data = (self.train_rows, self.dev_rows, tokenizer)
+        return MeZOPolicyTrainer(model, self.functions, plan.args, *data)
+
+    def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
+        named = {"reward": self.names, "before": _named(trainer.evaluate())}
+        shown = zip(self.dev_rows, _texts(trainer, self.dev_rows), strict=False)  # the first ones
+        return named | {"samples": [{"prompt": row["prompt"], "before": x} for row, x in shown]}
+
+    def after(self, plan: Plan, trainer: Any, found: dict[str, Any]) -> dict[str, Any]:
+        after, written = _named(trainer.evaluate()), _texts(trainer, self.dev_rows)
+        shown = zip(found["samples"], written, strict=True)
+        samples = [sample | {"after": text} for sample, text in shown]
+        ties = {"ties": trainer.ties.ties, "estimates": trainer.ties.estimates}
+        return {"after": after, "samples": samples} | ties
 
 
 def prompts(data: RewardArguments) -> tuple[list[dict], list[dict]]:

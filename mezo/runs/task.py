@@ -1,16 +1,13 @@
-"""What the command line does, as functions: train, evaluate, replay.
+"""A run on a task, as functions: train, evaluate, replay.
 
-    result = run.train(ModelArguments("facebook/opt-1.3b"), DataArguments("sst2"),
-                       TrainArguments("runs/sst2", max_steps=20_000))
+    result = train(ModelArguments("facebook/opt-1.3b"), DataArguments("sst2"),
+                   TrainArguments("runs/sst2", max_steps=20_000))
 
-Each returns a dict that JSON can hold. `train` leaves in output_dir: run.mezo (the run log),
-result.json, the Trainer's checkpoints, and the tuned model.
+Each returns a dict that JSON can hold. `train` leaves in the output folder what lifecycle.py says.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mezo import tasks
@@ -18,92 +15,108 @@ from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result
 from mezo.evaluation.evaluate import evaluate as evaluate_form
-from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.models.frozen import FrozenLower
-from mezo.models.trainable import select, told
 from mezo.objectives import Form, form_for
 from mezo.rules import Rule
-from mezo.runs import methods, published, rates
+from mezo.runs import methods, published
 from mezo.runs.arguments import TrainArguments
-from mezo.runs.data import load_splits, read_split, task_of, tested
+from mezo.runs.data import Splits, load_splits, read_split, task_of, tested
+from mezo.runs.lifecycle import carry_out, finish, trained_part
+from mezo.runs.plan import Plan, Tell, resolve
 from mezo.runs.rebuild import rebuilt
-from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
+from mezo.runs.result import make_folder
 from mezo.runs.task_trainer import task_trainer
 from mezo.tasks import Example, Task
 from mezo.trainers import placement
-from mezo.trainers.trainer import changed
 
 
 def train(
     model_args: ModelArguments,
     data_args: DataArguments,
     args: TrainArguments,
-    on_rate: Callable[[str], None] = lambda line: None,
-) -> dict:
-    """Tune a model on a task; returns and writes the result. Resumes where told to.
+    tell: Tell = lambda line: None,
+) -> dict[str, Any]:
+    """Tune a model on a task; return the result, which is also written. Resume where told to.
 
-    `on_rate` is told in a line each, before the first step, of a learning rate or an eps that were
-    taken because none was given, and of how many tensors and weights `trainable` found.
+    `tell` is told in a line each, before the first step, of a learning rate or an eps that were
+    taken because none was given, and of how many tensors and weights `trainable` found. Raises
+    InputError for options or data that do not fit.
     """
-    began = time.perf_counter()
-    task = task_of(data_args)
-    splits = load_splits(task, data_args)
-    check_arguments(args, model_args)
-    given, args = args, rates.resolved(model_args, args)
     if args.method == "icl" and data_args.demonstrations < 1:
         raise InputError("method icl shows training examples: say how many, --demonstrations 32")
-    checkpoint = checkpoint_of(args, has_log=args.method == "mezo")
-    make_folder(args.output_dir)
-    begins = methods.started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = placement.load(begins, args)
-    if args.method not in methods.WITHOUT_TRAINING:
-        models.refuse_quantised(model)
-    with placement.inference(model, args.device, args.offload):
-        form = form_of(model, tokenizer, task, model_args, data_args)
-    config = config_of(model_args, data_args, args)
-    if line := rates.told(model_args, given, args):
-        on_rate(line)
-    with trained_part(model, model_args):
-        if model_args.trainable is not None:
-            on_rate(told(model, model_args.trainable))
+    plan = resolve(model_args, data_args, args, tell)
+    task = task_of(data_args)
+    kind = TaskKind(task, load_splits(task, data_args), model_args, data_args)
+    trains = args.method not in methods.WITHOUT_TRAINING
+    return carry_out(kind, plan) if trains else _without_training(kind, plan)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """What a run on a task has of its own (lifecycle.Kind)."""
+
+    task: Task
+    splits: Splits
+    model_args: ModelArguments
+    data_args: DataArguments
+
+    def form(self, model: Any, tokenizer: Any, shown: Sequence[Example] = ()) -> Form:
+        """Return the form, as the options ask for it."""
+        return form_of(model, tokenizer, self.task, self.model_args, self.data_args, shown)
+
+    def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
+        args = plan.args
         with placement.inference(model, args.device, args.offload):
-            before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
+            form = self.form(model, tokenizer)
+        if self.data_args.as_published:
+            args = published.best_by_loss(args, form)
+        return task_trainer(model, form, self.splits, args)
+
+    def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
+        size = plan.args.per_device_eval_batch_size
+        return self.named(evaluate_form(trainer.model, trainer.form, self.splits["test"], size))
+
+    def named(self, zero_shot: Result) -> dict[str, Any]:
+        """Return what was asked, and how the model did before."""
+        named = {"task": self.task.name, "metric": self.task.metric}
+        return named | {"zero_shot": zero_shot.metrics | {"loss": zero_shot.loss}}
+
+    def after(self, plan: Plan, trainer: Any, found: dict[str, Any]) -> dict[str, Any]:
+        args, state, passes = trainer.args, trainer.state, methods.passes_of_a_step(plan.args)
+        size, kept, dev = args.per_device_eval_batch_size, state.global_step, None
+        if args.load_best_model_at_end:
+            kept, dev = state.best_global_step or kept, state.best_metric
+        test = evaluate_form(trainer.model, trainer.form, self.splits["test"], size)
+        if dev is None or args.metric_for_best_model != self.task.metric:  # chosen by another
+            dev = evaluate_form(trainer.model, trainer.form, self.splits["dev"], size).value
+        return tested_as(test) | {
+            "dev": dev,
+            "kept_step": kept,  # whose weights are saved
+            "forward_passes": state.global_step * passes,
+            "curve": methods.curve_of(state.log_history, passes),
+        }
+
+
+def tested_as(test: Result) -> dict[str, Any]:
+    """Return what the result says of the test examples."""
+    found = {"test": test.metrics | {"loss": test.loss, "n": test.n}}
+    return found | {"demonstrations_dropped": test.dropped}
+
+
+def _without_training(kind: TaskKind, plan: Plan) -> dict[str, Any]:
+    """Carry out a run of a method that changes no weights."""
+    args, splits, data = plan.args, kind.splits, kind.data_args
+    make_folder(args.output_dir)
+    model, tokenizer = placement.load(plan.begins, args)
+    with placement.inference(model, args.device, args.offload), trained_part(model, plan):
+        form = kind.form(model, tokenizer)
+        before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
         if args.method == "icl":
-            shown = tasks.sample(splits["train"], data_args.demonstrations, data_args.split_seed)
-            form = form_of(model, tokenizer, task, model_args, data_args, shown)
-        if args.method in methods.WITHOUT_TRAINING:
-            found = methods.without_training(model, form, splits, args)
-        else:
-            if data_args.as_published:
-                args = published.best_by_loss(args, form)
-            trainer = task_trainer(model, form, splits, args, config)
-            with trainer.offloaded() if args.offload else nullcontext():
-                found = methods.by_trainer(trainer, splits, checkpoint)
-            if args.process_index == 0:
-                tokenizer.save_pretrained(args.output_dir)
-    result = _result(task, model_args.model_name_or_path, before, found)
-    result["method"] = args.method + tuners.method_of(model_args)
-    result |= {"seconds": time.perf_counter() - began, "config": config}
-    result["environment"] = environment()
-    return write_result(args.output_dir, result) if args.process_index == 0 else result
-
-
-def _result(task: Task, model: str, before: Result, found: dict[str, Any]) -> dict[str, Any]:
-    """What was measured: of the model as it was, and by a method (methods.py)."""
-    test = found.pop("test")
-    return {
-        "task": task.name,
-        "metric": task.metric,
-        "model": model,
-        "zero_shot": before.metrics | {"loss": before.loss},
-        "test": test.metrics | {"loss": test.loss, "n": test.n},
-        "demonstrations_dropped": test.dropped,
-        "steps": 0,
-        "kept_step": 0,
-        **found,
-    }
+            shown = tasks.sample(splits["train"], data.demonstrations, data.split_seed)
+            form = kind.form(model, tokenizer, shown)
+        found = methods.without_training(model, form, splits, args)
+    return finish(plan, kind.named(before) | found | tested_as(found["test"]))
 
 
 def form_of(
@@ -130,31 +143,6 @@ def form_of(
     if data_args.calibrate and not data_args.as_published:
         form = form.calibrate(model, data_args.calibration)
     return form
-
-
-def config_of(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainArguments
-) -> dict[str, Any]:
-    """What a run is asked for, as its log and its result say it."""
-    return asdict(model_args) | asdict(data_args) | changed(args)
-
-
-def check_arguments(args: TrainArguments, model_args: ModelArguments) -> None:
-    """What the Trainer would not refuse, or not in words."""
-    methods.check(args, model_args)
-    placement.check_arguments(args)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if args.max_steps == 0:
-        raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
-
-
-def trained_part(model, args: ModelArguments) -> AbstractContextManager:
-    """Freezes what is not to be trained; within the context frozen lower layers run once a text."""
-    if args.trainable is not None:
-        select(model, args.trainable)
-    return FrozenLower(model, args.freeze_layers) if args.freeze_layers else nullcontext()
 
 
 def evaluate(

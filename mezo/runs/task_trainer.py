@@ -17,9 +17,7 @@ from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
 PLACE = "dev_place"  # of an example among the dev examples, in features and batches
 
 
-def task_trainer(
-    model, form: Form, splits: Splits, args: TrainArguments, config: dict[str, Any]
-) -> Any:
+def task_trainer(model: Any, form: Form, splits: Splits, args: TrainArguments) -> Any:
     """Return the Trainer that trains on splits["train"] and is validated on splits["dev"].
 
     The weights that it keeps are the best by args.metric_for_best_model, as a rule the task's own
@@ -27,7 +25,6 @@ def task_trainer(
     writing at every evaluation would take longer than training.
     """
     args.remove_unused_columns, args.label_names = False, ["labels"]
-    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
     dev = [form.encode(example) for example in splits["dev"]]
     metrics: Any = None
     if isinstance(form, Generated):
@@ -39,9 +36,10 @@ def task_trainer(
         _choose_metric(args, form.task)
     kind: Any = MeZOTaskTrainer if args.method == "mezo" else AdamTaskTrainer
     try:
-        trainer = kind(
+        return kind(
             model,
             args,
+            form=form,
             train_dataset=[form.encode(example) for example in splits["train"]],
             eval_dataset=dev,
             data_collator=partial(_collate, form),
@@ -49,9 +47,6 @@ def task_trainer(
         )
     except (ValueError, RuntimeError) as error:  # of an argument: report_to, seed, ...
         raise InputError(str(error)) from error
-    trainer.form = form
-    trainer.run_config = config
-    return trainer
 
 
 def _choose_metric(args: TrainArguments, task: Task) -> None:

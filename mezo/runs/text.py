@@ -7,29 +7,24 @@ Data formats, chat templates, packing and losses are TRL's own. A row is {"text"
 {"prompt", "chosen", "rejected"}.
 """
 
-import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from mezo.arguments import TextArguments
 from mezo.errors import InputError
 from mezo.foreign import check_file, foreign, reason_of
-from mezo.memory.measured import PeakMemory
-from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.models.trainable import select
-from mezo.runs.methods import check_adapter, passes_of_a_step, started_with
-from mezo.runs.result import checkpoint_of, environment, make_folder, write_result
+from mezo.runs.lifecycle import carry_out
+from mezo.runs.methods import passes_of_a_step
+from mezo.runs.plan import Plan, Tell, resolve
 from mezo.tasks.reading import READERS, read
 from mezo.trainers.placement import load
-from mezo.trainers.trainer import changed
 from mezo.trainers.trl import MeZODPOConfig, MeZODPOTrainer, MeZOSFTConfig, MeZOSFTTrainer
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -70,61 +65,64 @@ TRAINERS: dict[str, Any] = {"sft": MeZOSFTTrainer, "dpo": MeZODPOTrainer}
 ARGUMENTS: dict[str, Any] = {"sft": SFTArguments, "dpo": DPOArguments}
 
 
-def train(kind: str, model_args: ModelArguments, data_args: TextArguments, args: Any) -> dict:
-    """Tune a model on rows of text or of preferences; returns and writes the result.
+def train(
+    kind: str,
+    model_args: ModelArguments,
+    data_args: TextArguments,
+    args: Any,
+    tell: Tell = lambda line: None,
+) -> dict[str, Any]:
+    """Tune a model on rows of text or of preferences; return the result, which is also written.
 
     Args:
         kind: "sft" or "dpo".
         args: SFTArguments or DPOArguments, or another config of the same TRL trainer.
+        tell: Told in a line of what was chosen because it was not given.
 
-    Leaves in output_dir what `runs.task.train` does; its log needs neither TRL nor data.
-    Raises InputError for a file that is none of the formats, in TRL's words where it is TRL's.
+    The log needs neither TRL nor data. Raises InputError for a file that is none of the formats, in
+    TRL's words where it is TRL's.
     """
-    began = time.perf_counter()
-    check_adapter(model_args)
-    data, held_out = load_rows(kind, data_args)
-    checkpoint = checkpoint_of(args)
-    make_folder(args.output_dir)
     if kind == "dpo" and models.is_adapter(model_args.model_name_or_path):
         raise InputError(
             "dpo on a saved adapter keeps a copy of it as the reference, which a replay would not "
             "have: merge it into its model first (merge_and_unload)"
         )
-    begins = started_with(model_args, args.output_dir, checkpoint)
-    model, tokenizer = load(begins, args)
-    models.refuse_quantised(model)
-    if not model.can_generate():
-        raise InputError(f"{kind} is for causal language models, {type(model).__name__} is none")
-    if model_args.trainable is not None:
-        select(model, model_args.trainable)
+    if model_args.freeze_layers:
+        raise InputError(f"freeze_layers is for mezo train, not for mezo {kind}")
+    plan = resolve(model_args, data_args, args, tell)
+    rows, held_out = load_rows(kind, data_args)
     if held_out is not None and args.eval_strategy == "no":
         args.eval_strategy = type(args.eval_strategy)("steps")
-    args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
-    reference = None  # None: TRL loads it, where it needs one
-    if args.offload and kind == "dpo" and not hasattr(model, "peft_config"):
-        reference = None if args.precompute_ref_log_probs else load(begins, args)[0]
-    trainer = _trainer(kind, model, tokenizer, (data, held_out), args, reference)
-    config = asdict(model_args) | asdict(data_args) | changed(args)
-    trainer.run_config = config
-    with PeakMemory() as peak:
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-    if args.offload_write_every:
-        trainer.save_model(args.output_dir)
-    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    result = {
-        "model": model_args.model_name_or_path,
-        "method": f"mezo-{kind}" + tuners.method_of(model_args),
-        "train_loss": output.training_loss,
-        "eval_loss": evals[-1] if evals else None,
-        "steps": trainer.state.global_step,
-        "seconds": time.perf_counter() - began,
-        "forward_passes": passes_of_a_step(args) * trainer.state.global_step,
-        "stored_bytes": Path(args.output_dir, "run.mezo").stat().st_size,
-        "peak_memory_above_model": peak.bytes,
-        "config": config,
-        "environment": environment(),
-    }
-    return write_result(args.output_dir, result)
+    return carry_out(TextKind(kind, rows, held_out), plan)
+
+
+@dataclass(frozen=True)
+class TextKind:
+    """What a run on text has of its own (lifecycle.Kind)."""
+
+    kind: str  # "sft" or "dpo"
+    rows: Dataset
+    held_out: Dataset | None
+
+    def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
+        if not model.can_generate():
+            name = type(model).__name__
+            raise InputError(f"{self.kind} is for causal language models, {name} is none")
+        reference = None  # None: TRL loads it, where it needs one
+        beside = self.kind == "dpo" and not hasattr(model, "peft_config")
+        if plan.args.offload and beside and not plan.args.precompute_ref_log_probs:
+            reference = load(plan.begins, plan.args)[0]
+        data = (self.rows, self.held_out)
+        return _trainer(self.kind, model, tokenizer, data, plan.args, reference)
+
+    def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
+        return {"method": f"mezo-{self.kind}"}
+
+    def after(self, plan: Plan, trainer: Any, found: dict[str, Any]) -> dict[str, Any]:
+        history = trainer.state.log_history
+        evals = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        passes = passes_of_a_step(plan.args) * trainer.state.global_step
+        return {"eval_loss": evals[-1] if evals else None, "forward_passes": passes}
 
 
 def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any):

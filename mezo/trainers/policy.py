@@ -23,7 +23,8 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives.generation import Generation
 from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties, sample
-from mezo.trainers.trainer import MeZOConfig, MeZOMixin, changed
+from mezo.trainers.config import MeZOConfig, changed
+from mezo.trainers.trainer import MeZOMixin
 
 _EVALUATION = 2**31  # draws from here on are of evaluations: the same in each of them
 

@@ -12,15 +12,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from mezo import trajectory
 from mezo.compatibility import is_sharded_at_load
 from mezo.errors import InputError
-from mezo.trainers.config import MeZOConfig
+from mezo.trainers import changes, history
+from mezo.trainers.checkpoints import STATE, damage, last_checkpoint
+from mezo.trainers.config import MeZOConfig, changed
 
-STATE = "trainer_state.json"
+LOGGER = logging.getLogger("mezo")
 
 
 class Tail:
@@ -31,26 +34,40 @@ class Tail:
         self._folder: tempfile.TemporaryDirectory | None = None  # of the state shown to the Trainer
         self._checkpoint: str | None = None
         self._steps = (0, 0)  # those of the checkpoint, and those to catch up to
+        self.window = history.Window()  # of the loss that is logged next: what was replayed of it
+
+    @property
+    def _log(self) -> Path:
+        return Path(self.trainer.args.output_dir, "run.mezo")
 
     def begin(self) -> str | None:
-        """What to resume from: a checkpoint, or the folder that stands for the log's end."""
+        """Return what to resume from: a checkpoint, the folder that stands for the log's end, None.
+
+        None is a new beginning: nothing of the run is left but a log that has not begun, or one
+        whose steps cannot be gone on from. A warning says so.
+        """
         args = self.trainer.args
         # the Trainer cannot load one into a model that `from_pretrained` has sharded
         sharded = is_sharded_at_load(self.trainer)
         found = None if sharded else last_checkpoint(args.output_dir)
-        log = Path(args.output_dir, "run.mezo")
-        if found is None and not log.exists():
+        log = self._log
+        if found is None and not trajectory.begun(log):
+            if log.exists():
+                LOGGER.warning("%s was cut off as it began: the run begins anew", log)
+                return None
             raise InputError(f"{args.output_dir} has neither a checkpoint nor a run.mezo")
+        self.check_options()
         state = self._fresh() if found is None else TrainerState.load_from_json(f"{found}/{STATE}")
         saved = state.global_step
-        steps = trajectory.resumable(trajectory.read(log)) if log.exists() else 0
+        steps = trajectory.resumable(trajectory.read(log)) if trajectory.begun(log) else 0
         last = args.max_steps if args.max_steps > 0 else float("inf")
         option = trajectory.forgotten(vars(args)) if isinstance(args, MeZOConfig) else None
         if option:
             if found is None:
-                raise InputError(
-                    f"{args.output_dir} has no checkpoint, and with {option} a run goes on from "
-                    "one alone"
+                LOGGER.warning(
+                    "%s has no checkpoint, and with %s a run goes on from one alone: it begins "
+                    "anew, and makes its %d steps again",
+                    *(args.output_dir, option, steps),
                 )
             return found
         end = int(min(steps, _next_stop(args, saved) - 1, last - 1))  # the last one ends the run
@@ -62,6 +79,22 @@ class Tail:
         state.save_to_json(f"{self._folder.name}/{STATE}")
         return self._folder.name
 
+    def check(self, checkpoint: str) -> None:
+        """Raise InputError for a named checkpoint that is damaged, or of a run that is not this."""
+        if what := damage(checkpoint):
+            raise InputError(f"resume_from_checkpoint {checkpoint}: {what}: take another one")
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Warn of options that differ from the log's and are honoured; refuse all others."""
+        if not trajectory.begun(self._log):
+            return
+        args, given = self.trainer.args, self.trainer.run_config
+        had = trajectory.read(self._log, recover=True).header["config"]
+        now = changed(args) if given is None else given
+        for line in changes.check(had, now, args, f"the run of {self._log}"):
+            LOGGER.warning("%s", line)
+
     def ended(self, checkpoint: str) -> TrainOutput | None:
         """What a run that has made all its steps returns: the Trainer would make one more."""
         trainer = self.trainer
@@ -71,7 +104,7 @@ class Tail:
         if state.global_step < trainer.args.max_steps:
             return None
         message = "%s: the run has made its %d steps: nothing is trained"
-        logging.getLogger("mezo").warning(message, checkpoint, state.global_step)
+        LOGGER.warning(message, checkpoint, state.global_step)
         trainer._load_from_checkpoint(checkpoint)
         trainer.state = state
         if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -93,29 +126,31 @@ class Tail:
         """`path`, or if it is the folder made here, the checkpoint behind it."""
         return self._checkpoint if self._folder and path == self._folder.name else path
 
-    def catch_up(self) -> None:
-        """Called when all is loaded: replay the tail, and move the schedule on."""
+    def catch_up(self, loader: Any = None) -> None:
+        """Called when all is loaded: replay the tail, move the schedule on, complete the history.
+
+        `loader` is the Trainer's, from which the epochs of the steps follow.
+        """
+        self.window = history.Window()
         if self._folder is None:
             return
         trainer, (saved, end) = self.trainer, self._steps
-        log = Path(trainer.args.output_dir, "run.mezo")
-        trajectory.catch_up(log, trainer.optimizer.optimizer, until=end)
-        with warnings.catch_warnings():  # the optimizer's steps were made without it
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            for _ in range(saved, end):
-                trainer.lr_scheduler.step()
+        trajectory.catch_up(self._log, trainer.optimizer.optimizer, until=end)
+        if not isinstance(trainer.lr_scheduler, ReduceLROnPlateau):  # it moves at evaluations alone
+            with warnings.catch_warnings():  # the optimizer's steps were made without it
+                warnings.filterwarnings(
+                    "ignore", "Detected call of `lr_scheduler.step", UserWarning
+                )
+                for _ in range(saved, end):
+                    trainer.lr_scheduler.step()
+        steps = trajectory.read(self._log).steps
+        entries, self.window = history.replayed(steps, saved, end, trainer.args, loader)
+        trainer.state.log_history += entries
 
     def end(self) -> None:
         if self._folder is not None:
             self._folder.cleanup()
         self._folder, self._checkpoint = None, None
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest whole checkpoint: its trainer_state.json is written last."""
-    whole = Path(output_dir).glob(f"checkpoint-[0-9]*/{STATE}")
-    found = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
-    return None if found is None else str(found.parent)
 
 
 def _next_stop(args, step: int) -> float:

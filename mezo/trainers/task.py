@@ -1,4 +1,4 @@
-"""A Trainer on a task of candidates or of text: a form's loss to train on, its scores to evaluate.
+"""Trainers on a task: they train on a form's loss and are evaluated by its scores.
 
 trainer = MeZOTaskTrainer(model, args, form=form, train_dataset=..., eval_dataset=...)
 """
@@ -13,10 +13,14 @@ from mezo.trainers.trainer import MeZOMixin
 
 
 class TaskMixin:
-    """Lets a Trainer train on a form's loss and be evaluated by its scores."""
+    """Puts a form's loss, scores and batches into a Trainer class."""
 
-    form: Form
-    run_config: dict[str, Any] | None
+    run_config: dict[str, Any] | None = None
+
+    def __init__(self, model: Any, args: Any, *, form: Form, **kwargs: Any):
+        self.form = form
+        kwargs.setdefault("data_collator", form.collate)
+        super().__init__(model, args, **kwargs)  # type: ignore[call-arg]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not return_outputs:
@@ -28,6 +32,8 @@ class TaskMixin:
 
 
 class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
+    """Fine-tuning on a task by forward passes alone."""
+
     def pair_loss(self, model, inputs, both):
         return self.form.pair_loss(model, inputs, both)
 

@@ -10,31 +10,27 @@ would run one backward pass a micro-batch, an update here is one walk theta + ep
 theta with all micro-batches evaluated at either end.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
-from mezo import trajectory
 from mezo.closures import Both, Paired
-from mezo.compatibility import checkpointing_option, checkpoints_activations, loss_is_scaled
-from mezo.distributed.elastic import writer_of
-from mezo.distributed.processes import join
+from mezo.compatibility import loss_is_scaled
 from mezo.distributed.sharding import reshard
-from mezo.errors import InputError
 from mezo.estimators import merged
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
-from mezo.trainers import placement
-from mezo.trainers.config import MeZOConfig, changed, mezo_options, schedule_of
+from mezo.trainers import changes, checkpoints, placement, refusals
+from mezo.trainers.config import MeZOConfig, mezo_options, schedule_of
+from mezo.trainers.history import Window
 from mezo.trainers.resume import Tail
+from mezo.trainers.run_log import RunLog
 
 _Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
 
@@ -64,12 +60,12 @@ class MeZOMixin(_Host):
         if isinstance(model, torch.nn.Module):  # before the Trainer moves it
             check_loaded(model.named_parameters())
         super().__init__(*args, **kwargs)
-        _check(self)
+        refusals.check(self)
         placement.check(self)
         self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
         self._estimates: list[Estimate] = []  # of the latest update, one a direction
         self._tail = Tail(self)
-        self._run_log = _RunLog(self)
+        self._run_log = RunLog(self)
         self.add_callback(self._run_log)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -95,6 +91,8 @@ class MeZOMixin(_Host):
             try:
                 if resume_from_checkpoint is True:
                     resume_from_checkpoint = self._tail.begin()
+                elif resume_from_checkpoint:
+                    self._tail.check(resume_from_checkpoint)
                 if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
                     return ended
                 return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -111,7 +109,20 @@ class MeZOMixin(_Host):
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        """The Trainer's; what may change on the way (changes.py) is as the arguments have it."""
+        given = changes.settings_of(self.optimizer)
         super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
+        if self._tail.checkpoint_of(checkpoint) is not None:
+            changes.reinstate_(self.optimizer, self.lr_scheduler, given)
+
+    def take_up(self, optimizer: MeZO, loader: Any = None) -> None:
+        """Training begins: all is loaded. Replay what the checkpoint lacks of the run."""
+        self._placement.take(optimizer)
+        self._tail.catch_up(loader)
+
+    def _save_checkpoint(self, *args, **kwargs):
+        with checkpoints.saving(self.args.output_dir, self.state.global_step):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _write(self) -> None:
         """Low-rank directions, offload: bring the weights up to date."""
@@ -223,6 +234,9 @@ class MeZOMixin(_Host):
             logs["projected_grad"] = sum(grads) / len(grads)
             if "grad_norm" in logs:
                 logs["grad_norm"] = _norm(grads)
+            window, self._tail.window = self._tail.window, Window()
+            if window.steps:  # a resumed run's first: the mean of what was replayed, too
+                logs["loss"] = window.mean(logs["loss"], self.state.global_step)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -235,30 +249,6 @@ class MeZOTrainer(MeZOMixin, Trainer):
     """transformers' Trainer with MeZO: same arguments, same loop, forward passes alone."""
 
 
-class _RunLog(TrainerCallback):
-    """Opens `output_dir/run.mezo` when everything is loaded and the optimizer's step is known."""
-
-    def __init__(self, trainer: MeZOMixin) -> None:
-        self._trainer = trainer
-        self._writer: trajectory.Writer | None = None
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        path, mezo = Path(args.output_dir) / "run.mezo", optimizer.optimizer
-        self._trainer._placement.take(mezo)
-        self._trainer._tail.catch_up()
-        self.close()  # auto_find_batch_size begins again
-        join(mezo, model, probes=getattr(args, "probe_groups", 1))
-        resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step
-        given = self._trainer.run_config
-        config = changed(args) if given is None else given
-        self._writer = writer_of(mezo, path, model=model, config=config, resume=resume)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
 def _norm(grads: list[float]) -> float:
     return math.hypot(*grads) / len(grads)
 
@@ -269,30 +259,3 @@ def _parts(window: list[tuple], n: int, fresh: bool) -> list[list[tuple]]:
         return [window] * n
     shares = [window[i::n] for i in range(min(n, len(window)))]
     return [[(x, c, d * len(part) / len(window)) for x, c, d in part] for part in shares]
-
-
-def _check(trainer: Trainer) -> None:
-    """InputError for settings that MeZO cannot honour; a warning for those without effect."""
-    args, mezo = trainer.args, (type(None), MeZO)
-    refused = {
-        "fp16=True": (args.fp16, "it scales gradients, and there are none: use bf16=True"),
-        "deepspeed": (trainer.is_deepspeed_enabled, "use torchrun alone"),
-        "fsdp": (
-            args.fsdp or trainer.is_fsdp_enabled,
-            "load the model with distributed_config=DistributedConfig(fsdp_size=...)",
-        ),
-        "parallelism_config": (args.parallelism_config, "use torchrun alone"),
-        "DataParallel": (args.n_gpu > 1, f"use torchrun --nproc_per_node={args.n_gpu}, or one GPU"),
-        "optimizer_cls_and_kwargs": (trainer.optimizer_cls_and_kwargs, "the optimizer is MeZO"),
-        "optimizers": (not isinstance(trainer.optimizer, mezo), "the optimizer must be a MeZO"),
-    }
-    for option, (given, instead) in refused.items():
-        if given:
-            raise InputError(f"{option} does not go with MeZO: {instead}")
-    logger = logging.getLogger("mezo")
-    if checkpoints_activations(args):  # TRL's default
-        option = checkpointing_option(args)
-        logger.warning("%s has no effect: no activations are kept anyway", option)
-    if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
-        message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
-        logger.warning(message, args.learning_rate)

@@ -7,7 +7,7 @@
 docs/trajectory.md is the specification.
 """
 
-from mezo.trajectory.files import compact, read
+from mezo.trajectory.files import begun, compact, read
 from mezo.trajectory.format import Log, Step
 from mezo.trajectory.merge import merge
 from mezo.trajectory.replay import replay
@@ -16,4 +16,4 @@ from mezo.trajectory.resume import catch_up, forgotten, resumable
 from mezo.trajectory.writer import Writer, fingerprint, record
 
 __all__ = ["Log", "Step", "Writer", "catch_up", "compact", "fingerprint", "merge", "read", "record"]
-__all__ += ["forgotten", "replay", "replay_checkpoint", "resumable"]
+__all__ += ["begun", "forgotten", "replay", "replay_checkpoint", "resumable"]

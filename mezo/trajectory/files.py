@@ -77,6 +77,33 @@ def save(path: str | Path, data: bytes) -> None:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
+def begun(path: str | Path) -> bool:
+    """Return whether there is a log at `path` with a whole header at its beginning.
+
+    A run that is killed while its log begins leaves an empty file, or the first bytes of a header:
+    there is no step in it, and it may be replaced. Every other file counts as a log, damaged ones
+    and those of another kind too, so that `read` says what is wrong with them.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(MAGIC) + 4)
+            if start.startswith(COMPACT) or not MAGIC.startswith(start[: len(MAGIC)]):
+                return True
+            if len(start) < len(MAGIC) + 4:
+                return False
+            (length,) = struct.unpack_from("<I", start, len(MAGIC))
+            text = file.read(min(length, MAX_HEADER) + 4)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        _check_cut(text, length)
+    except Damage:
+        return True
+    return len(text) == length + 4 or length > MAX_HEADER
+
+
 def compact(path: str | Path, out: str | Path, *, losses: bool = True) -> None:
     """Write the log at `path` to a new file in compact form, from which the same log is read.
 

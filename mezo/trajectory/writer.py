@@ -21,7 +21,7 @@ from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
 from mezo.record import Record
 from mezo.trajectory import start_values
-from mezo.trajectory.files import read
+from mezo.trajectory.files import begun, read
 from mezo.trajectory.format import FORMAT, checksum, frame
 from mezo.trajectory.header import IDENTITY, Damage, check, places
 
@@ -117,6 +117,7 @@ class Writer:
     def _put(self, data: bytes, settings: dict[str, Any], step: int) -> None:
         self._pending += data
         self._settings, self._step = settings, step
+        self._check_place()
         try:
             self._flush()
         except OSError as error:
@@ -128,6 +129,32 @@ class Writer:
             raise InputError(
                 f"{self.path}: {error.strerror}: make room, and resume the run; {told}"
             ) from None
+
+    def _check_place(self) -> None:
+        """Raise InputError if the file is no longer the one at its path, or has become shorter.
+
+        What is written to a file that was deleted is lost, and nothing else would say so.
+        """
+        if not self._end:  # it begins
+            return
+        here = os.fstat(self._file.fileno())
+        try:
+            there: os.stat_result | None = os.stat(self.path)
+        except OSError:
+            there = None
+        if there is None:
+            what = "deleted or moved"
+        elif not os.path.samestat(here, there):
+            what = "replaced by another file"
+        elif here.st_size < self._end:
+            what = f"cut off at byte {here.st_size} of {self._end}"
+        else:
+            return
+        raise InputError(
+            f"{self.path}: the log was {what} while the run wrote it; the weights are those after "
+            f"step {self._step - 1}: put the log back and resume the run, or resume from a "
+            "checkpoint"
+        )
 
     def _flush(self) -> None:
         """Write what is pending; what an interrupt cut off is written again, to the same place."""
@@ -179,7 +206,7 @@ def record(
     """
     created, file = not Path(path).exists(), _locked(path)
     try:
-        if resume and os.fstat(file.fileno()).st_size:
+        if resume and begun(path):
             return Writer(optimizer, path, file, _end_of(path, optimizer), {})
         step = optimizer.param_groups[0]["step"]
         if step and not resume:

@@ -22,6 +22,7 @@ from mezo.evaluation import linear_probe as baselines
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.models.modes import unwrap
 from mezo.models.trainable import head_of
 from mezo.runs import rebuild as adapter
 from mezo.runs import task as run
@@ -132,7 +133,7 @@ def test_adam_with_checkpointing_gives_the_same_in_more_passes(place, tmp_path, 
 
     def counting(*args, **options):
         model, tokenizer = load(*args, **options)
-        layer = objectives.form.unwrap(model).model.decoder.layers[0]
+        layer = unwrap(model).model.decoder.layers[0]
         layer.fc1.register_forward_pre_hook(lambda m, args: calls.append(m.training))
         return model, tokenizer
 

@@ -17,7 +17,7 @@ from mezo.runs import task_trainer
 from mezo.runs.data import load_splits, task_of
 from mezo.runs.result import checkpoint_of
 from mezo.trainers import placement
-from mezo.trainers.resume import STATE, last_checkpoint
+from mezo.trainers.checkpoints import STATE, last_checkpoint
 
 
 def test_the_result_is_json_and_says_how_it_came_about(place, tmp_path):

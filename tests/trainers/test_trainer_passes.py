@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from mezo import MeZO, MeZOTrainer, trajectory
 from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
-from mezo.trainers.trainer import _check
+from mezo.trainers import refusals
 
 # ---- the forward passes
 
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused(tmp_path, where, name, value, sentence):
     trainer = trainer_at(tmp_path)
     setattr({"args": trainer.args, "trainer": trainer}[where], name, value)
     with pytest.raises(InputError, match=sentence):
-        _check(trainer)
+        refusals.check(trainer)
 
 
 def test_fp16_is_refused_at_the_door(tmp_path):

@@ -1,0 +1,141 @@
+"""The one course of a run, whatever it trains on: load, test, train, test again, write.
+
+    result = carry_out(kind, plan)
+
+Task, text and reward runs are three kinds. Of several processes, the first one alone writes.
+"""
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+from mezo import noise, trajectory
+from mezo.memory.measured import PeakOfStretches, give_back
+from mezo.models import adapters
+from mezo.models import loading as models
+from mezo.models.frozen import FrozenLower
+from mezo.models.trainable import select, told
+from mezo.runs.plan import Plan
+from mezo.runs.result import environment, make_folder, write_result
+from mezo.trainers import placement
+from mezo.trainers.trainer import MeZOMixin
+
+
+class Kind(Protocol):
+    """What one kind of run has of its own."""
+
+    def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
+        """Return the Trainer of the model; InputError for a model or data that do not fit."""
+
+    def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
+        """Return what the result says of the model as it was."""
+
+    def after(self, plan: Plan, trainer: Any, found: dict[str, Any]) -> dict[str, Any]:
+        """Return what the result says of the tuned model; `found` is what it says so far."""
+
+
+def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
+    """Make the run; return its result, which the first process also writes.
+
+    It leaves in the output folder: run.mezo (the run log), result.json, the Trainer's checkpoints,
+    the tuned model and its tokenizer.
+    """
+    make_folder(plan.args.output_dir)
+    model, tokenizer = placement.load(plan.begins, plan.args)
+    models.refuse_quantised(model)
+    plan.args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
+    with trained_part(model, plan):
+        trainer = kind.trainer(plan, model, tokenizer)
+        if logs := isinstance(trainer, MeZOMixin):
+            trainer.run_config = (trainer.run_config or {}) | plan.config
+        with trainer.offloaded() if logs else nullcontext():
+            found = kind.before(plan, trainer)
+            found |= _train(plan, trainer)
+            found |= kind.after(plan, trainer, found)
+            if plan.args.offload_write_every:
+                trainer.save_model(plan.args.output_dir)
+    if plan.writes:
+        tokenizer.save_pretrained(plan.args.output_dir)
+    found["stored_bytes"] = _stored(plan)
+    return finish(plan, found, trainer.run_config)
+
+
+def finish(
+    plan: Plan, found: dict[str, Any], config: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the result of a run with what all results say, and write it as result.json."""
+    result = {"model": plan.model.model_name_or_path} | found
+    result["method"] = found.get("method", plan.method) + adapters.method_of(plan.model)
+    result |= {"seconds": time.perf_counter() - plan.began, "config": config or plan.config}
+    result["environment"] = environment()
+    return write_result(plan.args.output_dir, result) if plan.writes else result
+
+
+def trained_part(model: Any, plan: Plan) -> AbstractContextManager:
+    """Freeze what is not to be trained, and tell how much is.
+
+    Within the context frozen lower layers run once a text.
+    """
+    args = plan.model
+    if args.trainable is not None:
+        select(model, args.trainable)
+        plan.tell(told(model, args.trainable))
+    return FrozenLower(model, args.freeze_layers) if args.freeze_layers else nullcontext()
+
+
+def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
+    """Train, and return what was measured on the way."""
+    if logs := plan.method == "mezo":
+        _warm_up(plan.args.distribution)
+    trainer.add_callback(memory := _Memory())
+    output = trainer.train(resume_from_checkpoint=plan.checkpoint)
+    trainer.remove_callback(memory)
+    memory.peak.end()
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": _mean_loss(plan) if plan.checkpoint and logs else output.training_loss,
+        "peak_memory_above_model": max(0, memory.peak.whole),
+        "peak_memory_of_steps": max(0, memory.peak.bytes),
+    }
+
+
+class _Memory(TrainerCallback):
+    """Memory above the model's: of the training steps alone, and with evaluation and saving."""
+
+    def __init__(self) -> None:
+        self.peak = PeakOfStretches()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.peak.begin()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.peak.end()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        give_back()  # a CPU process keeps what the evaluation took
+
+
+def _mean_loss(plan: Plan) -> float | None:
+    """Return the mean loss of all steps of a run that went on: the Trainer knows its part alone."""
+    log = Path(plan.args.output_dir, "run.mezo")
+    losses = [step.record.loss for step in trajectory.read(log).steps] if log.exists() else []
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _warm_up(distribution: str) -> None:
+    """Compile the kernels of the directions, which would count as a step's memory."""
+    move = noise.Move(0, 0, 1.0, 1.0)
+    noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=distribution)
+
+
+def _stored(plan: Plan) -> int:
+    """Bytes to be kept beside the base model: a run log, or weights."""
+    folder = Path(plan.args.output_dir)
+    kept = [folder / "run.mezo"] if plan.method == "mezo" else folder.glob("*.safetensors")
+    return sum(path.stat().st_size for path in kept if path.exists())

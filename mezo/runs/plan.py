@@ -1,0 +1,114 @@
+"""What a run is going to do, settled once: every part of the run after this reads the plan.
+
+    plan = resolve(model_args, data_args, args)
+
+Options are checked here, the recipe's rate and eps stand in for those that were not given, and the
+place to go on from is found. Nothing has been loaded or written yet.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mezo import trajectory
+from mezo.errors import InputError
+from mezo.models import loading as models
+from mezo.models.arguments import ModelArguments
+from mezo.runs import methods, rates
+from mezo.runs.arguments import TrainArguments
+from mezo.runs.result import checkpoint_of
+from mezo.trainers import changes, placement
+from mezo.trainers.config import changed
+
+START = "start"  # in output_dir, of a prefix run of an older version: what it began with
+Tell = Callable[[str], None]  # takes a line for the user
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, settled.
+
+    `begins` is what is loaded: the model that was asked for or, when a prefix run of an older
+    version goes on, the prefix that it kept; today's log holds it. `checkpoint` is a folder to go
+    on from, True for wherever the run in the output folder ended, or None to begin. `config` is
+    what the log and the result say.
+    """
+
+    model: ModelArguments
+    begins: ModelArguments
+    args: Any  # TrainArguments, or a TRL config with MeZO's options
+    checkpoint: str | bool | None
+    config: dict[str, Any]
+    tell: Tell
+    began: float  # time.perf_counter()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process, one of several perhaps, is the one that writes and prints."""
+        return self.args.process_index == 0
+
+    @property
+    def method(self) -> str:
+        return getattr(self.args, "method", "mezo")
+
+
+def resolve(
+    model_args: ModelArguments, data_args: Any, args: Any, tell: Tell = lambda line: None
+) -> Plan:
+    """Return the plan of a run. Raises InputError for options that do not go together.
+
+    `tell` is told in a line, in the one process that talks, what was chosen because it was not
+    given.
+    """
+    began = time.perf_counter()
+    tell = tell if args.process_index == 0 else (lambda line: None)
+    _check(model_args, args)
+    if isinstance(args, TrainArguments):
+        given, args = args, rates.resolved(model_args, args)
+        if line := rates.told(model_args, given, args):
+            tell(line)
+    checkpoint = checkpoint_of(args, has_log=getattr(args, "method", "mezo") == "mezo")
+    begins = _started_with(model_args, args.output_dir, checkpoint)
+    config = config_of(model_args, data_args, args)
+    if checkpoint:
+        _check_going_on(config, args)
+    return Plan(model_args, begins, args, checkpoint, config, tell, began)
+
+
+def config_of(model_args: ModelArguments, data_args: Any, args: Any) -> dict[str, Any]:
+    """What a run is asked for, as its log and its result say it."""
+    return asdict(model_args) | asdict(data_args) | changed(args)
+
+
+def _check(model_args: ModelArguments, args: Any) -> None:
+    """Refuse what the Trainer would not refuse, or not in words."""
+    if isinstance(args, TrainArguments):
+        methods.check(args, model_args)
+    methods.check_adapter(model_args)
+    placement.check_arguments(args)
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.max_steps == 0:
+        raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
+
+
+def _check_going_on(config: dict[str, Any], args: Any) -> None:
+    """Refuse options that make another run of the one that goes on, before anything is loaded."""
+    log = Path(args.output_dir, "run.mezo")
+    if trajectory.begun(log):
+        had = trajectory.read(log, recover=True).header["config"]
+        known = config.keys() | changes.defaults_of(args).keys()
+        had = {name: value for name, value in had.items() if name in known}
+        changes.check(had, config, args, f"the run of {log}")
+
+
+def _started_with(
+    model_args: ModelArguments, output_dir: str, checkpoint: str | bool | None
+) -> ModelArguments:
+    start = str(Path(output_dir, START))
+    if checkpoint and model_args.use_peft and models.is_adapter(start):
+        return replace(model_args, model_name_or_path=start, use_peft=False)
+    return model_args

@@ -1,0 +1,165 @@
+"""Which options may change when a run goes on: one rule, with and without a checkpoint.
+
+An option that decides no weight (steps, saving, evaluating, logging, where things run) is taken as
+it is now. Those in HONOURED are taken too, from the step that the run goes on with; the log says at
+every step which values were in force, and a warning names them. Every other option that differs is
+refused by name: with another batch size, seed, rule or data set it would be another run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from enum import Enum
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+
+from mezo.errors import InputError
+
+_SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "num_samples", "clip", "max_refused")
+HONOURED = (
+    "learning_rate",
+    "weight_decay",
+    "mezo_eps",
+    "mezo_eps_end",
+    "num_samples",
+    "num_samples_end",
+    "clip",
+    "max_refused",
+    "warmup_steps",
+    "warmup_ratio",
+)
+_FREE = [
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "do_train",
+    "do_eval",
+    "do_predict",
+    "max_steps",
+    "num_train_epochs",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "batch_eval_metrics",
+    "prediction_loss_only",
+    "include_for_metrics",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
+    "report_to",
+    "run_name",
+    "project",
+    "disable_tqdm",
+    "push_to_hub",
+    "use_cpu",
+    "local_rank",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "ignore_data_skip",
+    "restore_callback_states_from_checkpoint",
+    "skip_memory_metrics",
+    "include_num_input_tokens_seen",
+    "include_tokens_per_second",
+    "enable_jit_checkpoint",
+    "torch_empty_cache_steps",
+    "auto_find_batch_size",
+    "log_completions",
+    "max_grad_norm",
+    "optim",
+    "optim_args",
+    "gradient_checkpointing",
+    "activation_checkpointing",
+    "offload",
+    "offload_folder",
+    "offload_write_every",
+    "debug",
+    "remove_unused_columns",
+    "label_names",
+    "trust_remote_code",
+    "test_file",
+    "num_test",
+    "reward_timeout",
+    "dataset_num_proc",
+]
+_FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "ddp_", "trackio_", "jit_mode")
+
+
+def is_free(name: str) -> bool:
+    """Return whether an option decides no weight of a run."""
+    return name in _FREE or name.startswith(_FREE_PREFIXES)
+
+
+def check(had: Mapping[str, Any], now: Mapping[str, Any], args: Any, told: str) -> list[str]:
+    """Return a line for each option that is honoured with another value than before.
+
+    Args:
+        had: The options as the run's log has them: those that are not at their default.
+        now: The same, of the run that goes on.
+        args: The dataclass with the defaults of those that one of the two lacks.
+        told: What the run is called in a message.
+
+    Raises InputError that names the first option that differs and must not. Says nothing of a log
+    whose options are of another kind, as a user's own `run_config` may be.
+    """
+    if not {"seed", "learning_rate"} <= had.keys() or not {"seed", "learning_rate"} <= now.keys():
+        return []
+    defaults = defaults_of(args)
+    lines = []
+    for name in sorted(had.keys() | now.keys()):
+        before, after = (_plain(one.get(name, defaults.get(name))) for one in (had, now))
+        if before == after or is_free(name):
+            continue
+        plateau = now.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+        if name not in HONOURED or (plateau and name == "learning_rate"):
+            raise InputError(
+                f"{told} has {name} {before}, not {after}: leave it as it was to go on with that "
+                "run, or begin another one in another --output_dir"
+            )
+        lines.append(f"{name} is {after} from here on; {told} had {before}")
+    return lines
+
+
+def defaults_of(args: Any) -> dict[str, Any]:
+    """Return the defaults of a dataclass's options."""
+    made = {f.name: f.default_factory() for f in fields(args) if f.default_factory is not MISSING}
+    return made | {f.name: f.default for f in fields(args) if f.default is not MISSING}
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Return, for each parameter group, the settings that may change, as they are now."""
+    groups = getattr(optimizer, "optimizer", optimizer).param_groups
+    return [{name: group.get(name) for name in _SETTINGS} for group in groups]
+
+
+def reinstate_(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Put back what a checkpoint has overwritten: `settings_of` the optimizer before it.
+
+    The schedule goes on at its place, on the learning rate that is given now.
+    """
+    groups = getattr(optimizer, "optimizer", optimizer).param_groups
+    bases = getattr(scheduler, "base_lrs", None)
+    for i, (group, given) in enumerate(zip(groups, settings, strict=True)):
+        group |= {name: x for name, x in given.items() if name not in ("lr", "initial_lr")}
+        if bases is None:  # reduce_lr_on_plateau: its rate is what the run has made of it
+            continue
+        before, base = group["initial_lr"], given["initial_lr"]
+        if isinstance(scheduler, LambdaLR):
+            group["lr"] = base * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        elif before != base:
+            group["lr"] *= base / before
+        group["initial_lr"] = bases[i] = base
+    if bases is not None:
+        scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _plain(value: Any) -> Any:
+    """As a log has it: an enum's value, lists for tuples."""
+    value = value.value if isinstance(value, Enum) else value
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,81 @@
+"""Checkpoints in a run's folder: which is the newest that is whole, and what is wrong with others.
+
+A checkpoint whose save was cut off lacks its trainer_state.json, which is written last. One that
+was damaged later has a file that is cut, or whose checksums are wrong.
+"""
+
+import json
+import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from mezo.errors import InputError
+
+STATE = "trainer_state.json"
+_ZIPS = (".pt", ".pth", ".bin")  # by torch.save: zip archives with a checksum of each member
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the folder of the newest checkpoint that is whole, or None.
+
+    A newer one that is damaged is passed over, and a warning says so.
+    """
+    folders = Path(output_dir).glob("checkpoint-[0-9]*")
+    numbered = [path for path in folders if path.name.split("-")[1].isdecimal()]
+    for folder in sorted(numbered, key=lambda path: -int(path.name.split("-")[1])):
+        what = damage(folder)
+        if what is None:
+            return str(folder)
+        logging.getLogger("mezo").warning("%s is passed over: %s", folder, what)
+    return None
+
+
+def damage(folder: str | Path) -> str | None:
+    """Return what is wrong with a checkpoint, in words, or None if it is whole."""
+    state = Path(folder, STATE)
+    if not state.is_file():
+        return f"it has no {STATE}, so its save was cut off"
+    try:
+        step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
+        if type(step) is not int or step < 0:
+            return f"{STATE} names no step"
+        for path in sorted(Path(folder).iterdir()):
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):  # compares its header with the file's length
+                    pass
+            elif path.suffix in _ZIPS and _damaged(path):
+                return f"{path.name} is cut off or damaged"
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{type(error).__name__}: {str(error) or 'unreadable'}"
+    return None
+
+
+@contextmanager
+def saving(output_dir: str | Path, step: int) -> Iterator[None]:
+    """Raise InputError, within, where a checkpoint cannot be written: a full disk, say.
+
+    What was written of it is passed over when the run goes on: from the checkpoint before it, or
+    from the base model, and from there by the run log.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise  # of something else than torch.save
+        words = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(
+            f"{output_dir}/checkpoint-{step} cannot be saved: {words}; the run log has all "
+            f"{step} steps: make room, and resume the run"
+        ) from error
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is not None
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError):
+        return True

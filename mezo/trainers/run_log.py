@@ -1,0 +1,87 @@
+"""The run log under the Trainer: opened when a run begins, never written over another run's."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from mezo import trajectory
+from mezo.distributed.elastic import writer_of
+from mezo.distributed.processes import join
+from mezo.errors import InputError
+from mezo.trainers.config import changed
+from mezo.trajectory.writer import frozen_fingerprint
+
+
+class RunLog(TrainerCallback):
+    """Opens the run's log when everything is loaded and the optimizer's step is known.
+
+    It is run.mezo in the output folder; in a hyperparameter search each trial has one in its own
+    folder, beside its checkpoints.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._writer: trajectory.Writer | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trainer, mezo = self._trainer, optimizer.optimizer
+        state.compute_steps(args, state.max_steps)  # a checkpoint's state has those of before
+        trainer.take_up(mezo, kwargs.get("train_dataloader"))
+        self.close()  # auto_find_batch_size begins again
+        join(mezo, model, probes=getattr(args, "probe_groups", 1))
+        resume = mezo.param_groups[0]["step"] > 0  # without its log, it begins one at that step
+        path = log_of(trainer)
+        if resume and args.world_size == 1:
+            _check_frozen(path, mezo, model)
+        if not resume and args.process_index == 0:
+            set_aside(path)
+        given = trainer.run_config
+        config = changed(args) if given is None else given
+        self._writer = writer_of(mezo, path, model=model, config=config, resume=resume)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def log_of(trainer: Any) -> Path:
+    """Return the path of a Trainer's run log."""
+    folder = Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "run.mezo"
+
+
+def _check_frozen(path: Path, optimizer: Any, model: Any) -> None:
+    """Raise InputError if what is not trained is not what the log's run had: another base."""
+    if not trajectory.begun(path):
+        return
+    had = trajectory.read(path, recover=True).header["frozen"]
+    names = {name for name, _, _ in optimizer.trained()}
+    if had is not None and frozen_fingerprint(model, names) != had:
+        raise InputError(f"{path}: the weights that are not trained differ from those of the run")
+
+
+def set_aside(path: Path) -> Path | None:
+    """Give another run's log at `path` the first free name, run-1.mezo say, and return that.
+
+    A log without a step is left, to be replaced. A warning says what was done.
+    """
+    if not (path.exists() and trajectory.begun(path) and _has_steps(path)):
+        return None
+    number = 1
+    while (aside := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)
+    message = "%s is the log of a run before this one: it is kept as %s"
+    logging.getLogger("mezo").warning(message, path, aside.name)
+    return aside
+
+
+def _has_steps(path: Path) -> bool:
+    try:
+        return len(trajectory.read(path, recover=True).steps) > 0
+    except InputError:  # no log, or one that cannot be read: not ours to replace
+        return True
