@@ -157,7 +157,7 @@ def test_resume_takes_the_last_whole_checkpoint(place, tmp_path):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if whole:
-            (folder / STATE).write_text("{}")
+            (folder / STATE).write_text(f'{{"global_step": {step}}}')
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert checkpoint_of(args) is True  # and on to the log's end
     assert checkpoint_of(args, has_log=False) == str(tmp_path / "checkpoint-10")
