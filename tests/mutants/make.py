@@ -16,14 +16,15 @@ EACH = 7  # mutants a file
 TARGETS = {  # source -> the tests that must notice, the quickest first
     "mezo/estimators.py": "tests/test_estimators.py",
     "mezo/rules.py": "tests/test_rules.py",
-    "mezo/forms/updates.py": "tests/test_rules.py",
-    "mezo/layers.py": "tests/test_rules.py",
+    "mezo/forms/updates.py": "tests/forms/test_updates.py tests/test_rules.py",
+    "mezo/layers.py": "tests/forms/test_updates.py tests/test_rules.py",
     "mezo/layer_norms.py": "tests/test_rules.py",
     "mezo/schedules.py": "tests/test_rules.py tests/test_estimators.py",
     "mezo/mezo.py": "tests/test_mezo.py",
     "mezo/objectives/metric_losses.py": "tests/objectives/test_metric_objectives.py",
     "mezo/objectives/masked.py": "tests/objectives/test_objectives.py",
-    "mezo/objectives/causal.py": "tests/objectives/test_objectives.py "
+    "mezo/objectives/causal.py": "tests/objectives/test_demonstrations.py "
+    "tests/objectives/test_objectives.py "
     "tests/objectives/test_objectives_calibration.py tests/objectives/test_objectives_shared.py",
     "mezo/objectives/packing.py": "tests/objectives/test_objectives_shared.py",
     "mezo/objectives/tokens.py": "tests/objectives/test_tokens.py",

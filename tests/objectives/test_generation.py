@@ -11,7 +11,14 @@ from mezo.errors import InputError
 from mezo.models.adapters import with_adapter
 from mezo.models.arguments import ModelArguments
 from mezo.noise import tensor_key
-from mezo.objectives.generation import Completion, Generation, end_tokens, generate, gumbel
+from mezo.objectives.generation import (
+    Completion,
+    Generation,
+    _Gumbel,
+    end_tokens,
+    generate,
+    gumbel,
+)
 
 PROMPTS = ["the film", "a charming journey . It was", "no", "boring movie"]
 SAMPLED = Generation(8, temperature=1.0, seed=3)
@@ -199,3 +206,13 @@ def test_prompts_that_cannot_be_continued_are_named():
         generate(model, tokenizer, ["a"], Generation(4), batch_size=0)
     with pytest.raises(InputError, match="draw"):
         generate(model, tokenizer, ["a"], Generation(4), draw=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_logits_are_divided_by_the_temperature(temperature):
+    """What is chosen from is logits / temperature + G, with the same G at every temperature."""
+    choose = _Gumbel(Generation(temperature=temperature, seed=3), 0, [0, 1], 2)
+    logits = torch.linspace(-2, 2, 12).view(2, 6)
+    noise = gumbel(choose.key, torch.tensor([0, 1]), 1, 6, 0)
+    found = choose(torch.zeros(2, 3, dtype=torch.long), logits)
+    assert torch.equal(found, logits / temperature + noise)

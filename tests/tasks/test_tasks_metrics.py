@@ -102,3 +102,9 @@ def test_lists_of_unlike_length_are_refused():
         accuracy([0], [0, 1])
     with pytest.raises(InputError, match="got 0 for 0 labels"):
         macro_f1([], [])
+
+
+def test_an_unanswerable_question_is_right_as_a_whole_whatever_else_is_accepted():
+    """The first answer says so; a second one does not make part of it right."""
+    assert token_f1("b", ["no answer", "b"]) == 0.0
+    assert token_f1("no answer", ["no answer", "b"]) == 1.0

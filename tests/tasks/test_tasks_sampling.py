@@ -5,7 +5,14 @@ import pytest
 
 from mezo import tasks
 from mezo.errors import InputError
-from mezo.tasks import demonstration_sets, few_shot_test, sample, train_dev
+from mezo.tasks import (
+    Example,
+    demonstration_sets,
+    few_shot,
+    few_shot_test,
+    sample,
+    train_dev,
+)
 
 
 def test_the_test_examples_of_few_shot_runs_are_the_references():
@@ -38,3 +45,24 @@ def test_demonstrations_of_each_test_example_are_its_own():
     seeds = np.random.RandomState(0).randint(0, 10_000, 3)
     assert sets == [np.random.RandomState(seed).permutation(50)[:4].tolist() for seed in seeds]
     assert sets[0] != sets[1]
+
+
+def test_a_label_is_short_of_examples_below_twice_k_and_the_log_says_so(caplog):
+    """k to train on and k for validation; with just as many nothing is said."""
+
+    def rows(zeros, ones):
+        return [Example({}, 0)] * zeros + [Example({}, 1)] * ones
+
+    few_shot(rows(8, 8), 4, 0)
+    assert not caplog.records
+    few_shot(rows(8, 7), 4, 0)
+    (record,) = caplog.records
+    assert record.getMessage() == "label 1 has 7 examples, 8 were asked for"
+
+
+def test_seeds_are_those_of_numpy_s_generator():
+    """32 bits: the largest is taken, one more and one less than the least are refused by name."""
+    assert len(sample([1, 2, 3], 2, 2**32 - 1)) == len(sample([1, 2, 3], 2, 0)) == 2
+    for seed in (2**32, -1):
+        with pytest.raises(InputError, match=r"must be in \[0, 2\^32\), got"):
+            sample([1, 2, 3], 2, seed)

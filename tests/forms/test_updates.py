@@ -1,0 +1,67 @@
+"""Rules on tensors with scales and masks: every combination against the plain rule."""
+
+import itertools
+
+import pytest
+import torch
+
+from mezo import rules
+from mezo.forms.updates import Update, update_
+from mezo.layers import TensorScale, within
+
+RULES = [
+    rules.Momentum(0.9),
+    rules.Momentum(0.5, window=2),
+    rules.Adam(),
+    rules.Adam(window="all"),
+    rules.Sign(),
+]
+SETTINGS = {"seed": 5, "rounding": "stochastic", "distribution": "gaussian"}
+SETTINGS |= {"perturbation": "scratch", "rule": "momentum"}
+GRADS = ((0.5, -1.0), (2.0, 0.25), (-0.75, 1.5))
+
+
+def after(rule, scale, factor=1.0, distribution="gaussian"):
+    """The weights and buffers after three steps of two directions each."""
+    weight, state = torch.linspace(-1, 1, 37), {}
+    history = [(step, tuple(factor * g for g in grads)) for step, grads in enumerate(GRADS)]
+    for end in range(1, len(history) + 1):
+        update = Update(rule, end - 1, 0.01, 0.1, history, end, end)
+        settings = SETTINGS | {"distribution": distribution}
+        update_(weight, "w", update, settings, state, scale)
+    return weight, state
+
+
+@pytest.mark.parametrize(
+    ("rule", "distribution"),
+    itertools.product(RULES, ["gaussian", "rademacher"]),
+    ids=lambda one: one if isinstance(one, str) else f"{type(one).__name__} {one.window}",
+)
+def test_a_scale_multiplies_the_gradient_that_a_rule_sees(rule, distribution):
+    """Definition 6: the estimate goes along d z, in moments too. d = 4 is exact in binary."""
+    found, kept = after(rule, TensorScale(4.0, "variance"), distribution=distribution)
+    expected, buffers = after(rule, TensorScale(), 4.0, distribution)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(kept[name], buffers[name]) for name in buffers)
+    plain, _ = after(rule, TensorScale(), distribution=distribution)
+    along_z, _ = after(rule, TensorScale(4.0, "expectation"), distribution=distribution)
+    assert torch.equal(along_z, plain)  # Definition 7: along z
+    assert not torch.equal(plain, torch.linspace(-1, 1, 37))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__} {rule.window}")
+def test_a_mask_keeps_the_larger_weights_but_for_decay(rule):
+    masked, _ = after(rule, TensorScale(threshold=0.5))
+    start = torch.linspace(-1, 1, 37)
+    outside = start.abs() > 0.51
+    shrunk = start.clone()
+    for _ in GRADS:
+        shrunk = shrunk * (1 - 0.01 * 0.1)
+    assert torch.equal(masked[outside], shrunk[outside])
+    assert not torch.equal(masked[~outside], shrunk[~outside])
+
+
+def test_a_weight_on_the_threshold_is_trained():
+    """`small` takes the threshold from a weight, which is one of those to be trained."""
+    inside = within(torch.tensor([-2.0, 2.0, 2.0000002, 1.0]), 2.0)
+    assert inside.tolist() == [True, True, False, True]
