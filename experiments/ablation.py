@@ -67,6 +67,7 @@ METHODS = {
     "one sided, n = 8": Method(1e-3, {"estimator": "one_sided"}, {"num_samples": 8}),
     "fzoo": Method(2e-4, FZOO, {"num_samples": 8, "distribution": "rademacher"}),
     "rademacher": Method(2e-4, recipe={"distribution": "rademacher"}),
+    "gaussian16": Method(2e-4, recipe={"distribution": "gaussian16"}),
     "low rank": Method(2e-4, recipe={"perturbation": "low_rank"}),
     "low rank, momentum": Method(2e-5, _rule(Momentum(0.9)), {"perturbation": "low_rank"}),
     "smaller half": Method(2e-4, recipe={"perturbation": "scratch"}, layers="small"),
