@@ -86,7 +86,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             num_samples: n of n-SPSA (Algorithm 2): directions a step, whose estimates are averaged.
             seed: of all directions, in [0, 2^64). None takes `torch.initial_seed()`, that is, what
                 `torch.manual_seed` was given; torch's generators are neither used nor changed.
-            distribution: of z: "gaussian", or "rademacher" (signs; the same variance, cheaper).
+            distribution: of z: "gaussian"; "rademacher" (signs; the same variance, cheaper); or
+                "gaussian16" (nearly normal numbers of 16 bits; docs/noise.md).
             perturbation: "in_place", "scratch" (weights untouched); None: scratch for 16-bit
                 weights. "low_rank": z of a matrix is a product of thin ones; see `write`.
             rank, interval: of low_rank: columns of a direction, steps between writings of a matrix.

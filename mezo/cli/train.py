@@ -31,7 +31,7 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
   --num_samples N                     directions a step, default 1
-  --distribution NAME                 gaussian or rademacher
+  --distribution NAME                 gaussian, rademacher or gaussian16
   --lr_scheduler_type NAME            default constant
   --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
   --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml

@@ -94,7 +94,8 @@ class MeZOConfig(TrainingArguments):
         metadata={"help": "Train the smallest weights of each tensor alone: this share of them."},
     )
     distribution: str = field(
-        default="gaussian", metadata={"help": "Of the directions: gaussian or rademacher."}
+        default="gaussian",
+        metadata={"help": "Of the directions: gaussian, rademacher (signs), or gaussian16."},
     )
     perturbation: str | None = field(
         default=None,
