@@ -5,7 +5,7 @@ import torch
 from tiny_tokenizers import byte_bpe, unigram, word_piece
 
 from mezo.errors import InputError
-from mezo.objectives.tokens import stack, tokenize
+from mezo.objectives.tokens import Tokens, stack, tokenize
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,25 @@ def test_a_span_without_tokens_is_refused():
 def test_rows_are_filled_up_on_the_side_asked_for():
     assert torch.equal(stack([[1, 2], [3]], 0, "left"), torch.tensor([[1, 2], [0, 3]]))
     assert torch.equal(stack([[1, 2], [3]], 0, "right"), torch.tensor([[1, 2], [3, 0]]))
+
+
+def test_a_cut_takes_tokens_behind_the_special_ones_and_the_span_moves_along():
+    cut = Tokens([0, 11, 12, 13, 14, 15], leading=1, first=4, last=6).cut(2)
+    assert cut == Tokens([0, 13, 14, 15], leading=1, first=2, last=4)
+    assert cut.ids[cut.first : cut.last] == [14, 15]
+    assert cut.cut(0) == cut
+
+
+def test_a_token_of_no_characters_is_not_part_of_a_span():
+    """Some tokenizers give the mark of a space, or a special token, an empty place in the text."""
+
+    def tokenizer(texts, **options):
+        places = [(0, 0), (0, 2), (3, 3), (3, 5), (5, 5)]
+        return {
+            "input_ids": [[1, 2, 3, 4, 5]],
+            "special_tokens_mask": [[1, 0, 0, 0, 0]],
+            "offset_mapping": [places],
+        }
+
+    (tokens,) = tokenize(tokenizer, ["It was"], [2], [5])
+    assert (tokens.first, tokens.last, tokens.leading) == (3, 4, 1)

@@ -49,3 +49,20 @@ def test_the_values_are_put_in_place_and_only_where_they_fit():
 def test_a_model_without_an_adapter_keeps_nothing():
     assert start_values.encoded(torch.nn.Linear(2, 2), {"weight": VALUE}) == {}
     assert start_values.encoded(None, {"weight": VALUE}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_kept_is_put_back_to_the_bit(monkeypatch, dtype):
+    """Row by row, whatever the memory's order; a tensor that is not kept stays."""
+    monkeypatch.setattr(start_values, "kept_start", lambda model, named: ["w"])
+    weight = torch.arange(6.0).view(3, 2).t().to(dtype) / 7
+    found = start_values.encoded(None, {"w": weight, "v": VALUE})
+    name = str(dtype).removeprefix("torch.")
+    entry = {"name": "w", "shape": [2, 3], "dtype": name}
+    made = torch.zeros(2, 3, dtype=dtype)
+    head = {"tensors": [entry, ENTRY | {"name": "v"}]} | found
+    assert start_values.problem_of(head) is None
+    other = torch.zeros(2, 3)
+    start_values.put_(head, {"w": made, "v": other})
+    assert torch.equal(made, weight)
+    assert not other.any()
