@@ -39,7 +39,7 @@ def check_group(
     if not 0 <= group["seed"] < 2**64:
         raise InputError(f"seed must be in [0, 2^64), got {group['seed']}")
     if group["distribution"] not in noise.DISTRIBUTIONS:
-        known = " or ".join(noise.DISTRIBUTIONS)
+        known = ", ".join(noise.DISTRIBUTIONS[:-1]) + f" or {noise.DISTRIBUTIONS[-1]}"
         raise InputError(f"distribution must be {known}, got {group['distribution']!r}")
     if group["perturbation"] not in (None, *FORMS):
         known = ", ".join(FORMS[:-1]) + f" or {FORMS[-1]}"

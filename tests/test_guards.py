@@ -21,7 +21,10 @@ from mezo.watch import last_place
         ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"seed": 2**64}, "seed must be in"),
-        ({"distribution": "normal"}, "distribution must be gaussian or rademacher, got 'normal'"),
+        (
+            {"distribution": "normal"},
+            "distribution must be gaussian, rademacher or gaussian16, got 'normal'",
+        ),
         ({"perturbation": "low"}, "perturbation must be in_place, scratch or low_rank, got 'low'"),
         ({"rounding": "up"}, "rounding must be one of stochastic, .* got 'up'"),
         ({"rounding": "master", "perturbation": "in_place"}, "'master' keeps a buffer"),

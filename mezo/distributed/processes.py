@@ -140,11 +140,11 @@ class Processes(Link, OneProcess):
         return row + [0.0] * _FIELDS * (self._most(n) - len(mine))
 
     def _most(self, n: int) -> int:
-        """Directions of a process, at most: rows are equally long, and hold no one else's."""
+        """The most directions that any process has, so that all rows are equally long."""
         return -(-n // self.probes)
 
     def _compare(self, rows: Sequence[Sequence[float]], optimizer: ZerothOrderOptimizer) -> None:
-        """InputError naming the ranks that differ; all processes find out together."""
+        """Raise InputError, in all processes alike, naming the ranks whose checksums differ."""
         if any(row[:_CHECKS] != rows[0][:_CHECKS] for row in rows):
             optimizer.restore_()
             self.blame(self.gather_json(self._details(optimizer)))
@@ -236,13 +236,13 @@ def join(
 
 
 def leave() -> None:
-    """At a process's end: leave the process group, if there is one, or torch complains."""
+    """Leave the process group, if there is one. Call it at a process's end, or torch warns."""
     if number_of_processes():
         dist.destroy_process_group()
 
 
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Its parameters and buffers."""
+    """The parameters and buffers of a module."""
     return list(chain(module.named_parameters(), module.named_buffers()))
 
 
@@ -256,14 +256,14 @@ def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> 
 
 
 def _spread(row: Sequence[float], n: int) -> list[float]:
-    """A process's row with a place for each of n directions, zeros where others estimate."""
+    """Spread a process's row over n directions, with zeros for those that others estimate."""
     begin, given = int(row[_CHECKS]) * _FIELDS, row[_CHECKS + 1 :]
     spread = [0.0] * begin + list(given) + [0.0] * (n * _FIELDS)
     return spread[: n * _FIELDS]
 
 
 def _directions(rows: Sequence[Sequence[float]], sides: int) -> Joined:
-    """The rows' estimates by direction, up to the last that any process has made."""
+    """Collect the estimates of all rows by direction, up to the last that was estimated."""
     found: dict[int, list[Estimate]] = {}
     cycles = []
     for start in range(0, len(rows[0]), _FIELDS):
@@ -332,13 +332,13 @@ def _saved(model: torch.nn.Module | None) -> list[tuple[str, torch.Tensor]]:
 
 
 def _checksum(value: Any) -> int:
-    """Of what JSON can hold, in 53 bits: float64 has them all."""
+    """A checksum of a JSON value in 53 bits, which a float64 holds exactly."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 11
 
 
 def _odd(texts: Sequence[str]) -> list[int]:
-    """Whose is not what most have, or where it is a tie, what the first rank of them has."""
+    """Return the ranks that differ from the majority; in a tie the lowest rank's value counts."""
     common, _ = Counter(texts).most_common(1)[0]  # of equally many, the first met
     return [i for i, text in enumerate(texts) if text != common]
 

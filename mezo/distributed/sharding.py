@@ -57,7 +57,7 @@ class Sharded(Weights):
             self._look(sharded, optimizer)
 
     def begin(self, optimizer: MeZO, link: Link, group: int) -> None:
-        """All processes have joined: the optimizer's weights are these. `group` has one z."""
+        """Take over the optimizer's weights after all have joined; `group` shares one z."""
         self._link = link
         _check_shards([(n, p) for n, p, _ in optimizer.trained() if is_sharded(p)], link, group)
         if self.any:
@@ -74,7 +74,7 @@ class Sharded(Weights):
         self.reshard()
 
     def find(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """If x stands in the place of a trained shard: the shard, and x as a part of the whole."""
+        """Return (shard, x as a part of the whole) if x stands in for a trained shard."""
         for i in range(len(self._places)):
             at = (self._next + i) % len(self._places)
             module, leaf, shard = self._places[at]
@@ -84,17 +84,17 @@ class Sharded(Weights):
         return None
 
     def of_all(self, names: set[str]) -> set[str]:
-        """The names that every process gives; called by all."""
+        """Return the names that every process gives. All processes must call it."""
         assert self._link is not None
         return names.intersection(*self._link.gather_json(sorted(names)))
 
     def reshard(self) -> None:
-        """Drop what FSDP has gathered."""
+        """Drop the weights that FSDP has gathered."""
         for module in self.modules:
             module.reshard()
 
     def closure(self, closure: Closure) -> Closure:
-        """One that reads the shards as they are when it is called."""
+        """Return a closure that reads the shards as they are at the time of the call."""
         if not self.modules:
             return closure
 
@@ -108,14 +108,14 @@ class Sharded(Weights):
         return fresh
 
     def check(self, seen: Mapping[int, Any]) -> None:
-        """After a failed pass the others wait for this process's shards, not for its losses."""
+        """Raise after a failed pass: the others wait for this process's shards."""
         failed = any(one is FAILED for perturbed in seen.values() for one in perturbed.estimates)
         if self.any and failed:
             raise RuntimeError("a forward pass failed in one process of a sharded model")
 
     @torch.no_grad()
     def _look(self, sharded: Sequence[tuple[str, torch.Tensor]], optimizer: MeZO) -> None:
-        """Gather once, for a form that perturbs what is read; InputError for what it cannot."""
+        """Gather once, and raise InputError if the form cannot perturb what is gathered."""
         form, name_of_form = optimizer.form, optimizer.perturbation
         if form.moves_weights:
             return
@@ -140,7 +140,7 @@ class Sharded(Weights):
 
     @torch.no_grad()
     def _part(self, leaf: str, shard: Any, x: torch.Tensor) -> torch.Tensor:
-        """x, which FSDP has gathered, or as a DTensor what a process of several has of it."""
+        """Return x if FSDP has gathered it whole, else a DTensor of this process's part of it."""
         layout = None if is_sharded(x) else self._layouts[id(shard)]
         if layout is None and x.shape == shard.shape:
             return x
@@ -156,7 +156,7 @@ class Sharded(Weights):
 
 
 def _check_shards(shards: Sequence[tuple[str, torch.Tensor]], link: Link, group: int) -> None:
-    """InputError unless who has the same shard has the same numbers, and who has one copy one z."""
+    """Raise unless ranks that hold the same shard hold equal values and ranks of a copy share z."""
     if not shards:
         return
     groups = link.gather([float(group)])
@@ -181,7 +181,7 @@ def _check_shards(shards: Sequence[tuple[str, torch.Tensor]], link: Link, group:
 
 
 def _layout(p: Any) -> tuple | None:
-    """How a tensor lies on several processes; None: each has it whole."""
+    """Return the device mesh and placements of a sharded tensor; None for a whole one."""
     return (p.device_mesh, p.placements) if is_sharded(p) else None
 
 

@@ -1,11 +1,11 @@
-"""Blocks of weights on their way to the device and back, while it computes with others.
+"""Blocks of weights travel to the device and back while it computes with others.
 
-    a block is needed    it is loaded, unless it was already; updates that wait for it are made
-    it has changed       it is written back while it is computed with
-    both halves left it  it is dropped, and the block that will be needed next is loaded
+    a block is needed           it is loaded, unless it is there; the updates queued for it are made
+    it has changed              it is written back while it is computed with
+    both passes have left it    it is dropped, and the block that will be needed next is loaded
 
-One thread loads and updates, one writes back. Which block comes next is learned from the last pass.
-On a CPU nothing is copied: weights in a mapped file are read, and updated, where they are.
+One thread loads and updates, another writes back. The order of the last pass tells which block is
+needed next. On a CPU nothing is copied: weights in a mapped file are read and updated in place.
 """
 
 from collections import Counter
@@ -24,11 +24,11 @@ _KEPT_EACH, _KEPT_ALL = 32, 2  # the largest block's size over that of what alwa
 
 @dataclass(eq=False)
 class Block:
-    """Parameters that come and go together: a decoder layer, an embedding, the head."""
+    """Parameters that are moved together: a decoder layer, an embedding, the head."""
 
     name: str
     named: list[tuple[str, torch.Tensor]] = field(default_factory=list)
-    kept: bool = False  # small: it stays on the device
+    kept: bool = False  # pinned: it is small, and stays on the device
 
     @property
     def nbytes(self) -> int:
@@ -36,10 +36,10 @@ class Block:
 
 
 def blocks_of(model: torch.nn.Module) -> list[Block]:
-    """Every parameter of the model, tied ones once, by block, in the model's order.
+    """Divide the model's parameters into blocks, in the model's order. Tied ones count once.
 
-    An entry of a ModuleList or Sequential is a block, lists within it included; elsewhere, a module
-    with the parameters that it has itself.
+    Each entry of a ModuleList or Sequential is one block, including the lists inside it. Elsewhere
+    each module is a block of the parameters that it holds itself. Small blocks are pinned.
     """
     entries: list[str] = []  # names of the modules that are blocks as a whole
     for name, module in model.named_modules():  # outer ones first
@@ -73,11 +73,11 @@ def must_copy(device: torch.device, write_every: int) -> bool:
 
 @dataclass(eq=False)
 class Loaded:
-    """A block on the device, by id of parameter."""
+    """A block on the device: its tensors, by the id of the parameter."""
 
     tensors: dict[int, torch.Tensor]
-    made: Counter = field(default_factory=Counter)  # of the updates that wait, those made already
-    ready: Any = None  # CUDA: the event after which it is whole
+    made: Counter = field(default_factory=Counter)  # by parameter: how many queued updates are made
+    ready: Any = None  # CUDA: the event after which it may be read
 
 
 class BlockCache:
@@ -115,9 +115,9 @@ class BlockCache:
         self._waiting[id(p)].append(actions)
 
     def need(self, block: Block) -> Loaded:
-        """The block, with all updates made; others may be dropped, and the next one is prefetched.
+        """Return the block with all its updates made, evict others, and prefetch the next one.
 
-        Called by one thread at a time.
+        Only one thread may call it at a time.
         """
         if block is not self._last and not block.kept:
             if self._last is not None:
@@ -143,11 +143,11 @@ class BlockCache:
         try:
             return self._resident[block].result()
         except Exception:
-            del self._resident[block]  # the next one who needs it tries again
+            del self._resident[block]  # the next call tries again
             raise
 
     def flush(self) -> None:
-        """Make all updates that wait, and write them; nothing is left on the device."""
+        """Make and write all queued updates, and leave nothing on the device."""
         self.drop()
         try:
             for block in self.blocks:
@@ -159,7 +159,7 @@ class BlockCache:
             self.drop()
 
     def drop(self) -> None:
-        """Nothing is on the device, and all that was to be written is."""
+        """Evict every block once its pending writes are done."""
         self._settle()
         self._leave([], kept=True)
         self._last = None
@@ -176,19 +176,19 @@ class BlockCache:
         self._stored.clear()
 
     def _in_order(self, block: Block) -> Block:
-        """A guess for the first pass: as the model lists them."""
+        """Guess the next block of the first pass: the one that the model lists next."""
         moving = [other for other in self.blocks if not other.kept]
         return moving[(moving.index(block) + 1) % len(moving)]
 
     def _leave(self, stay: Iterable[Block], kept: bool = False) -> list:
-        """Drop all others but those always kept; (what is still to be freed, its last use) each."""
+        """Evict every other block except pinned ones; return what to free, and when."""
         left = []
         for block in [b for b in self._resident if b not in stay and (kept or not b.kept)]:
             left.append((self._resident.pop(block), self.streams.event(), self._stored.get(block)))
             self.given_up(block)
         return left
 
-    # in the loader's thread, where no Ctrl-C arrives
+    # The rest runs in the loader's and the writer's threads, where no Ctrl-C arrives.
 
     def _load(self, block: Block, left: list, write: bool = False) -> Loaded:
         for _, event, stored in left:  # two blocks at a time, not three
@@ -233,7 +233,7 @@ class BlockCache:
         most = max((loaded.made[id(p)] for p in changed), default=0)
         if changed and (write or (self.write_every and most >= self.write_every)):
             for p in changed:
-                del self._waiting[id(p)][: loaded.made[id(p)]]  # one step: the other thread appends
+                del self._waiting[id(p)][: loaded.made[id(p)]]  # atomic: another thread appends
                 loaded.made[id(p)] = 0
             if self.copies:
                 self._stored[block] = self._writer.submit(self._store, block, loaded, changed)

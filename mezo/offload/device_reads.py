@@ -1,4 +1,4 @@
-"""What is on the device, in the place of the model's parameters, wherever torch reads one."""
+"""Torch's functions read the copy on the device wherever they are given a parameter."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ _PLACE = of_tensors("device is_cuda is_cpu get_device")
 
 
 class DeviceReads(TorchFunctionMode):
-    """Torch's functions are given what is on the device for a parameter of the model.
+    """A mode in which torch's functions get the copy on the device for a parameter of the model.
 
-    Under it, `Moved` makes theta + eps z of that. A parameter of another block than the last one's
-    is a point to take turns at.
+    Inside it, `Moved` perturbs that copy to theta + eps z. Forward passes that take turns hand over
+    where a parameter belongs to another block than the one read before.
     """
 
     def __init__(self, blocks: BlockCache, turns: Turns | None, number: int):
         super().__init__()
         self.blocks, self.turns, self.number = blocks, turns, number
         self.block: Block | None = None
-        self.loaded: dict[Block, Loaded] = {}  # the block read last, and those always kept
+        self.loaded: dict[Block, Loaded] = {}  # the block that was read last, and the pinned ones
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -59,7 +59,7 @@ class DeviceReads(TorchFunctionMode):
                 self.block = block
             self.loaded[block] = self.blocks.need(block)
         tensor = self.loaded[block].tensors[id(p)]
-        alike = p.requires_grad and not torch.is_grad_enabled()  # torch chooses a kernel by it
+        alike = p.requires_grad and not torch.is_grad_enabled()  # by it torch picks kernels
         return tensor if tensor.requires_grad == alike else tensor.requires_grad_(alike)
 
 

@@ -1,4 +1,4 @@
-"""Forward passes that take turns at each block of the weights: one pass over them serves all."""
+"""Forward passes that take turns at each block, so that all share one pass over the weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,10 +21,10 @@ LossPair = tuple[float, float]  # loss_plus, loss_minus
 
 
 class Walked(Scratch):
-    """The weights that perturbation in place would walk by, each made for what reads it.
+    """The weights of a walk in place, made for each operation that reads them.
 
-    theta + eps z, and from there theta - eps z, with the roundings on the way; theta stays, until
-    the walk is repeated on it with the update.
+    These are theta + eps z, and from there theta - eps z, with the roundings on the way. Theta
+    itself stays as it is until the walk is repeated on it together with the update.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -48,17 +48,18 @@ class Walked(Scratch):
 
 
 class _KeepsRequiresGrad(Moved):
-    """What is made for a parameter asks for a gradient where it does: torch's kernels heed that."""
+    """Gives a perturbed copy the requires_grad of its parameter, by which torch picks kernels."""
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         return super().moved(name, tensor, key).requires_grad_(tensor.requires_grad)
 
 
 class Interleaved(Direction):
-    """Both losses from one pass over the weights, by forward passes that take turns.
+    """Computes both losses in one pass over the weights, by forward passes that take turns.
 
-    `group`: the directions of a step that are asked for the same closure, those to come; the first
-    one's pass is that of all of them.
+    Attributes:
+        group: the directions of this step that are still to be estimated with the same closure. The
+            first of them computes the losses of all.
     """
 
     def __init__(self, inner: Any, offload: "Offload"):
@@ -95,7 +96,7 @@ class Interleaved(Direction):
         return plus, minus
 
     def _in_one(self, closure: Callable) -> LossPair | None:
-        """Low rank: both in one forward pass, perhaps."""
+        """Compute both losses in one forward pass, where low-rank directions allow it."""
         if not isinstance(self.inner, LowRank):
             return None
         with self.offload.reading():

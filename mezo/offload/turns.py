@@ -1,8 +1,8 @@
-"""Calls that take turns: each runs until it needs what is not there, then the next one does.
+"""Calls that take turns: each runs until it needs something absent, and then the next one runs.
 
-A forward pass cannot be stopped half-way and gone on with later, unless it has a thread of its own.
-Here each has one, and all but one wait at any time: nothing happens at once, and what is called
-needs no locks. Which of them goes on is decided by `Turns.pass_on` alone.
+A forward pass can only be suspended and resumed in a thread of its own. Here each call has one, and
+all but one of them wait at any time, so that the code that is called needs no locks. Only
+`Turns.pass_on` decides which of them continues.
 """
 
 import threading
@@ -21,11 +21,11 @@ class _Stopped(BaseException):
 
 
 class Turns:
-    """`run(calls)` -> a float each: calls that take turns wherever they `pass_on()`.
+    """Runs several calls that hand over to each other wherever they call `pass_on`.
 
-    The first one runs in this thread, the others in threads of `pool`, which must have enough of
-    them, under what torch keeps for each thread: autocast, default device, the stream of kernels.
-    An exception of one ends all.
+    `run(calls)` returns the float of each. The first call runs in the current thread and the others
+    in threads of `pool`, which must have enough of them. They inherit what torch keeps for each
+    thread: autocast, the default device, the current stream. An exception in one ends all.
     """
 
     def __init__(self, pool: ThreadPoolExecutor):
@@ -71,7 +71,7 @@ class Turns:
             self._end(number)
 
     def pass_on(self, number: int) -> None:
-        """Let the others run until they pass on, or end; called by call `number`."""
+        """Let the others run until they pass on or end. Call number `number` calls this."""
         self._go_on()
         if (following := self._following(number)) is not None:
             self._hand(following)
@@ -79,7 +79,7 @@ class Turns:
         self._go_on()
 
     def _following(self, number: int) -> int | None:
-        """The next call that is not done."""
+        """Return the next call that has not ended, or None."""
         n = len(self._done)
         order = ((number + i) % n for i in range(1, n))
         return next((other for other in order if not self._done[other]), None)
@@ -99,7 +99,7 @@ class Turns:
 
 
 def state_of_thread() -> Callable:
-    """A context that makes another thread as this one is, in what torch keeps for each thread."""
+    """Return a context that gives another thread this one's autocast, device, stream and modes."""
     kinds = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     casts = [(k, torch.get_autocast_dtype(k), torch.is_autocast_enabled(k)) for k in sorted(kinds)]
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -138,6 +138,11 @@ def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any
             trainer = TRAINERS[kind](model, args=args, **options)
         except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"{kind}: {error}") from error
+    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) == 0:
+        raise InputError(
+            f"{kind}: max_length {args.max_length} cuts off all that would be trained, in every "
+            "row: raise it"
+        )
     if adapter and "ref" in model.peft_config:  # TRL's copy of a new adapter, for the reference:
         model.delete_adapter("ref")  # the base model is as good, and is what a replay has
         model.set_adapter("default")

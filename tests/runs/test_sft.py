@@ -182,3 +182,16 @@ def test_a_tokenizer_without_a_template_is_one_line(place, tmp_path, capsys):
     code, _, err = mezo(capsys, *argv)
     assert code == 2
     assert "chat_template is not set" in err
+
+
+def test_rows_that_are_cut_off_whole_are_said(place, tmp_path, capsys):
+    """TRL drops rows without a token to train on; of none it would make a sampler that fails."""
+    rows = [
+        {"prompt": f"a long preamble, number {i}, and more: ", "completion": " yes"}
+        for i in range(8)
+    ]
+    write(tmp_path / "long.jsonl", rows)
+    options = command(place, "sft", tmp_path / "long.jsonl", tmp_path / "out", "--max_length=8")
+    code, _, err = mezo(capsys, *options)
+    assert code == 2
+    assert "max_length 8 cuts off all that would be trained" in err.splitlines()[-1]
