@@ -81,13 +81,17 @@ class Loaded:
 
 
 class BlockCache:
-    """Brings blocks to `device`.
+    """Holds at most two blocks on the device at a time, and the pinned ones.
 
-    `update(p, *actions)` queues a program's actions on a weight, for its block's next visit.
-    `write_every`: so many updates wait before a block is written back; 0: for ever, each load makes
-    them all again.
-    `settings()` of the noise are those of a run log's header. `given_up(block)` is told when a
-    block is of no use for now.
+    `update(p, *actions)` queues a program's actions on a weight, until its block is next loaded.
+
+    Args:
+        blocks: of the model, as `blocks_of` returns them.
+        device: where they are computed with.
+        write_every: updates that are queued before a block is written back. With 0 it never is, and
+            each load makes all of its updates again.
+        settings: returns the noise's settings, with the keys of a run log's header.
+        given_up: is called with a block that will not be needed for a while.
     """
 
     def __init__(
