@@ -17,7 +17,8 @@ class TrainArguments(MeZOConfig):
 
     output_dir: str = "runs/mezo"  # type: ignore[assignment]
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
+        default=None,
+        metadata={"help": "Default: measured on the model; else by its size and what is trained."},
     )
     mezo_eps: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
@@ -49,8 +50,6 @@ class RewardTrainArguments(TrainArguments, MeZOPolicyConfig):
     """TrainArguments and the options of generation, with defaults for the command line."""
 
     output_dir: str = "runs/reward"
-    learning_rate: float = MeZOPolicyConfig.learning_rate  # the recipes' are for cross-entropy
-    mezo_eps: float = MeZOPolicyConfig.mezo_eps
     remove_unused_columns: bool = False
     max_steps: int = 1000
     eval_steps: float = 100

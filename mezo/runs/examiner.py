@@ -138,13 +138,20 @@ class Seen(NamedTuple):
 
 
 class Examiner:
-    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call."""
+    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call.
 
-    def __init__(self, model: torch.nn.Module, form: Form, seed: int):
+    `perturbation` None is the form that a run would take.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, form: Form, seed: int, perturbation: str | None = None
+    ):
         adapter = getattr(model, "peft_config", None) is not None
         rounding = "master" if adapter else "stochastic"  # as MeZOMixin
         self.model, self.form = model, form
-        self.optimizer = MeZO(model.named_parameters(), 0.0, seed=seed, rounding=rounding)
+        self.optimizer = MeZO(
+            model.named_parameters(), 0.0, seed=seed, rounding=rounding, perturbation=perturbation
+        )
         self.trained: list[torch.Tensor] = [p for _, p, _ in self.optimizer.trained()]
         self._records: list[Record] = []
         self.optimizer.observers.append(self._records.append)
@@ -204,6 +211,10 @@ class Landscape:
         loss = float(np.mean([(a.loss + b.loss) / 2 for a, b in pairs]))
         pull = float(np.mean(squares * curved))
         return cls(signal, pull, loss, float(abs(grads).mean()), clear, found)
+
+    def best_step(self) -> float:
+        """The step from here that lowers the loss most."""
+        return best_step(self.signal, self.pull)
 
     def horizon(self, steps: int, schedule: str = "constant") -> Horizon:
         """A run of so many steps from here."""

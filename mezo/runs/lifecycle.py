@@ -29,6 +29,9 @@ from mezo.trainers.trainer import MeZOMixin
 class Kind(Protocol):
     """What one kind of run has of its own."""
 
+    def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
+        """Return the plan with what only the loaded model can tell: a rate that was not given."""
+
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
         """Return the Trainer of the model; InputError for a model or data that do not fit."""
 
@@ -50,6 +53,7 @@ def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
     models.refuse_quantised(model)
     plan.args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
     with trained_part(model, plan):
+        plan = kind.settled(plan, model, tokenizer)
         trainer = kind.trainer(plan, model, tokenizer)
         if logs := isinstance(trainer, MeZOMixin):
             trainer.run_config = (trainer.run_config or {}) | plan.config
@@ -130,6 +134,8 @@ def _mean_loss(plan: Plan) -> float | None:
 
 def _warm_up(distribution: str) -> None:
     """Compile the kernels of the directions, which would count as a step's memory."""
+    if distribution not in noise.DISTRIBUTIONS:
+        return  # the optimizer refuses it in its own words
     move = noise.Move(0, 0, 1.0, 1.0)
     noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=distribution)
 

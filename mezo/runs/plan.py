@@ -43,6 +43,12 @@ class Plan:
     config: dict[str, Any]
     tell: Tell
     began: float  # time.perf_counter()
+    measures: bool = False  # no rate was given: the loaded model is to tell it
+
+    def at_rate(self, rate: float) -> "Plan":
+        """The same run at another learning rate."""
+        args = replace(self.args, learning_rate=rate)
+        return replace(self, args=args, config=self.config | {"learning_rate": rate})
 
     @property
     def writes(self) -> bool:
@@ -51,7 +57,7 @@ class Plan:
 
     @property
     def method(self) -> str:
-        return getattr(self.args, "method", "mezo")
+        return _method_of(self.args)
 
 
 def resolve(
@@ -65,16 +71,34 @@ def resolve(
     began = time.perf_counter()
     tell = tell if args.process_index == 0 else (lambda line: None)
     _check(model_args, args)
-    if isinstance(args, TrainArguments):
-        given, args = args, rates.resolved(model_args, args)
-        if line := rates.told(model_args, given, args):
-            tell(line)
-    checkpoint = checkpoint_of(args, has_log=getattr(args, "method", "mezo") == "mezo")
+    checkpoint = checkpoint_of(args, has_log=_method_of(args) == "mezo")
+    given = args = _as_before(args) if checkpoint else args
+    args = rates.resolved(model_args, args)
+    alone = args.world_size == 1 and not args.offload  # who measures apart may not agree
+    lacks = _method_of(args) == "mezo" and given.learning_rate is None
+    measures = lacks and alone and not checkpoint and args.max_steps > 0
+    if line := rates.told(model_args, given, args):
+        tell(line)
     begins = _started_with(model_args, args.output_dir, checkpoint)
     config = config_of(model_args, data_args, args)
     if checkpoint:
         _check_going_on(config, args)
-    return Plan(model_args, begins, args, checkpoint, config, tell, began)
+    return Plan(model_args, begins, args, checkpoint, config, tell, began, measures)
+
+
+def _method_of(args: Any) -> str:
+    return getattr(args, "method", "mezo")  # only MeZO's own arguments have others
+
+
+def _as_before(args: Any) -> Any:
+    """The arguments with the rate and eps of the run that goes on, where none are given."""
+    log = Path(args.output_dir, "run.mezo")
+    if not trajectory.begun(log):
+        return args
+    had = trajectory.read(log, recover=True).header["config"]
+    names = ("learning_rate", "mezo_eps")
+    lacking = [n for n in names if getattr(args, n) is None and isinstance(had.get(n), float)]
+    return replace(args, **{name: had[name] for name in lacking})
 
 
 def config_of(model_args: ModelArguments, data_args: Any, args: Any) -> dict[str, Any]:
@@ -91,6 +115,8 @@ def _check(model_args: ModelArguments, args: Any) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise InputError(f"output_dir {args.output_dir}: File exists")
     if args.max_steps == 0:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
 

@@ -9,16 +9,25 @@ from fewer runs. All are starting values, to search around: `mezo check` measure
 
 From a billion weights on, which Table 16 is about, no rate of MeZO is outside its grid: the rule
 alone would be 1.6e-6 for opt-1.3b and 9.8e-8 for opt-66b.
+
+The best rate depends on more than the size. Where the model is at hand, `measured` looks at it: a
+few estimates tell the gradient, the noise and the curvature, and the length of the run the rest
+(examiner.py). `mezo train` does so by itself when no rate is given.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mezo.errors import InputError
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.models.modes import evaluating
+from mezo.objectives import Form
+from mezo.runs.examiner import Examiner, Landscape, survey
+from mezo.tasks import Example, sample
 from mezo.trainers.config import MeZOConfig
 
 if TYPE_CHECKING:
@@ -60,6 +69,7 @@ _ADAM = {
     "prefix": Rate(17.0, 0.5, 1e-3),
     "prompt": Rate(17.0, 0.5, 1e-3),
 }
+DIRECTIONS = 8  # of the estimates that a rate is measured by
 _FOUND_FOR = {"rule": ("sgd",), "estimator": ("two_point", "one_sided")}
 _FOUND_FOR |= {"shaping": (None,), "modified": (None,)}  # type: ignore[dict-item]
 
@@ -73,6 +83,31 @@ def mezo(parameters: int, part: str) -> tuple[float, float]:
 def adam(parameters: int, part: str) -> float:
     """The learning rate of Adam for the same."""
     return _ADAM.get(part, _ADAM["lora"]).of(parameters)
+
+
+def measured(
+    model: Any, form: Form, examples: Sequence[Example], args: "TrainArguments", steps: int
+) -> float | None:
+    """The learning rate for a run of `steps` steps of MeZO, from DIRECTIONS pairs of estimates.
+
+    It costs 4 forward passes a direction, and leaves the weights as they are, to the bit. None
+    where the estimates tell no rate: the loss is not finite, or the gradient cannot be told from
+    the noise of the batches.
+    """
+    assert args.mezo_eps is not None  # `resolved` has given one
+    size = min(args.per_device_train_batch_size, len(examples) // 2)
+    if size == 0 or steps < 1:
+        return None
+    number = min(len(examples), 2 * size * DIRECTIONS)
+    features = [form.encode(example) for example in sample(examples, number, args.seed)]
+    with evaluating(model):
+        examiner = Examiner(model, form, args.seed, perturbation="scratch")
+        pairs = survey(examiner, features, args.mezo_eps, size, DIRECTIONS)
+    if len(pairs) < 2:
+        return None
+    land = Landscape.of(pairs, size)
+    rate = min(land.horizon(steps, args.lr_scheduler_type).best_rate(), land.best_step())
+    return float(f"{rate:.2g}") if land.clear and math.isfinite(rate) else None
 
 
 def part_of(args: ModelArguments) -> str:
@@ -91,8 +126,9 @@ def resolved(model_args: ModelArguments, args: "TrainArguments") -> "TrainArgume
 
     InputError where no rate is known: of another rule than sgd, or of shaped estimates.
     """
-    mezo_lacks = args.method == "mezo" and None in (args.learning_rate, args.mezo_eps)
-    adam_lacks = args.method == "adam" and args.learning_rate is None
+    method = getattr(args, "method", "mezo")
+    mezo_lacks = method == "mezo" and None in (args.learning_rate, args.mezo_eps)
+    adam_lacks = method == "adam" and args.learning_rate is None
     if not (mezo_lacks or adam_lacks):
         return args
     parameters = models.parameters_of(model_args)

@@ -52,6 +52,9 @@ class RewardKind:
     train_rows: list[dict]
     dev_rows: list[dict]
 
+    def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
+        return plan
+
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
         if not model.can_generate():
             raise InputError(f"model {plan.model.model_name_or_path} generates no text")

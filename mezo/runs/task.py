@@ -19,7 +19,7 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form, form_for
 from mezo.rules import Rule
-from mezo.runs import methods, published
+from mezo.runs import methods, published, rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import Splits, load_splits, read_split, task_of, tested
 from mezo.runs.lifecycle import carry_out, finish, trained_part
@@ -64,6 +64,20 @@ class TaskKind:
     def form(self, model: Any, tokenizer: Any, shown: Sequence[Example] = ()) -> Form:
         """Return the form, as the options ask for it."""
         return form_of(model, tokenizer, self.task, self.model_args, self.data_args, shown)
+
+    def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
+        """Return the plan at the rate that a few estimates advise, where none was given."""
+        args = plan.args
+        if not (plan.measures and self.task.kind == "classification"):
+            return plan
+        with placement.inference(model, args.device, args.offload):
+            form, train = self.form(model, tokenizer), self.splits["train"]
+            rate = rates.measured(model, form, train, args, args.max_steps)
+        if rate is None:
+            plan.tell(f"no better rate can be measured: learning_rate {args.learning_rate:g} it is")
+            return plan
+        plan.tell(f"learning_rate {rate:g}: measured on this model for {args.max_steps:,} steps")
+        return plan.at_rate(rate)
 
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
         args = plan.args

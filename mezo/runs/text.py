@@ -8,7 +8,7 @@ Data formats, chat templates, packing and losses are TRL's own. A row is {"text"
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,14 @@ COLUMNS = {  # what a row may have, in TRL's names
 
 @dataclass
 class _CommandLine:
-    """Defaults of `mezo sft` and `mezo dpo`: those of `mezo train`."""
+    """Defaults of `mezo sft` and `mezo dpo`: those of `mezo train`, the rate by size included."""
 
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
+    )
+    mezo_eps: float | None = field(
+        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
+    )
     max_steps: int = 20_000  # Table 16
     per_device_train_batch_size: int = 16  # Table 16
     save_strategy: str = "steps"
@@ -89,10 +95,10 @@ def train(
         )
     if model_args.freeze_layers:
         raise InputError(f"freeze_layers is for mezo train, not for mezo {kind}")
-    plan = resolve(model_args, data_args, args, tell)
     rows, held_out = load_rows(kind, data_args)
     if held_out is not None and args.eval_strategy == "no":
         args.eval_strategy = type(args.eval_strategy)("steps")
+    plan = resolve(model_args, data_args, args, tell)
     return carry_out(TextKind(kind, rows, held_out), plan)
 
 
@@ -103,6 +109,9 @@ class TextKind:
     kind: str  # "sft" or "dpo"
     rows: Dataset
     held_out: Dataset | None
+
+    def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
+        return plan
 
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
         if not model.can_generate():

@@ -1,16 +1,24 @@
 """The learning rate where none is given: found, told, and in the run's records."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
-from folders import mezo, model_folder, reviews, training
+import torch
+from folders import OWN, mezo, model_folder, reviews, training
 
-from mezo import MeZOConfig, trajectory
+from mezo import MeZO, MeZOConfig, tasks, trajectory
+from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.runs import rates
+from mezo.objectives import form_for
+from mezo.runs import plan, rates
 from mezo.runs.arguments import RewardTrainArguments, TrainArguments
+from mezo.runs.data import task_of
+from mezo.runs.examiner import Horizon, Landscape
+from mezo.runs.text import DPOArguments, SFTArguments
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +68,14 @@ def test_what_is_given_wins_and_other_faces_keep_their_defaults():
     assert taken(learning_rate=5e-4, method="adam") == (5e-4, None)
     assert taken(method="lp") == (None, None)
     assert (MeZOConfig.learning_rate, MeZOConfig.mezo_eps) == (1e-6, 1e-3)
-    rewarded = RewardTrainArguments("x", use_cpu=True)
-    assert (rewarded.learning_rate, rewarded.mezo_eps) == (1e-6, 1e-3)
+
+
+@pytest.mark.parametrize("arguments", [RewardTrainArguments, SFTArguments, DPOArguments])
+def test_rewards_and_text_take_the_rates_of_tasks(arguments):
+    """`mezo sft --use_peft` trained at 1e-6, which changes next to nothing, and did not say so."""
+    model = ModelArguments("causal-lm", use_peft=True)
+    found = rates.resolved(model, arguments("x", use_cpu=True))
+    assert (found.learning_rate, found.mezo_eps) == (1.2e-3, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +101,10 @@ def test_the_rate_is_told_in_a_line_and_is_in_every_record(place, tmp_path, caps
     number = models.parameters_of(ModelArguments(str(place / "tiny")))
     rate, eps = rates.mezo(number, "lora")
     assert err.count(f"learning_rate {rate:g}, mezo_eps {eps:g}: for lora and a model") == 1
+    if measured := re.search("learning_rate (.+): measured on this model for 2 steps", err):
+        rate = float(measured[1])
+    else:
+        assert f"no better rate can be measured: learning_rate {rate:g} it is" in err
     log = trajectory.read(tmp_path / "run" / "run.mezo")
     for config in (json.loads(out)["config"], log.header["config"]):
         assert (config["learning_rate"], config["mezo_eps"]) == (rate, eps)
@@ -94,6 +112,54 @@ def test_the_rate_is_told_in_a_line_and_is_in_every_record(place, tmp_path, caps
     given = without_rate(place, tmp_path / "given", "--learning_rate=1e-3")
     _, _, err = mezo(capsys, *given)
     assert "for all weights" not in err
+
+
+def form_and_examples(place):
+    """The tiny model, its form on the reviews, and these."""
+    model, tokenizer = models.load(ModelArguments(str(place / "tiny")))
+    data = DataArguments(train_file=str(place / "reviews.jsonl"), prompt=OWN[1], candidates=OWN[3:])
+    task = task_of(data)
+    examples = tasks.load_examples(task, "train", files=data.train_file)
+    return model, form_for(model, tokenizer, task), examples
+
+
+def test_measuring_a_rate_moves_no_weight_and_is_the_horizon_of_its_estimates(place, monkeypatch):
+    """A log begins with the fingerprints of the base: in place they would have been off."""
+    model, form, examples = form_and_examples(place)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    args = TrainArguments("x", use_cpu=True, learning_rate=1.0, mezo_eps=1e-3)
+    land = Landscape(signal=115.0, pull=4.2e5, loss=0.85, size=11.0, clear=True, gradient={})
+    seen = []
+    monkeypatch.setattr(rates.Landscape, "of", lambda pairs, size: seen.append(pairs) or land)
+    rate = rates.measured(model, form, examples, args, 500)
+    assert rate == float(f"{Horizon(115.0, 4.2e5, 0.85, 500).best_rate():.2g}")
+    assert len(seen[0]) == rates.DIRECTIONS
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    unclear = replace(land, clear=False)
+    monkeypatch.setattr(rates.Landscape, "of", lambda pairs, size: unclear)
+    assert rates.measured(model, form, examples, args, 500) is None
+    assert rates.measured(model, form, examples[:1], args, 500) is None
+
+
+def test_a_rate_is_measured_where_none_is_given_and_not_when_a_run_goes_on(place, tmp_path):
+    """A run that goes on has the rate that its log has."""
+
+    def settled(**options):
+        args = TrainArguments(str(tmp_path), use_cpu=True, **options)
+        return plan.resolve(ModelArguments(str(place / "tiny")), DataArguments(), args)
+
+    assert settled().measures
+    assert not settled(learning_rate=1e-3).measures
+    assert not settled(method="adam").measures
+    assert not settled(offload=True).measures
+    net = torch.nn.Linear(2, 1)
+    optimizer = MeZO(net.named_parameters(), lr=0.125)
+    config = {"learning_rate": 0.125, "mezo_eps": 0.25}
+    with trajectory.record(optimizer, tmp_path / "run.mezo", config=config):
+        optimizer.step(lambda: net(torch.ones(2)).sum())
+    going_on = settled(resume_from_checkpoint="true")
+    assert not going_on.measures
+    assert (going_on.args.learning_rate, going_on.args.mezo_eps) == (0.125, 0.25)
 
 
 def test_a_mistake_is_still_one_line(place, tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_encoders_train_too(place, tmp_path):
 
 def test_what_is_evaluated_is_on_the_accelerator(monkeypatch):
     """Evaluation without a Trainer would run on the CPU, where loading leaves a model."""
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    monkeypatch.setattr(placement, "accelerator", lambda: torch.device("meta"))
     model = torch.nn.Linear(2, 2)
     with placement.inference(model, offload=False):
         assert model.weight.is_meta
