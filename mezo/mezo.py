@@ -32,15 +32,15 @@ LEGS = {2: (1, -2, 1), 1: (1, -1)}  # there, across, and home, by the sides that
 
 
 class InPlace(Direction):
-    """The paper's form: theta itself walks to theta + eps z, to theta - eps z, and home, the last
-    leg together with the update. After the walk an element differs by at most three roundings."""
+    """The paper's form: theta walks to theta + eps z, to theta - eps z, and home with the update.
+    After the walk an element differs by at most three roundings."""
 
     moves_weights = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.walk = [self.move(leg * self.eps) for leg in LEGS[self.sides]]
-        self.walked = 0  # legs; in the end always all: each rounds theta, and a replay repeats them
+        self.walked = 0  # legs; all are made in the end: each rounds, and a replay repeats it
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -84,8 +84,8 @@ def sgd(update: Update, rounding: str, scale: float = 1.0) -> list[Move]:
 class MeZO(ZerothOrderOptimizer):
     """Fine-tune with forward passes alone: `optimizer.step(lambda: model(**batch).loss)`.
 
-    Options: optimizer.py. Call `model.eval()` first: dropout would drown the difference of the
-    passes. Not for training from scratch: a good start leaves few directions to learn (Section 4).
+    Options: optimizer.py. Call `model.eval()` first: dropout would drown the difference of losses.
+    Not for training from scratch: a good start leaves few directions to learn (Section 4).
     """
 
     forms: ClassVar = {"in_place": InPlace, "scratch": Scratch, "low_rank": LowRank}
@@ -94,8 +94,7 @@ class MeZO(ZerothOrderOptimizer):
     def estimate(self, closure: Closure | Loss, probe: int = 0) -> Estimate:
         """projected_grad along direction number `probe`; a `step()` without closure applies it.
 
-        Calls for one probe share z and are averaged. Theta is restored, whatever is raised; a
-        closure that raises makes this step count as taken, without an update.
+        Calls for one probe share z and are averaged. A closure that raises refuses the step.
         """
         with self.running():
             found = self._estimate(self.loss(closure), probe)
@@ -126,10 +125,6 @@ class MeZO(ZerothOrderOptimizer):
         home = [leg for direction in self.directions.values() for leg in direction.way_home()]
         for part in self.parts():  # of the tensors: a parameter group's, or those of one scale
             moves, update = part.scale.walk(home), self.update_of(part, found)
-            if update is None:  # or the loss was not finite
-                self.weights.move_(self, part, moves)
-            elif update.rule.linear and not part.scale.masked:
-                rounding, scale = self.settings["rounding"], part.scale.factor
-                self.weights.move_(self, part, moves + sgd(update, rounding, scale))
-            else:  # momentum, adam, sign, or a rule of yours: rules.py
-                self.weights.update_(self, part, moves, update)
+            if update is not None and update.rule.linear and not part.scale.masked:
+                moves, update = moves + sgd(update, self.rounding, part.scale.factor), None
+            self.weights.move_(self, part, moves, update)  # momentum, adam, yours: rules.py

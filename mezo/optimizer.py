@@ -6,7 +6,7 @@ distributed.join finds), and `weights`, where tensors lie (here, sharded, or off
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -19,13 +19,13 @@ from mezo import estimators, noise, rules
 from mezo.closures import Closure, Loss
 from mezo.errors import InputError
 from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
-from mezo.forms import factors, rounding
+from mezo.forms import rounding
 from mezo.forms.direction import Direction, Part, Row
-from mezo.forms.updates import Update, update_
+from mezo.forms.updates import Update
+from mezo.forms.weights import Weights
 from mezo.guards import check_group, check_storage
 from mezo.interrupts import held
 from mezo.layers import PLAIN, TensorScale, check_layers, scales_of
-from mezo.noise import Move
 from mezo.noise.sharded import is_sharded
 from mezo.record import Memory, Record
 from mezo.rules import Rule
@@ -41,6 +41,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     Attributes:
         processes, weights: the replaceable parts.
         observers: told of every step's Record, of refused ones too.
+        guards: called before a step begins; what they raise ends it, and nothing has changed.
         directions: those of the step that is being made, by probe.
         memory: what the run remembers from step to step.
     """
@@ -103,6 +104,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.measures: dict[str, Estimator] = dict(self.estimators)  # by name: estimators it knows
         given["estimator"] = self._named(estimator)
         self.observers: list[Callable[[Record], None]] = []
+        self.guards: list[Callable[[], None]] = []
         self.directions: dict[int, Direction] = {}
         self.memory, self.watch, self._thread = Memory(), Watch(), threading.Lock()
         self.processes: Any = OneProcess()
@@ -119,6 +121,21 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         whole = estimator if isinstance(estimator, Estimator) else Estimator(estimator)
         self.measures.setdefault(name, whole)
         return name
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy.deepcopy and pickle: the run without its observers, which belong to one run."""
+        if type(self.processes) is not OneProcess or type(self.weights) is not Weights:
+            raise InputError("an optimizer of several processes, or with offload, is not copied")
+        if self.directions:
+            raise InputError("an optimizer is not copied between estimate() and step()")
+        kept = {name: getattr(self, name) for name in ("rules", "measures", "memory", "watch")}
+        return super().__getstate__() | kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.observers, self.guards, self.directions = [], [], {}
+        self.processes, self.weights = OneProcess(), Weights()
+        self._thread, self._known = threading.Lock(), None
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -143,9 +160,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return self.param_groups[0]
 
     @property
-    def steps(self) -> int:
-        """The number of the step to come; of those made, refused ones included."""
-        return self.settings["step"]
+    def rounding(self) -> str:
+        return self.settings["rounding"]
 
     @property
     def rule(self) -> Rule:
@@ -205,13 +221,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     row = Row(name, p, noise.tensor_key(first["seed"], name))
                     rows.setdefault((i, scales.get(name, PLAIN)), []).append(row)
         for (i, scale), of_part in rows.items():
-            self._parts.append(Part(self.param_groups[i], of_part, scale))
-        half = any(p.dtype in rounding.HALF for _, p, _ in self._trained)
+            plain = not any(row.tensor.dtype in rounding.HALF for row in of_part)
+            self._parts.append(Part(self.param_groups[i], of_part, scale, plain))
+        half = not all(part.plain for part in self._parts)
         name = first["perturbation"] or ("scratch" if half else "in_place")
         self._form = self.forms[name]
 
     def direction(self, probe: int) -> Direction:
         """Direction number `probe` of the step that is being made."""
+        if not self.directions:
+            if not self.trained():
+                raise InputError("no parameter has requires_grad: there is nothing to train")
+            for guard in self.guards:
+                guard()
         self.processes.begin(self, probe)
         if probe not in self.directions:
             self.directions[probe] = self.weights.direction(self, probe)
@@ -229,9 +251,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for probe in probes:
                 yield probe, loss
 
-    def passes(self) -> int:
-        """Forward passes a step, on one batch."""
-        return self.estimator.passes(self.settings["num_samples"])
+    def is_idle(self) -> bool:
+        """Whether a `step()` without closure asks for nothing: zero gradients at a rate of 0.
+
+        torch.distributed.checkpoint calls it so, to make the state of any optimizer.
+        """
+        grads = [p.grad for _, p, _ in self.trained() if p.grad is not None]
+        still = all(float(group["lr"]) == 0 for group in self.param_groups)
+        return still and bool(grads) and not any(bool(g.any()) for g in grads)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -264,6 +291,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def combined(self, told: bool = True) -> Combined:
         """What the step applies, of all its estimates and all processes'."""
         if not self.directions:
+            if self.is_idle():
+                return Combined({}, 0.0, False)
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
         seen, cycles = self.processes.joined(self)
         looks_back = self.estimator.looks_back
@@ -274,8 +303,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def finish(self, found: Combined) -> None:
         """Apply what was combined, and record it. InputError after max_refused in a row."""
+        if not found.grads:  # `is_idle`
+            return
         if found.finite:
-            self.memory.remember(self.steps, [*found.grads.values()], self.rule.window)
+            self.memory.remember(self.settings["step"], [*found.grads.values()], self.rule.window)
         self._update(found)
         torch.clear_autocast_cache()
         self.record(found)
@@ -295,11 +326,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         group = part.group
         past, number = self.memory.past, self.memory.number
         lr, decay = float(group["lr"]), group["weight_decay"]
-        return Update(self.rule, self.steps, lr, decay, past, len(past), number)
+        return Update(self.rule, self.settings["step"], lr, decay, past, len(past), number)
 
     def record(self, found: Combined) -> None:
         """The step is made: it is counted, and observers are told."""
-        step, self.directions = self.steps, {}
+        step, self.directions = self.settings["step"], {}
         for group in self.param_groups:
             group["step"] = step + 1
         self.weights.end_step_(self)
@@ -325,63 +356,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     direction.estimates.clear()
                     direction.add(FAILED)
                 self.finish(self.combined(told=False))
-
-
-class Weights:
-    """The weights are where they are computed with; offload.Offload does the same from afar."""
-
-    def direction(self, optimizer: ZerothOrderOptimizer, probe: int) -> Direction:
-        """A new direction of the step, number `probe`."""
-        estimator, memory = optimizer.estimator, optimizer.memory
-        found = optimizer.form(
-            optimizer.parts(),
-            optimizer.settings,
-            probe,
-            sides=estimator.sides,
-            memory=memory,
-            states=optimizer.state,
-        )
-        if estimator.looks_back and probe < len(memory.before):
-            found.before = memory.before[probe]
-        return found
-
-    def move_(self, optimizer: ZerothOrderOptimizer, part: Part, moves: Sequence[Move]) -> None:
-        """The moves of a step, on the tensors of a part."""
-        settings, table = optimizer.settings, noise.table(moves)
-        for name, p, _ in part.rows:
-            state = optimizer.state.get(p, {})
-            factors.update_(p, name, table, settings, state)
-            if state:
-                optimizer.state[p] = state
-
-    def update_(
-        self, optimizer: ZerothOrderOptimizer, part: Part, moves: Sequence[Move], update: Update
-    ) -> None:
-        """The moves of a step, and then the update of a rule that is more than moves."""
-        settings, table = optimizer.settings, noise.table(moves)
-        for name, p, _ in part.rows:
-            state = optimizer.state.get(p, {})
-            factors.update_(p, name, table, settings, state)
-            update_(p, name, update, settings, state, part.scale)
-            if state:
-                optimizer.state[p] = state
-
-    def end_step_(self, optimizer: ZerothOrderOptimizer) -> None:
-        """After a step that was counted: low-rank matrices at an interval's end."""
-        if optimizer.form.factored:
-            factors.write_due_(optimizer.trained(), optimizer.settings, optimizer.state)
-
-    def together(self, optimizer: ZerothOrderOptimizer, probes: Iterable[int]) -> None:
-        """These directions of a step are estimated next, with the same closure."""
-
-    def queue(self, optimizer: ZerothOrderOptimizer, p, name: str, program: Any) -> bool:
-        """Whether the moves of a replay are taken, to be made later; else the caller makes them."""
-        return False
-
-    def write_(self, optimizer: ZerothOrderOptimizer) -> None:
-        """Whatever is not in the weights yet."""
-        trained, settings = optimizer.trained(), optimizer.settings
-        factors.write_now_(trained, settings, optimizer.state, optimizer.memory)
 
 
 class OneProcess:

@@ -2,15 +2,19 @@
 
 import copy
 import math
+import pickle
 import signal
+import threading
 from functools import partial
 
 import pytest
 import reference
 import torch
 from models import ROUNDING, Regression
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from mezo import MeZO, noise, trajectory
+from mezo.errors import InputError
 
 
 def weights(model):
@@ -230,7 +234,7 @@ def test_an_exception_in_the_closure_restores_the_weights(fails_at, error, caplo
 def test_an_interrupt_within_a_sweep_leaves_what_the_log_says(num_samples, monkeypatch, tmp_path):
     """Ctrl-C after any leg of a walk or any tensor's update: the run goes on and replays."""
     originals = {name: getattr(noise, name) for name in ("apply_", "apply_all_")}
-    for fails_at in range(1, 2 * num_samples + 3 + 1):
+    for fails_at in range(1, 3 * num_samples + 1):
         model = Regression(torch.float32)
         base, calls = copy.deepcopy(model), []
 
@@ -347,3 +351,71 @@ def test_a_step_without_an_estimate_and_probes_out_of_order_are_refused():
         optimizer.estimate(model, probe)
     with pytest.raises(ValueError, match="in order"):
         optimizer.estimate(model, probe=0)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copied_optimizer_goes_on_with_the_copied_model(make):
+    """As torch's own optimizers do; its observers stay behind."""
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=9, rule="momentum")
+    optimizer.observers.append(print)
+    optimizer.step(model)
+    other, copied = make((model, optimizer))
+    assert not copied.observers
+    for one, of in ((optimizer, model), (copied, other)):
+        one.observers.clear()
+        one.step(of)
+    assert torch.equal(weights(model), weights(other))
+
+
+def test_torchs_checkpoint_of_any_optimizer_reads_the_state():
+    """torch.distributed.checkpoint asks for a step of zero gradients at lr 0, which is none."""
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=9)
+    before = weights(model)
+    state = get_state_dict(model, optimizer)[1]
+    assert len(state["param_groups"]) == 1
+    assert optimizer.param_groups[0]["step"] == 0
+    assert torch.equal(weights(model), before)
+
+
+def test_nothing_to_train_is_said():
+    model = Regression().requires_grad_(False)
+    with pytest.raises(InputError, match="no parameter has requires_grad"):
+        MeZO(model.named_parameters()).step(model)
+
+
+def test_a_second_thread_is_refused():
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), lr=0.0)
+    told = []
+
+    def closure():
+        def other():
+            with pytest.raises(RuntimeError, match="in another thread"):
+                optimizer.step(model)
+            told.append(1)
+
+        if not told:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        return model()
+
+    optimizer.step(closure)
+    assert told == [1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (None, "returned None"),
+        ((1.0, 2.0), "returned a tuple"),
+        ({"loss": 1.0}, "returned a dict"),
+        (torch.ones(3), r"a tensor of shape \(3,\)"),
+    ],
+)
+def test_what_is_no_loss_is_refused_in_one_sentence(loss, message):
+    model = Regression()
+    with pytest.raises(InputError, match=message):
+        MeZO(model.named_parameters()).step(lambda: loss)

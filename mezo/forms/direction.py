@@ -30,6 +30,7 @@ class Part(NamedTuple):
     group: dict[str, Any]
     rows: Sequence[Row]
     scale: TensorScale = PLAIN
+    plain: bool = False  # no tensor has 16 bits: a move needs no buffer
 
 
 class Direction:

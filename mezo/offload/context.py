@@ -29,6 +29,7 @@ from mezo.distributed.exchange import Link
 from mezo.errors import InputError
 from mezo.forms import factors
 from mezo.forms.direction import Part
+from mezo.forms.updates import Update
 from mezo.mezo import MeZO
 from mezo.models.mapped import Homes, load_mapped, move_to_file
 from mezo.noise import Move
@@ -232,7 +233,9 @@ class Offload:
             inner = Walked(inner.parts, inner.settings, probe, **how)
         return Interleaved(inner, self)
 
-    def move_(self, optimizer: MeZO, part: Part, moves: Sequence[Move]) -> None:
+    def move_(
+        self, optimizer: MeZO, part: Part, moves: Sequence[Move], update: Update | None = None
+    ) -> None:
         """The moves are made when the block is there the next time."""
         if not len(moves):
             return

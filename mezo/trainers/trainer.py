@@ -242,7 +242,9 @@ class MeZOMixin(_Host):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 per weight, token and forward pass, where Trainer counts 6 with a backward pass."""
         tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
-        return super().floating_point_ops(tensors) * self.optimizer.optimizer.passes() // 3
+        mezo = self.optimizer.optimizer
+        passes = mezo.estimator.passes(mezo.settings["num_samples"])
+        return super().floating_point_ops(tensors) * passes // 3
 
 
 class MeZOTrainer(MeZOMixin, Trainer):

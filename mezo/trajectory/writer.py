@@ -73,7 +73,11 @@ class Writer:
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         self._put(data, settings, self._step)
+        self._constants = _constants(optimizer)
+        self._trained = optimizer.trained()
+        self._known = {key: optimizer.settings[key] for key in _TAKEN}
         optimizer.observers.append(self)
+        optimizer.guards.append(self._check_constants)
 
     def _current(self, cycles: Sequence[int]) -> dict[str, Any]:
         groups = self.optimizer.param_groups
@@ -94,6 +98,22 @@ class Writer:
             return frame(whole)
         except Damage as damage:
             raise InputError(f"{self.path}: the log cannot have {damage}") from None
+
+    def _check_constants(self) -> None:
+        """InputError, before a step, if what the log takes as constant has changed."""
+        settings = self.optimizer.settings
+        same = all(settings[key] == value for key, value in self._known.items())
+        if same and self.optimizer.trained() is self._trained:
+            return
+        here = _constants(self.optimizer)
+        for key in {**self._constants, **here}:
+            if self._constants.get(key) != here.get(key):
+                before, now = self._constants.get(key, "frozen"), here.get(key, "frozen")
+                raise InputError(
+                    f"{self.path}: {key} was {before} when the log began, and is now {now}: the "
+                    "log would not replay; change it back, or begin another log from these weights"
+                )
+        self._trained = self.optimizer.trained()
 
     def __call__(self, record: Record) -> None:
         if record.step != self._step:  # an interrupt came between an update and its record
@@ -169,6 +189,7 @@ class Writer:
             with suppress(InputError):  # no room for the record: whoever took the step is told
                 self.optimizer.give_up()
             self.optimizer.observers.remove(self)
+            self.optimizer.guards.remove(self._check_constants)
         if not self._file.closed:
             with suppress(OSError):  # whoever took the step was told
                 self._flush()
@@ -246,6 +267,8 @@ def header_of(
 ) -> dict[str, Any]:
     """What the first segment alone has."""
     names = {name for name, _, _ in optimizer.trained()}
+    if model is not None:
+        _check_names(names, model)
     header = {"format": FORMAT, "noise": noise.CONTRACT} | identity(optimizer)
     origin = getattr(model, "gguf_sha256", None)  # models.loading sets it
     given = (config or {}) | ({} if origin is None else {"gguf_sha256": origin})
@@ -254,6 +277,16 @@ def header_of(
     tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
     named = {entry["name"]: p for entry, p in _entries(optimizer)}
     return header | {"tensors": tensors} | start_values.encoded(model, named)
+
+
+def _check_names(names: set[str], model: torch.nn.Module) -> None:
+    """InputError for a name that no replay onto the model would find."""
+    known = {noise.canonical_name(name) for name, _ in model.named_parameters()}
+    if unknown := sorted(names - known):
+        raise InputError(
+            f"the optimizer's parameter {unknown[0]} is not a name of the model's: the log would "
+            "replay on no model; make it of model.named_parameters()"
+        )
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:
@@ -274,6 +307,16 @@ def identity(optimizer: MeZO) -> dict[str, Any]:
     if optimizer.perturbation == "low_rank":
         found |= {key: group[key] for key in ("rank", "interval")}
     return found
+
+
+_TAKEN = ["seed", "distribution", "perturbation", "rounding", "rule", "estimator", "layers"]
+_TAKEN += ["rank", "interval"]
+
+
+def _constants(optimizer: MeZO) -> dict[str, Any]:
+    """What a log takes as constant: the settings of `identity`, and what is trained."""
+    entries = places([entry for entry, _ in _entries(optimizer)])
+    return identity(optimizer) | {f"parameter {name}": place for name, place in entries.items()}
 
 
 def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:

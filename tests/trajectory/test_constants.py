@@ -1,0 +1,42 @@
+"""What the log takes as constant is checked before every step."""
+
+import pytest
+import torch
+from models import Regression, weights
+
+from mezo import MeZO, trajectory
+from mezo.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, o: m.first.requires_grad_(False), "parameter first was .* and is now frozen"),
+        (lambda m, o: m.bias.requires_grad_(True), "parameter bias was frozen"),
+        (lambda m, o: o.param_groups[0].update(seed=8), "seed was 5 .* is now 8"),
+        (lambda m, o: o.param_groups[0].update(perturbation="scratch"), "perturbation was in_pl"),
+        (lambda m, o: o.param_groups[0].update(distribution="rademacher"), "distribution was ga"),
+        (lambda m, o: o.param_groups[0].update(rule={"name": "sign"}), "rule was sgd"),
+        (lambda m, o: o.param_groups[0].update(estimator="one_sided"), "estimator was"),
+    ],
+)
+def test_a_change_is_refused_before_the_step_and_named(change, message, tmp_path):
+    """The weights are those of the log up to there, and it replays."""
+    model = Regression(torch.float32)
+    model.bias.requires_grad_(False)
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=5)
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
+        optimizer.step(model)
+        change(model, optimizer)
+        with pytest.raises(InputError, match=message):
+            optimizer.step(model)
+    base = trajectory.replay(tmp_path / "run.mezo", Regression(torch.float32))
+    assert torch.equal(weights(base), weights(model))
+
+
+@pytest.mark.parametrize("named", [lambda m: m.parameters(), lambda m: [("w.first", m.first)]])
+def test_names_that_no_replay_would_find_are_refused_when_the_log_begins(named, tmp_path):
+    model = Regression(torch.float32)
+    optimizer = MeZO(named(model), lr=1e-2, seed=5)
+    with pytest.raises(InputError, match="is not a name of the model's"):
+        trajectory.record(optimizer, tmp_path / "run.mezo", model=model)
