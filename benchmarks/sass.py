@@ -43,6 +43,18 @@ def compiled(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
     return triton.compile(source, target=TARGET, options=options)
 
 
+def compiled_all(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
+    """The kernel of many tensors, whose addresses are multiples of 16."""
+    launch = gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
+    options = {name: launch.pop(name) for name in gpu.OPTIONS}
+    constants = launch | {"dtype": gpu._DTYPES[DTYPES[dtype]], "ALIGNED": True}
+    types = {"owners": "*i32", "tensors": "*i64", "table": "*i32", "count": "i32", "each": "i32"}
+    names = gpu._kernel_all.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    source = triton.compiler.ASTSource(gpu._kernel_all, signature, constants)
+    return triton.compile(source, target=TARGET, options=options)
+
+
 def instructions(kernel) -> Counter:
     """The device's instructions by name, each with its count; without the padding at the end."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -373,15 +373,11 @@ def apply_all_(tensors, keys, moves: np.ndarray, distribution: str, offsets) -> 
         if not which.size:
             continue
         span = launch["PAIRS"] * 2 * _ROW.value
-        rows = places[which].tobytes(), which.tobytes(), span, device, stream
-        owners, on_device = _tensors_on_device(*rows)
+        known = places[which].tobytes(), which.tobytes()
+        owners, rows = _tensors_on_device(*known, span, device, stream)
         with torch.cuda.device_of(tensors[0]):
             _kernel_all[(len(owners),)](
-                owners,
-                on_device,
-                table,
-                moves.shape[1],
-                each * _FIELDS.value,
+                *(owners, rows, table, moves.shape[1], each * _FIELDS.value),
                 dtype=_DTYPES[dtype],
                 ALIGNED=even,
                 **launch,
