@@ -164,6 +164,7 @@ def test_a_cell_of_a_csv_file_is_text(tmp_path, cell):
         ("c.csv", 'messages\n"[{""role"": ""user""}]"\n', "not a list of messages; a CSV file"),
         ("n.jsonl", '{"prompt": "a", "completion": 1}\n', "column completion, is 1, not text"),
         ("e.csv", "prompt,completion\na,\n", "row 1 has no completion"),
+        ("z.csv", "prompt,completion,\x00x\na,b,c\n", "cannot be read as csv"),
         ("m.jsonl", '{"messages": [{"content": "a"}]}\n', "not a list of messages"),
     ],
 )  # fmt: skip

@@ -187,10 +187,9 @@ def _from_file(name: str | None) -> Dataset:
         raise InputError(f"{path} is empty")
     kind = FORMATS[path.suffix]
     if kind == "csv":  # datasets would take 1 for a number, and NA for a missing value
-        rows = [
-            {name: cell or None for name, cell in row.items()} for _, row in read(path, READERS)
-        ]
-        return Dataset.from_list(rows)
+        rows = [{name: row[name] or None for name in row} for _, row in read(path, READERS)]
+        with foreign(f"{path} cannot be read as {kind}"):
+            return Dataset.from_list(rows)
     with foreign(f"{path} cannot be read as {kind}"):
         try:
             return load_dataset(kind, data_files=str(path), split="train")
