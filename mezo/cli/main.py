@@ -22,6 +22,7 @@ COMMANDS = {  # verb -> module, function, and what it is given before the words
     "sft": ("mezo.cli.text", "main", "sft"),
     "dpo": ("mezo.cli.text", "main", "dpo"),
     "memory": ("mezo.cli.memory", "memory"),
+    "env": ("mezo.cli.env", "main"),
 }
 USAGE = """\
 usage: mezo COMMAND [options]
@@ -42,6 +43,7 @@ Fine-tune language models with forward passes alone, in the memory of inference.
   mezo memory --model facebook/opt-66b                   what a run needs, without loading weights
   mezo push   --log runs/sst2/run.mezo --repo user/name  share it on the hub, as a few KB
   mezo pull   user/name                                  somebody's run log
+  mezo env                                               versions, device and kernels, for a report
 
 mezo COMMAND --help lists the options of a command.
 """

@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,18 @@ def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
         logging.getLogger("mezo").warning("%s has no checkpoint: starting anew", args.output_dir)
         return None
     return True if has_log else last
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that a run may use; "-" for one that is not installed."""
+    names = "peft trl accelerate datasets numba triton numpy safetensors tokenizers"
+    found = {}
+    for name in names.split():
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "-"
+    return found | {"platform": platform.platform(), "threads": str(torch.get_num_threads())}
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The Trainer's arguments with MeZO's, and what they make of an optimizer."""
 
+import inspect
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -151,10 +152,42 @@ class MeZOConfig(TrainingArguments):
         },
     )
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep the defaults of the other config, TRL's say, for all but MeZO's own options.
+
+        A dataclass takes the fields of its first base over those of the second, inherited ones too,
+        so that `class X(MeZOConfig, KTOConfig)` would fall back to TrainingArguments' defaults.
+        """
+        super().__init_subclass__(**kwargs)
+        bases = [base for base in cls.__bases__ if issubclass(base, TrainingArguments)]
+        if not any(issubclass(base, MeZOConfig) for base in bases):
+            return
+        plain = {f.name: f for f in fields(TrainingArguments)}
+        declared = dict(inspect.get_annotations(cls))
+        ours = {"learning_rate", "lr_scheduler_type", "bf16", *declared}  # TRL turns bf16 on
+        for base in (base for base in bases if not issubclass(base, MeZOConfig)):
+            for f in fields(base):
+                if f.name in plain and f.name not in ours and _differs(f, plain[f.name]):
+                    declared[f.name] = f.type
+                    setattr(cls, f.name, _copied(f))
+        cls.__annotations__ = declared
+
     @property
     def place_model_on_device(self) -> bool | None:
         """The Trainer's question, whether it is to move the model to the device; None: as ever."""
         return False if self.offload else super().place_model_on_device
+
+
+def _differs(one: Field, other: Field) -> bool:
+    """Whether two fields have different defaults."""
+    defaults = [f.default if f.default is not MISSING else f.default_factory for f in (one, other)]
+    return defaults[0] is not defaults[1] and defaults[0] != defaults[1]
+
+
+def _copied(f: Field) -> Any:
+    if f.default is not MISSING:
+        return field(default=f.default, metadata=f.metadata)
+    return field(default_factory=f.default_factory, metadata=f.metadata)  # type: ignore[arg-type]
 
 
 def mezo_options(

@@ -28,6 +28,10 @@ def check(trainer: Trainer) -> None:
     for option, (given, instead) in refused.items():
         if given:
             raise InputError(f"{option} does not go with MeZO: {instead}")
+    _check_kind(type(trainer))
+    if args.optim != type(args).optim and args.optim not in _DEFAULT_OPTIM:
+        name = getattr(args.optim, "value", args.optim)
+        raise InputError(f"optim {name} does not go with MeZO: the optimizer is MeZO")
     logger = logging.getLogger("mezo")
     if checkpoints_activations(args):  # TRL's default
         option = checkpointing_option(args)
@@ -35,3 +39,34 @@ def check(trainer: Trainer) -> None:
     if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
         message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
         logger.warning(message, args.learning_rate)
+
+
+_DEFAULT_OPTIM = ("adamw_torch", "adamw_torch_fused")  # transformers' own, which nobody asked for
+# TRL's that wrap training_step in a context for activations, and change nothing that MeZO replaces.
+_WRAPPING = {"SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"}
+
+
+def _check_kind(kind: type) -> None:
+    """Refuse a class of trainers whose own way of making a step MeZO would take the place of."""
+    for base in kind.__mro__:
+        if base is Trainer:
+            return
+        ours = base.__module__.startswith("mezo.") or base.__name__ in _WRAPPING
+        if ours or not issubclass(base, Trainer):
+            continue
+        if "_prepare_inputs" in vars(base):
+            raise InputError(
+                f"{base.__name__} generates in _prepare_inputs, for the gradients of what it "
+                "generates: MeZOPolicyTrainer trains on reward functions by forward passes"
+            )
+        if "training_step" in vars(base) and not _is_hosted(kind, base):
+            raise InputError(
+                f"{base.__name__} has a training_step of its own, which MeZO would take the place "
+                "of: override compute_loss instead; MeZOPolicyTrainer is for generated text"
+            )
+
+
+def _is_hosted(kind: type, base: type) -> bool:
+    """Whether `base` comes before the mixin, so that its own training_step is called."""
+    names = [one.__name__ for one in kind.__mro__]
+    return names.index(base.__name__) < names.index("MeZOMixin")

@@ -11,6 +11,7 @@ theta with all micro-batches evaluated at either end.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -64,6 +65,7 @@ class MeZOMixin(_Host):
         placement.check(self)
         self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
         self._estimates: list[Estimate] = []  # of the latest update, one a direction
+        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # by _keep_eval
         self._tail = Tail(self)
         self._run_log = RunLog(self)
         self.add_callback(self._run_log)
@@ -155,11 +157,24 @@ class MeZOMixin(_Host):
                 {"params": [pair for pair in named if pair[0] in decayed]},
                 {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
             ]
+            if _makes_groups(type(self)):
+                groups = self._groups_of_the_host(model, named)
             options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             if isinstance(args, MeZOConfig):
                 options |= mezo_options(args, model, named)
             self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
         return self.optimizer
+
+    def _groups_of_the_host(self, model: Any, named: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+        """The parameter groups that a subclass's create_optimizer makes, with their own rates."""
+        theirs = super().create_optimizer(model)
+        self.optimizer, names = None, {id(p): name for name, p in named}
+        groups = []
+        for group in theirs.param_groups:
+            pairs = [(names[id(p)], p) for p in group["params"] if id(p) in names]
+            groups.append({"params": pairs, "lr": group["lr"]})
+            groups[-1]["weight_decay"] = group.get("weight_decay", 0.0)
+        return groups
 
     def _wrap_model(self, model, training=True, dataloader=None):
         """Autocast and compile, without DDP: its gradient buckets are as large as the weights."""
@@ -178,7 +193,9 @@ class MeZOMixin(_Host):
             return torch.zeros((), device=self.args.device)
         window, self._window = self._window, []
         model.eval()
-        self.model.training = isinstance(self.model, PushToHubMixin)  # transformers' and peft's
+        if _is_trl(type(self)):  # it tells training from evaluation by the model's own flag
+            self.model.training = isinstance(self.model, PushToHubMixin)
+            self._keep_eval(self.model)
         optimizer = self.optimizer.optimizer
         fresh = getattr(self.args, "fresh_batches", False)
         if (schedule := schedule_of(self.args, optimizer, self.state.max_steps)) is not None:
@@ -193,6 +210,26 @@ class MeZOMixin(_Host):
             self._estimates.append(found)
         loss = sum(estimate.loss for estimate in self._estimates) / len(self._estimates)
         return torch.tensor(loss, device=self.args.device)
+
+    def _keep_eval(self, model: torch.nn.Module) -> None:
+        """Within the model's own forward pass its flag is that of evaluation, once and for all.
+
+        Some classes read `self.training` in their outermost module, to drop out say.
+        """
+        if model in self._watched:
+            return
+        self._watched.add(model)
+        before: list[bool] = []
+
+        def enter(module, *given):
+            before.append(module.training)
+            module.training = False
+
+        def leave(module, *given):
+            module.training = before.pop()
+
+        model.register_forward_pre_hook(enter)
+        model.register_forward_hook(leave, always_call=True)
 
     def _closure(self, model, window) -> Callable[[], float | torch.Tensor]:
         alone = partial(self._window_loss, model, window)
@@ -249,6 +286,18 @@ class MeZOMixin(_Host):
 
 class MeZOTrainer(MeZOMixin, Trainer):
     """transformers' Trainer with MeZO: same arguments, same loop, forward passes alone."""
+
+
+def _is_trl(kind: type) -> bool:
+    return any(base.__module__.startswith("trl.") for base in kind.__mro__)
+
+
+def _makes_groups(kind: type) -> bool:
+    """Whether a class behind the mixin makes an optimizer of its own."""
+    behind = kind.__mro__[kind.__mro__.index(MeZOMixin) + 1 :]
+    hosts = [base for base in behind if base is not Trainer and issubclass(base, Trainer)]
+    own = [base for base in hosts if "create_optimizer" in vars(base)]
+    return any(not base.__module__.startswith("trl.") for base in own)
 
 
 def _norm(grads: list[float]) -> float:
