@@ -6,6 +6,7 @@ every step which values were in force, and a warning names them. Every other opt
 refused by name: with another batch size, seed, rule or data set it would be another run.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -160,6 +161,6 @@ def reinstate_(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -
 
 
 def _plain(value: Any) -> Any:
-    """As a log has it: an enum's value, lists for tuples."""
+    """As a log has it: what JSON makes of it."""
     value = value.value if isinstance(value, Enum) else value
-    return list(value) if isinstance(value, tuple) else value
+    return json.loads(json.dumps(value, default=str))

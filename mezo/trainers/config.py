@@ -164,7 +164,7 @@ class MeZOConfig(TrainingArguments):
             return
         plain = {f.name: f for f in fields(TrainingArguments)}
         declared = dict(inspect.get_annotations(cls))
-        ours = {"learning_rate", "lr_scheduler_type", "bf16", *declared}  # TRL turns bf16 on
+        ours = {"learning_rate", "lr_scheduler_type", *_OFF, *declared}
         for base in (base for base in bases if not issubclass(base, MeZOConfig)):
             for f in fields(base):
                 if f.name in plain and f.name not in ours and _differs(f, plain[f.name]):
@@ -176,6 +176,9 @@ class MeZOConfig(TrainingArguments):
     def place_model_on_device(self) -> bool | None:
         """The Trainer's question, whether it is to move the model to the device; None: as ever."""
         return False if self.offload else super().place_model_on_device
+
+
+_OFF = ("bf16", "gradient_checkpointing", "activation_checkpointing")  # which TRL turns on
 
 
 def _differs(one: Field, other: Field) -> bool:
