@@ -216,8 +216,22 @@ def _logs() -> Iterator[tuple[str, Cell]]:
     yield "later_bfloat16", Cell(dtype="bfloat16", split=3, form="later")
 
 
+def _gaussian16() -> Iterator[tuple[str, Cell]]:
+    how: Options = {"distribution": "gaussian16"}
+    for form in ("in_place", "scratch"):
+        yield f"gaussian16_{form}", Cell(how | {"perturbation": form} | THREE | DECAY, "all")
+    for dtype in ("bfloat16", "float16"):
+        yield f"gaussian16_{dtype}", Cell(how | DECAY, "all", dtype)
+    for name in ("adam", "momentum_window"):
+        yield f"gaussian16_{name}", Cell(how | {"rule": VARIANTS[name]})
+    yield "gaussian16_low_rank", Cell(LOW_RANK | {"rank": 3} | how | DECAY, "all", steps=12)
+    yield "gaussian16_float64", Cell(how, "small", "float64")
+    yield "gaussian16_large", Cell(how, "large", steps=6)
+
+
 CELLS: dict[str, Cell] = {}
-for _family in (_rules, _roundings, _estimators, _low_rank, _tensors, _layers, _events, _logs):
+_FAMILIES = (_rules, _roundings, _estimators, _low_rank, _tensors, _layers, _events, _logs)
+for _family in (*_FAMILIES, _gaussian16):
     for _name, _cell in _family():
         assert _name not in CELLS, _name
         CELLS[_name] = _cell
