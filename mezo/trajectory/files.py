@@ -93,7 +93,7 @@ def begun(path: str | Path) -> bool:
                 return False
             (length,) = struct.unpack_from("<I", start, len(MAGIC))
             text = file.read(min(length, MAX_HEADER) + 4)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
