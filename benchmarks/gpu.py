@@ -28,7 +28,7 @@ import torch
 from benchmarks import noise as noise_benchmark
 from benchmarks import step
 from mezo import MeZO, noise, trajectory
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO
-from mezo.runs.task import environment
+from mezo.runs.result import environment
 
 FORMS = ("in_place", "scratch", "low_rank")
 
