@@ -96,15 +96,6 @@ def test_no_module_reaches_itself():
     assert circles == []
 
 
-def test_the_algorithm_needs_torch_alone():
-    """mezo.py is to be read, and run, without the rest of the house."""
-    found = reached("mezo.mezo")
-    above = {"trajectory", "distributed", "offload", "trainers", "models", "tasks", "runs", "cli"}
-    assert not {unit_of(one) for one in found if one.startswith("mezo.")} & above
-    others = {one.split(".")[0] for one in found}
-    assert not others & {"transformers", "datasets", "peft", "accelerate", "trl"}
-
-
 def test_the_tree_is_the_tree():
     """Every file under mezo/ is in the page's tree, and nothing else is."""
     tree = PAGE[PAGE.index("```text\nmezo/\n") :]

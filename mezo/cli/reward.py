@@ -28,7 +28,7 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
   --temperature T                     default 1; 0 is greedy
   --stop STRING [STRING ...]          end a completion, and are cut off
   --reward_weights W [W ...]          one a reward function
-  --learning_rate LR  --mezo_eps EPS  default 1e-6, 1e-3
+  --learning_rate LR  --mezo_eps EPS  default: by the model's size and by what is trained
   --max_steps N                       default 1000
   --per_device_train_batch_size N     prompts a step, default 16; more if rewards tie
   --eval_steps N  --save_steps N      default 100

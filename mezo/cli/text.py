@@ -22,7 +22,8 @@ from mezo.models.arguments import ModelArguments
 HELP = """
 training, named as TRL's {config} and transformers' (--help_all lists every one):
   --output_dir DIR                    default runs/{kind}
-  --learning_rate LR                  default 1e-6; larger for adapters and small models
+  --learning_rate LR                  default: by the model's size and by what is trained
+                                      (docs/methods.md)
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16

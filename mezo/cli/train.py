@@ -24,9 +24,8 @@ from mezo.models.arguments import ModelArguments
 TRAIN_HELP = """
 training, named as transformers' TrainingArguments (--help_all lists every one):
   --output_dir DIR                    default runs/<task>
-  --learning_rate LR                  default: by the model's size N and by what is trained, for
-                                      all weights 3e-5 for causal-lm (19.1 M) and 3e-7 for 13B
-                                      (docs/methods.md; mezo check measures it)
+  --learning_rate LR                  default: measured on the model for the length of the run,
+                                      or by its size and what is trained (docs/methods.md)
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16

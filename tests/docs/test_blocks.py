@@ -220,4 +220,4 @@ def test_the_yaml_of_the_comparison_page_is_what_its_readers_take(tmp_path, monk
         assert section.keys() <= options
     monkeypatch.chdir(tmp_path)
     Path("films.yaml").write_text(films)
-    assert tasks.get("films.yaml").candidates == ("terrible", "great")
+    assert tasks.get("films.yaml").candidates == (" terrible", " great")

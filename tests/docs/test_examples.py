@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mezo import MeZO, trajectory
-from mezo.arguments import DataArguments
-from mezo.cli import parsing
-from mezo.models.arguments import ModelArguments
 from mezo.models.loading import causal_lm
 
 ROOT = Path(__file__).parents[2]
@@ -44,22 +40,6 @@ def test_the_run_of_the_readme_is_rebuilt(tmp_path):
     exec(code.replace('"runs/sst2/run.mezo"', repr(str(tmp_path / "run.mezo"))), found)
     rebuilt = dict(found["model"].named_parameters())
     assert all(torch.equal(p, rebuilt[name]) for name, p in model.named_parameters())
-
-
-def test_the_commands_of_the_readme_have_the_options_they_use():
-    from mezo.runs.arguments import TrainArguments
-
-    kinds = {"train": (ModelArguments, DataArguments, TrainArguments)}
-    kinds |= {"eval": (ModelArguments, DataArguments), "replay": (ModelArguments,)}
-    own = {"replay": {"log": {}, "output_dir": {}, "by_tensor": {"action": "store_true"}}}
-    own |= {"train": {}, "eval": {"replay": {}}}
-    lines = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("mezo ")]
-    assert {command[1] for command in commands} >= {"train", "eval", "replay"}
-    for _, name, *argv in commands:
-        if name in kinds:
-            parser = parsing.hf_parser(f"mezo {name}", kinds[name], **own[name])
-            parsing.parse(argv, parser, kinds[name])
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
