@@ -12,8 +12,8 @@ from tiny_tokenizers import byte_bpe
 from mezo import MeZO, rewards, trajectory
 from mezo.errors import InputError
 from mezo.objectives.generation import Completion, Generation
+from mezo.record import Record
 from mezo.rewards import RewardFunctions, Ties
-from mezo.rules import Record
 
 MADE = [Completion((5, 6), "one", True), Completion((7,), "two words", False)]
 SAMPLED = Generation(6, temperature=1.0)
