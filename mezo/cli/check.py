@@ -1,4 +1,4 @@
-"""The command `mezo check`: will it learn, with which eps and which rate?"""
+"""The command `mezo check`: will a run learn, and with which eps and learning rate?"""
 
 import shlex
 import sys
@@ -22,12 +22,13 @@ from mezo.models.arguments import ModelArguments
 
 def main(argv: list[str]) -> None:
     tail = (
-        "  --mezo_eps EPS                      default: as mezo train's\n"
-        "  --learning_rate LR                  default: as mezo train's, by the model's size\n"
+        "  --mezo_eps EPS                      default: that of mezo train\n"
+        "  --learning_rate LR                  default: that of mezo train, by the model's size\n"
         "  --per_device_train_batch_size N     default 16\n"
-        "  --directions N                      more tell more, default 12\n"
-        "  --max_steps N                       length of the run to come, default 20000\n"
-        "  --json                              one line of JSON, with every number\n"
+        "  --directions N                      directions to measure; more are more exact;\n"
+        "                                      default 12\n"
+        "  --max_steps N                       length of the planned run; default 20000\n"
+        "  --json                              print every number, as one line of JSON\n"
     )
     kinds = (ModelArguments, DataArguments)
     if {"-h", "--help"} & set(argv):

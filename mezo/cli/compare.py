@@ -1,4 +1,4 @@
-"""The command `mezo compare`: many methods on one task and model, a table, plots and a report."""
+"""The command `mezo compare`: run many methods on one task and model, and report on them."""
 
 import shlex
 import sys
@@ -22,24 +22,26 @@ from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 
 HELP = """
-of the comparison:
+options of the comparison:
   --methods NAME ...                  default: zero-shot icl lp ft lora prefix mezo mezo-lora
                                       mezo-prefix; also head, prompt, mezo-head, mezo-prompt,
                                       ft-checkpointing, lora-checkpointing, peft's other methods
                                       and these with mezo- in front
-  --seeds N ...                       default 13 21 42; of the split and of the run
+  --seeds N ...                       seeds of the split and of the run; default 13 21 42
   --grid NAME                         none: a rate by the model's size (the default); default:
                                       three rates, best by dev; table15, table16: the paper's;
                                       or FILE.yaml, a section of mezo train's options a method
-  --max_steps N                       of MeZO, default 2000
-  --adam_steps N                      of the others, default a tenth
+  --max_steps N                       steps of the MeZO runs; default 2000
+  --adam_steps N                      steps of the other runs; default: a tenth of that
   --k N | --num_train N               default: --num_train 1000 --num_test 1000
-  --data_dir DIR                      {seed} in it is replaced by the seed
-  --keep_weights                      keep the tuned weights of every cell
-  --output_dir DIR                    default runs/compare-<task>; run again, it goes on
-  --json                              the whole summary as one line of JSON
+  --data_dir DIR                      folder of the data; {seed} in it is replaced by the seed
+  --keep_weights                      keep the tuned weights of every run
+  --output_dir DIR                    default runs/compare-<task>; run the command again to
+                                      continue there
+  --json                              print the whole summary as one line of JSON
 
-Every other option of mezo train holds for all methods: --per_device_eval_batch_size 64, --truncate.
+Every other option of mezo train applies to all methods, such as --per_device_eval_batch_size 64 or
+--truncate.
 """
 OWN: dict[str, Any] = {
     "methods": {"nargs": "+"},
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 class _Progress:
-    """One line a cell, and how long all have taken."""
+    """Print one line per run, with the time since the comparison began."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -102,7 +104,7 @@ class _Progress:
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
-    """The table on stdout, the methods that were refused on stderr."""
+    """Print the table to stdout, and the methods that were refused to stderr."""
     if as_json:
         print_result(found, as_json=True)
     else:
@@ -119,7 +121,10 @@ def show(found: dict[str, Any], as_json: bool) -> None:
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:
-    """Plots and the report; the report's path. InputError where matplotlib is missing."""
+    """Write the plots and the report, and return the report's path.
+
+    Raises InputError if matplotlib is missing.
+    """
     from mezo.compare import page
     from mezo.compare import plots as report
 

@@ -1,11 +1,12 @@
-"""The command `mezo demo`: a small model is fine-tuned, offline, and compared with Adam."""
+"""The command `mezo demo`: fine-tune a small model offline, and compare MeZO with Adam."""
 
 from mezo.cli.parsing import JSON, Parser, quiet
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        prog="mezo demo", description="Fine-tune a small model, offline, and compare with Adam."
+        prog="mezo demo",
+        description="Fine-tune a small model offline, and compare MeZO with Adam.",
     )
     parser.add_argument(
         "--model",

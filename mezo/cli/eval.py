@@ -1,4 +1,4 @@
-"""The command `mezo eval`: a task here, or tasks of lm-evaluation-harness."""
+"""The command `mezo eval`: evaluate on a task of this package or of lm-evaluation-harness."""
 
 import sys
 from contextlib import redirect_stdout
@@ -10,15 +10,16 @@ from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 
 HELP = """
-  --replay LOG                        first rebuild the weights of a run
-  --until N                           only its first N steps
-  --batch_size N                      default 32
-  --offload                           weights stay in their files, and come block by block
-  --tasks NAME,NAME                   of lm-evaluation-harness, in place of --task
-    --include_path DIR                with task files of your own
-    --limit N                         so many examples of each
-    --num_fewshot N                   default: each task's own
-  --json                              one line of JSON
+  --replay LOG                        first rebuild the weights of a run from its log
+  --until N                           replay only the first N steps of the run
+  --batch_size N                      examples per forward pass; default 32
+  --offload                           leave the weights in their files, and load them block by
+                                      block
+  --tasks NAME,NAME                   use tasks of lm-evaluation-harness instead of --task
+    --include_path DIR                folder with your own task files
+    --limit N                         number of examples of each task
+    --num_fewshot N                   demonstrations; default: each task's own number
+  --json                              print one line of JSON
 """
 OWN: dict[str, Any] = {
     "replay": {},
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> None:
     if own.tasks is None:
         for name in ("include_path", "limit", "num_fewshot"):
             if getattr(own, name) is not None:
-                raise InputError(f"--{name} goes with --tasks")
+                raise InputError(f"--{name} needs --tasks")
         with redirect_stdout(sys.stderr):
             result = run.evaluate(model, data, **shared, offload=own.offload)
         return print_result(result, own.json)
     if own.offload:
-        raise InputError("--offload does not go with --tasks")
+        raise InputError("--offload cannot be used with --tasks")
     from mezo.runs import lm_eval as harness
 
     names = [name.strip() for name in own.tasks.split(",") if name.strip()]

@@ -1,8 +1,8 @@
-"""`--resume_from_checkpoint`: the options of the run that goes on come from its log.
+"""`--resume_from_checkpoint`: a resumed run takes its options from its log.
 
-Those given by hand win, and whatever differs is then refused or named (trainers/changes.py). A log
-may say which data and numbers a run had, but not what to execute: rewards, rules and estimators of
-one's own and trust_remote_code are to be given again.
+Options given on the command line take precedence; trainers/changes.py refuses or names those that
+differ. A log may say which data and numbers a run used, but never what to execute: rewards, user
+rules, user estimators and trust_remote_code must be given again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from mezo.cli.parsing import Parser, say, words_of
 from mezo.errors import InputError
 
 NOT_TAKEN = {"trust_remote_code", "reward", "output_dir", "resume_from_checkpoint"}
-# Of transformers' and TRL's options those that say how a run trains, and nothing of where files go.
+# The options of transformers and TRL that decide how a run trains, but not where files go.
 _TAKEN = """max_steps num_train_epochs per_device_train_batch_size per_device_eval_batch_size
 gradient_accumulation_steps learning_rate lr_scheduler_type warmup_steps warmup_ratio weight_decay
 adam_beta1 adam_beta2 adam_epsilon seed data_seed eval_strategy eval_steps save_strategy save_steps
@@ -27,14 +27,14 @@ _VERBS = {"task": "mezo train", "reward": "mezo train --reward", "text": "mezo s
 
 
 def with_log(words: Sequence[str], kinds: Sequence[Any], kind: str) -> list[str]:
-    """Return the words with the options of the run that they resume put before them.
+    """Return `words` preceded by the options that the log of the resumed run holds.
 
     Args:
-        words: All options, that of the output folder included.
-        kinds: The dataclasses that the command takes.
-        kind: "task", "reward" or "text": what the command trains on.
+        words: All options, including the output folder.
+        kinds: The dataclasses of options that the command takes.
+        kind: What the command trains on: "task", "reward" or "text".
 
-    Raises InputError if the log is that of another kind of run.
+    Raises InputError if the log belongs to another kind of run.
     """
     parser = Parser(prog="mezo", add_help=False, allow_abbrev=False)
     parser.add_argument("--output_dir", "--output-dir", default="")
@@ -42,7 +42,7 @@ def with_log(words: Sequence[str], kinds: Sequence[Any], kind: str) -> list[str]
     asked, _ = parser.parse_known_args(list(words))
     if not asked.output_dir or asked.resume_from_checkpoint.lower() == "false":
         return list(words)
-    from mezo import trajectory  # torch comes with it
+    from mezo import trajectory  # imports torch
 
     log = Path(asked.output_dir, "run.mezo")
     if not (log.exists() and trajectory.begun(log)):
@@ -52,9 +52,9 @@ def with_log(words: Sequence[str], kinds: Sequence[Any], kind: str) -> list[str]
     if of is None:
         return list(words)
     if of != kind:
-        raise InputError(f"{log} is the log of a run of {_VERBS[of]}: go on with that command")
+        raise InputError(f"{log} is the log of a run of {_VERBS[of]}: resume with that command")
     taken = _options_of(config, kinds)
-    say(f"going on with the run of {log}, whose options hold where none is given")
+    say(f"resuming the run of {log}; its options apply where the command gives none")
     spelt = {name: str(x) if isinstance(x, bool) else x for name, x in taken.items()}
     return [*words_of(spelt), *words]
 
@@ -73,6 +73,6 @@ def _options_of(config: dict[str, Any], kinds: Sequence[Any]) -> dict[str, Any]:
 
 
 def _declared(kind: Any) -> set[str]:
-    """The options that a class of mezo's own declares."""
+    """Return the options that a class of this package declares."""
     ours = kind.__module__.startswith("mezo.")
     return set(vars(kind).get("__annotations__", ())) if ours else set()

@@ -1,4 +1,4 @@
-"""`mezo train --grid`, `--paper` and `--dry_run`: a search, and what would be run."""
+"""`mezo train --grid`, `--paper` and `--dry_run`: search over a grid, or print its commands."""
 
 import shlex
 import sys
@@ -17,9 +17,10 @@ from mezo.runs.arguments import TrainArguments
 
 
 def main(own, options: list[str], model, data, args) -> None:
-    """Search over the grid that `own` names; `options` are the words given, which win over it.
+    """Search over the grid that `own` names, or print the commands with `--dry_run`.
 
-    Without a grid, which is `--dry_run` alone, the one run is shown.
+    `options` are the words of the command line; they take precedence over the grid's values.
+    Without a grid, which means `--dry_run` alone, the command of the one run is printed.
     """
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
     name = own.grid
@@ -59,7 +60,7 @@ def _with_model(table: str, model: ModelArguments, given: set[str]) -> ModelArgu
 def _commands(
     grid: str | None, given: set[str], model: ModelArguments, data: DataArguments, args: Any
 ) -> list[list[str]]:
-    """The command of each run, with the options that are not the defaults."""
+    """Return the command of each run, with the options that differ from the defaults."""
     cells = [("", {})] if grid is None else grids.chosen_cells(data, grid, given)
     commands = []
     for name, chosen in cells:

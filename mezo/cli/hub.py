@@ -1,4 +1,4 @@
-"""The commands `mezo push` and `mezo pull`: run logs on the Hugging Face hub."""
+"""The commands `mezo push` and `mezo pull`: share run logs on the Hugging Face hub."""
 
 import shlex
 
@@ -8,13 +8,15 @@ from mezo.cli.parsing import JSON, Parser, print_result, say
 def push(argv: list[str]) -> None:
     parser = Parser(
         prog="mezo push",
-        description="Share a run log on the Hugging Face hub, with a model card made of it; its "
-        "config (mezo log FILE) is in it. Log in before: hf auth login.",
+        description="Share a run log on the Hugging Face hub, with a model card made from it. The "
+        "log contains the run's config, which `mezo log FILE` shows. Log in first: hf auth login.",
     )
     parser.add_argument("--log", required=True, help="the run log")
-    parser.add_argument("--repo", required=True, help="user/name; made if there is none")
-    parser.add_argument("--private", action="store_true", help="if it is made")
-    parser.add_argument("--base_model", "--base-model", help="its name on the hub, for the card")
+    parser.add_argument("--repo", required=True, help="user/name; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument(
+        "--base_model", "--base-model", help="the base model's name on the hub, for the card"
+    )
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo.hub import repository as hub
@@ -23,14 +25,14 @@ def push(argv: list[str]) -> None:
     result = hub.push(own.log, own.repo, private=own.private, base_model=own.base_model)
     print_result(result, own.json)
     if result["base_model"] is None:
-        say("the card names no base model: --base_model NAME says which")
+        say("the card names no base model; give it with --base_model NAME")
     say(f"next: mezo pull {own.repo}")
 
 
 def pull(argv: list[str]) -> None:
-    parser = Parser(prog="mezo pull", description="Get a run log from the Hugging Face hub.")
+    parser = Parser(prog="mezo pull", description="Download a run log from the Hugging Face hub.")
     parser.add_argument("repo", help="user/name")
-    parser.add_argument("--output", help="where it goes; default name.mezo")
+    parser.add_argument("--output", help="file to write; default name.mezo")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo.hub import repository as hub
@@ -42,7 +44,7 @@ def pull(argv: list[str]) -> None:
 
 
 def _no_bars() -> None:
-    """This process is ours: no progress bars for a few KB."""
+    """Disable progress bars, which a few KB do not need; the process belongs to the command."""
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()

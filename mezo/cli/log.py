@@ -1,4 +1,4 @@
-"""`mezo log`: what a run log says, is it whole, make it small, join several."""
+"""The command `mezo log`: show, verify, compact and merge run logs."""
 
 import argparse
 import math
@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 from mezo.cli.parsing import JSON, Parser, hf_parser, parse, print_result, quiet, say, with_config
 from mezo.models.arguments import ModelArguments
 
-if TYPE_CHECKING:  # torch comes with it: for --help that is a second too much
+if TYPE_CHECKING:  # importing it would import torch, which would slow --help by a second
     from mezo.trajectory.format import Log, Segment
 
 USAGE = """\
 commands:
-  mezo log FILE [--steps]                        what it says; also mezo log show FILE
-  mezo log verify FILE [--model MODEL]           is it whole, and of this base model?
-  mezo log compact FILE -o OUT                   the same in a third of the bytes
-  mezo log merge FILE FILE ... -o OUT            one log of one run's logs
+  mezo log FILE [--steps]                        show its contents; also mezo log show FILE
+  mezo log verify FILE [--model MODEL]           check that it is whole, and starts from MODEL
+  mezo log compact FILE -o OUT                   write it in a third of the bytes
+  mezo log merge FILE FILE ... -o OUT            join the logs of one run
 """
 
 
 def main(argv: list[str]) -> None:
-    """Run `mezo log` with what follows these words; InputError for a mistake."""
+    """Run `mezo log`; `argv` are the words that follow. Raises InputError for a mistake."""
     commands = {"show": _show, "verify": _verify, "compact": _compact, "merge": _merge}
     name, rest = (argv[0], argv[1:]) if argv and argv[0] in commands else ("show", argv)
     commands[name](rest)
@@ -31,13 +31,13 @@ def main(argv: list[str]) -> None:
 def _show(argv: list[str]) -> None:
     parser = Parser(
         prog="mezo log",
-        description="What a run log says.",
+        description="Show what a run log contains.",
         epilog=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file")
-    parser.add_argument("--steps", action="store_true", help="one line a step")
-    parser.add_argument("--recover", action="store_true", help="read what stands before a damage")
+    parser.add_argument("--steps", action="store_true", help="print one line per step")
+    parser.add_argument("--recover", action="store_true", help="read what precedes the damage")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo import trajectory
@@ -87,7 +87,7 @@ def _settings(segment: "Segment") -> dict[str, Any]:
 
 
 def _line(segment: "Segment") -> list[str]:
-    """A row of the table of settings: a moving learning rate as its first and its last value."""
+    """Return a row of the table of settings; a moving learning rate shows as "first to last"."""
     header = segment.header
     lrs = [header["lr"]] if not segment.lrs.size else [segment.lrs[0], segment.lrs[-1]]
     rates = " to ".join(_numbers(row) for row in lrs)
@@ -96,14 +96,14 @@ def _line(segment: "Segment") -> list[str]:
 
 
 def _numbers(values: Any) -> str:
-    """Numbers with commas: 0.1,0.2; equal ones in short: 3 x 0.1."""
+    """Join numbers with commas ("0.1,0.2"), or abbreviate equal ones ("3 x 0.1")."""
     words = [f"{x:g}" for x in values]
     short = len(words) > 1 and len(set(words)) == 1
     return f"{len(words)} x {words[0]}" if short else ",".join(words)
 
 
 def _printable(value: Any) -> Any:
-    """What is in a file may be meant for the terminal that it is shown on."""
+    """Escape text that is not printable: a file could hold control sequences for the terminal."""
     text = value if isinstance(value, str) else repr(value)
     if isinstance(value, dict | int | float | None) or text.isprintable():
         return value
@@ -111,7 +111,7 @@ def _printable(value: Any) -> Any:
 
 
 def _without_nan(value: Any) -> Any:
-    """As JSON has it: null for a number that is not finite."""
+    """Replace every number that is not finite by None, since JSON has no NaN."""
     if isinstance(value, dict):
         return {key: _without_nan(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -129,7 +129,7 @@ def _verify(argv: list[str]) -> None:
         from mezo.runs.rebuild import rebuilt
 
         found["model"] = model.model_name_or_path
-        rebuilt(model, own.file, log.start)  # makes no step, but compares all weights first
+        rebuilt(model, own.file, log.start)  # replays no step, but compares all weights first
     if own.json:
         return print_result(found, as_json=True)
     line = f"{own.file}: {found['steps']} steps, whole"
@@ -138,7 +138,10 @@ def _verify(argv: list[str]) -> None:
 
 
 def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments | None]:
-    """The command's own options, and those of the model if there are any: parsing these is slow."""
+    """Return the command's options and the model's, or None if the model's are not used.
+
+    Parsing the model's options imports transformers, which is slow.
+    """
     given = {word for word in argv if word.startswith("-")}
     if given - {"--json", "-h", "--help"}:
         quiet()
@@ -146,7 +149,10 @@ def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments
         slow.add_argument("file")
         model, own = parse(with_config(argv), slow, (ModelArguments,))
         return own, model
-    text = "Is a run log whole? With --model (and what mezo train takes with it): is that its base?"
+    text = (
+        "Check that a run log is whole. With --model, and the options for it that mezo train "
+        "takes, also check that the run started from that model."
+    )
     parser = Parser(prog="mezo log verify", description=text)
     parser.add_argument("file")
     parser.add_argument("--model", help="hub name or folder of the base model")
@@ -155,12 +161,17 @@ def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments
 
 
 def _compact(argv: list[str]) -> None:
-    text = "Write a run log in a third of the bytes. Replays are the same; nothing can be appended."
+    text = (
+        "Write a run log in a third of the bytes. It replays to the same weights, but nothing can "
+        "be appended to it."
+    )
     parser = Parser(prog="mezo log compact", description=text)
     parser.add_argument("file")
     parser.add_argument("-o", "--output_file", required=True, help="a new file")
     parser.add_argument(
-        "--without_losses", action="store_true", help="half of that: no learning curve is left"
+        "--without_losses",
+        action="store_true",
+        help="halve the size again; the learning curve is lost",
     )
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
@@ -171,7 +182,10 @@ def _compact(argv: list[str]) -> None:
 
 
 def _merge(argv: list[str]) -> None:
-    text = "One log of the logs of one run, each of a range of its steps; of one, its long form."
+    text = (
+        "Join the logs of one run, each of which covers a range of its steps. A single compact "
+        "log is written in its long form."
+    )
     parser = Parser(prog="mezo log merge", description=text)
     parser.add_argument("files", nargs="+", metavar="file")
     parser.add_argument("-o", "--output_file", required=True, help="a new file")

@@ -1,4 +1,4 @@
-"""The command `mezo`: stdout is data, stderr is talk, a mistake is one line and exit code 2."""
+"""The command `mezo`: data goes to stdout, messages to stderr, and a mistake exits with code 2."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from mezo.cli.parsing import nearest
 from mezo.errors import InputError
 from mezo.version import __version__
 
-COMMANDS = {  # verb -> module, function, and what it is given before the words
+COMMANDS = {  # verb -> module, function, and any arguments that precede the words
     "demo": ("mezo.cli.demo", "main"),
     "train": ("mezo.cli.train", "main"),
     "eval": ("mezo.cli.eval", "main"),
@@ -30,19 +30,19 @@ usage: mezo COMMAND [options]
 Fine-tune language models with forward passes alone, in the memory of inference.
 
   mezo demo                                              see it work, offline, in minutes
-  mezo check  --model facebook/opt-1.3b --task sst2      will it learn? which eps, which rate?
+  mezo check  --model facebook/opt-1.3b --task sst2      will it learn, with which eps and rate?
   mezo train  --model facebook/opt-1.3b --task sst2 --output_dir runs/sst2
-  mezo sft    --model Qwen/Qwen3-0.6B --train_file chats.jsonl --use_peft     TRL's formats; dpo too
-  mezo train  --model ... --train_file prompts.jsonl --reward rules.py:short   any reward
+  mezo sft    --model Qwen/Qwen3-0.6B --train_file chats.jsonl --use_peft     or dpo; TRL's formats
+  mezo train  --model ... --train_file prompts.jsonl --reward rules.py:short   for any reward
   mezo eval   --model facebook/opt-1.3b --task sst2 --demonstrations 32
   mezo eval   --model facebook/opt-1.3b --task sst2 --replay runs/sst2/run.mezo
   mezo replay --model facebook/opt-1.3b --log runs/sst2/run.mezo --output_dir model/
-  mezo log    runs/sst2/run.mezo                         what a run log says; verify, compact, merge
-  mezo compare --model M --task sst2 --k 16              many methods: table, plots, report
-  mezo tasks                                             data sets with prompts, and what they show
-  mezo memory --model facebook/opt-66b                   what a run needs, without loading weights
-  mezo push   --log runs/sst2/run.mezo --repo user/name  share it on the hub, as a few KB
-  mezo pull   user/name                                  somebody's run log
+  mezo log    runs/sst2/run.mezo                         show, verify, compact or merge run logs
+  mezo compare --model M --task sst2 --k 16              compare methods: table, plots, report
+  mezo tasks                                             list the tasks, or show one on a real row
+  mezo memory --model facebook/opt-66b                   estimate memory, without loading weights
+  mezo push   --log runs/sst2/run.mezo --repo user/name  share a run log of a few KB on the hub
+  mezo pull   user/name                                  download a run log
   mezo env                                               versions, device and kernels, for a report
 
 mezo COMMAND --help lists the options of a command.
@@ -50,7 +50,7 @@ mezo COMMAND --help lists the options of a command.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="", file=sys.stdout if argv else sys.stderr)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"mezo: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader, head say, has enough; Python would complain at exit
+    except BrokenPipeError:  # the reader (head, say) has closed; avoid Python's complaint at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("\nmezo: interrupted", file=sys.stderr)

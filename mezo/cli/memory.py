@@ -1,4 +1,4 @@
-"""The command `mezo memory`: what a run will need, before anything is downloaded or loaded."""
+"""The command `mezo memory`: estimate what a run needs, without loading any weights."""
 
 import argparse
 
@@ -12,21 +12,26 @@ PLANNED = ["in_place", "scratch", "low_rank", "offload", "lora", "adam", "adam_c
 def memory(argv: list[str]) -> None:
     parser = Parser(
         prog="mezo memory",
-        description="Memory, run log and time of a step for a model and a batch, by method, from "
-        "the model's config alone.",
+        description="Estimate memory, size of the run log and time per step of each method, for a "
+        "model and a batch, from the model's config alone.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="facebook/opt-125m to -175b, a folder, or a name on the hub")
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--batch_size", "--batch-size", type=int, default=16)
-    add("--max_length", "--max-length", type=int, default=300, help="tokens an example")
+    add("--max_length", "--max-length", type=int, default=300, help="tokens per example")
     add("--method", nargs="+", choices=PLANNED, metavar="METHOD", help=", ".join(PLANNED))
-    add("--steps", type=int, default=20000, help="of the run, for its log")
-    add("--all_logits", "--all-logits", action="store_true", help="loss on all tokens, not one")
+    add("--steps", type=int, default=20000, help="steps of the run, for its log")
+    add(
+        "--all_logits",
+        "--all-logits",
+        action="store_true",
+        help="compute the loss of all tokens instead of one",
+    )
     add("--lora_r", "--lora-r", type=int, default=8)
-    add("--device", help="whose speed is measured for the time; default: the accelerator, or cpu")
-    add("--no_time", "--no-time", action="store_true", help="measure nothing")
+    add("--device", help="device to measure for the time; default: the accelerator, or cpu")
+    add("--no_time", "--no-time", action="store_true", help="do not measure the time")
     add("--json", **JSON)
     own = parser.parse_args(argv)
     for name in ("batch_size", "max_length", "steps", "lora_r"):

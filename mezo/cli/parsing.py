@@ -1,4 +1,4 @@
-"""What the commands share: options from words and files, help, and what goes to which stream."""
+"""What the commands share: parsing options, showing help, and printing to the right stream."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.foreign import read_options
 
-JSON: dict[str, Any] = {"action": "store_true", "help": "Print the result as one line of JSON."}
+JSON: dict[str, Any] = {"action": "store_true", "help": "print the result as one line of JSON"}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def with_config(argv: list[str]) -> list[str]:
-    """argv with the contents of --config FILE put before it, as options, so that flags win."""
+    """Return argv preceded by the options in --config FILE, so that the flags take precedence."""
     parser = Parser(prog="mezo", add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(argv)
@@ -38,7 +38,7 @@ def _options_in(path: str) -> list[str]:
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Return the words of a command line that give these options; None and [] are left out."""
+    """Return the command-line words for these options; None and [] are left out."""
     words = []
     for name, value in options.items():
         if isinstance(value, list) and value:
@@ -52,13 +52,16 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
 
 
 def parse(argv: list[str], parser, kinds: tuple) -> tuple:
-    """Instances of the dataclasses `kinds`, and the parser's own options."""
+    """Return instances of the dataclasses `kinds`, followed by the parser's other options.
+
+    Raises InputError for a bad value or an unknown option, with the nearest known one.
+    """
     namespace, left = parser.parse_known_args(argv)
     if left:
         _refuse(left[0].split("=")[0], parser, kinds)
     try:
         found = parser.parse_dict(vars(namespace), allow_extra_keys=True)
-    except (ValueError, ImportError) as error:  # of transformers' own checks
+    except (ValueError, ImportError) as error:  # from transformers' checks
         raise InputError(str(error)) from None
     return (*found, namespace)
 
@@ -84,17 +87,17 @@ def hf_parser(prog: str, kinds: tuple, **own):
     class Options(Parser, HfArgumentParser):
         pass
 
-    both = "resolve"  # an option of two dataclasses, as trust_remote_code, is for both
+    both = "resolve"  # an option in two dataclasses, such as trust_remote_code, sets both
     parser: Any = Options(kinds, prog=prog, allow_abbrev=False, conflict_handler=both)
     parser.own = []
     for name, settings in own.items():
-        names = {f"--{name}": None, f"--{name.replace('_', '-')}": None}  # as for the others
+        names = {f"--{name}": None, f"--{name.replace('_', '-')}": None}  # as HfArgumentParser does
         parser.own.append(parser.add_argument(*names, **settings))
     return parser
 
 
 def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
-    """Help from the dataclasses alone: no import of transformers, so it is quick."""
+    """Print help from the dataclasses alone: it is quick, since transformers is not imported."""
     print(f"usage: {prog} [options] [--config FILE.yaml]\n")
     for kind in kinds:
         print(f"{kind.__doc__}")
@@ -106,7 +109,7 @@ def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
 
 
 def quiet() -> None:
-    """This process is ours: no progress bars for loading a model."""
+    """Disable the progress bars of model loading; the process belongs to the command."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -126,7 +129,7 @@ def print_result(result: dict[str, Any], as_json: bool) -> None:
 
 
 def default_output_dir(argv: list[str]) -> list[str]:
-    """The option --output_dir=runs/<task>; a later one in argv wins."""
+    """Return the option --output_dir=runs/<task>; a later one in argv takes precedence."""
     parser = Parser(prog="mezo train", add_help=False, allow_abbrev=False)
     parser.add_argument("--task", default=DataArguments.task)
     parser.add_argument("--prompt", dest="own")

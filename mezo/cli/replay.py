@@ -1,4 +1,4 @@
-"""The command `mezo replay`: the tuned model from its base model and its run log."""
+"""The command `mezo replay`: rebuild a tuned model from its base model and its run log."""
 
 import shlex
 import sys
@@ -21,13 +21,13 @@ from mezo.models.arguments import ModelArguments
 def main(argv: list[str]) -> None:
     tail = (
         "  --log FILE                          the run log\n"
-        "  --output_dir DIR                    where the tuned model goes\n"
-        "  --until N                           only the first N steps\n"
-        "  --by_tensor                         file to file, in the memory of one tensor; --model\n"
-        "                                      is a folder of safetensors\n"
-        "  --onto_adapter                      only the adapter of a LoRA run\n"
-        "  --rule MODULE:NAME                  a rule of your own that the run was made with\n"
-        "  --json                              one line of JSON\n"
+        "  --output_dir DIR                    folder for the tuned model\n"
+        "  --until N                           replay only the first N steps\n"
+        "  --by_tensor                         work from file to file, in the memory of one\n"
+        "                                      tensor; --model is a folder of safetensors\n"
+        "  --onto_adapter                      write only the adapter of a LoRA run\n"
+        "  --rule MODULE:NAME                  your own rule, if the run used one\n"
+        "  --json                              print one line of JSON\n"
     )
     if {"-h", "--help"} & set(argv):
         return show_help("mezo replay", (ModelArguments,), tail)
@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
     parser = hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int})
     model, own = parse(with_config(argv), parser, (ModelArguments,))
     if own.by_tensor and own.onto_adapter:
-        raise InputError("--by_tensor writes the whole model, --onto_adapter an adapter: give one")
+        raise InputError(
+            "--by_tensor writes the whole model and --onto_adapter only an adapter: give one of "
+            "the two"
+        )
     replay = adapter.save_adapter if own.onto_adapter else run.replay
     replay = adapter.replay_by_tensor if own.by_tensor else replay
     with redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""What the commands that train share: who talks, what an interrupt says, which command is next."""
+"""What the training commands share: output of one process, interrupts, and the next command."""
 
 import shlex
 import sys
@@ -12,17 +12,18 @@ from mezo.cli.parsing import say
 def carried_out(
     words: list[str], args: Any, work: Callable[[Callable[[str], None]], dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Return the result of a run; None in all but the first of several processes, which talks.
+    """Run `work` and return its result; only the first of several processes prints and returns it.
 
-    `words` are the command, to be said again after an interrupt; `work` makes the run and is given
-    what takes lines for the user. Of several processes each leaves the group in the end.
+    After an interrupt, the command `words` is printed with the option that resumes the run. `work`
+    takes a function that prints a line for the user. Every process leaves the process group at the
+    end.
     """
     from mezo.distributed.processes import leave
 
     talks = args.process_index == 0
     args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
     try:
-        with redirect_stdout(sys.stderr):  # the Trainer prints its logs, a reward function its own
+        with redirect_stdout(sys.stderr):  # the Trainer and reward functions print
             result = work(say if talks else (lambda line: None))
     except KeyboardInterrupt:
         if talks:
@@ -35,8 +36,8 @@ def carried_out(
 
 
 def replay(model: Any, args: Any, until: int | None = None) -> list[str]:
-    """Return the words of the command that rebuilds the run's weights."""
+    """Return the words of the command that rebuilds the run's weights from its log."""
     words = ["mezo", "replay", "--model", model.model_name_or_path]
     words += ["--log", f"{args.output_dir}/run.mezo", "--output_dir", "replayed"]
-    words += [] if args.offload_write_every else ["--by_tensor"]  # there is no other model
+    words += [] if args.offload_write_every else ["--by_tensor"]  # no weights were written
     return words + ([] if until is None else ["--until", str(until)])

@@ -1,4 +1,4 @@
-"""The command `mezo tasks`: which tasks there are, and one of them on a real row."""
+"""The command `mezo tasks`: list the tasks, or show one of them on a real row."""
 
 import json
 
@@ -9,10 +9,11 @@ from mezo.cli.parsing import JSON, Parser, say
 def show(argv: list[str]) -> None:
     parser = Parser(
         prog="mezo tasks",
-        description="List the tasks; with a name, what one of its rows becomes for each kind of "
-        "model: '|' begins what is scored or trained, '*' marks what is right.",
+        description="List the tasks. With a name, show what one row of that task becomes for each "
+        "kind of model: '|' begins the part that is scored or trained, and '*' marks the right "
+        "answer.",
     )
-    parser.add_argument("name", nargs="?", help="of a task")
+    parser.add_argument("name", nargs="?", help="name of a task")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     if own.name is not None:

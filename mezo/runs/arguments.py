@@ -1,6 +1,6 @@
-"""The options of a run, as dataclasses: MeZOConfig with the command line's defaults.
+"""The training options of a run, as dataclasses: MeZOConfig with the command line's defaults.
 
-Those of the model are in models/arguments.py, those of the data in mezo/arguments.py.
+The model's options are in models/arguments.py and the data's options in mezo/arguments.py.
 """
 
 from dataclasses import dataclass, field
@@ -18,16 +18,22 @@ class TrainArguments(MeZOConfig):
     output_dir: str = "runs/mezo"  # type: ignore[assignment]
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
-        metadata={"help": "Default: measured on the model; else by its size and what is trained."},
+        metadata={
+            "help": "Learning rate; by default it is measured on the model, or else chosen by the "
+            "model's size and by what is trained."
+        },
     )
     mezo_eps: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
+        default=None,
+        metadata={
+            "help": "Size of the perturbation; default 1e-3, for adapters 1e-2, for a prefix 1e-1."
+        },
     )
     method: str = field(
         default="mezo",
         metadata={
-            "help": "mezo; or a baseline: adam (back-propagation), lp (linear probe), zero-shot, "
-            "icl (in context)."
+            "help": "Training method: mezo, or a baseline: adam (backpropagation), lp (linear "
+            "probing), zero-shot, icl (in-context learning)."
         },
     )
     max_steps: int = 20_000  # Table 16
@@ -40,7 +46,8 @@ class TrainArguments(MeZOConfig):
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
     metric_for_best_model: str | None = field(
-        default=BEST, metadata={"help": "Default: the task's own metric, on the dev examples."}
+        default=BEST,
+        metadata={"help": "Metric that selects the checkpoint; default: the task's own metric."},
     )
     report_to: str = "none"  # type: ignore[assignment]
 

@@ -1,4 +1,4 @@
-"""The Trainer's arguments with MeZO's, and what they make of an optimizer."""
+"""MeZO's options beside the Trainer's arguments, and how they configure the optimizer."""
 
 import inspect
 import json
@@ -22,133 +22,164 @@ class MeZOConfig(TrainingArguments):
     """TrainingArguments with MeZO's options and defaults; `learning_rate` and `seed` are MeZO's.
 
     For a TRL trainer: `@dataclass class MeZOSFTConfig(MeZOConfig, SFTConfig): ...`. Any other
-    TrainingArguments works too, with the defaults of `MeZO` for what it lacks. Without effect, as
-    there is no gradient: optim, adam_*, max_grad_norm, activation_checkpointing, neftune_*, ddp_*.
+    TrainingArguments works too; options that it lacks take the defaults of `MeZO`. MeZO computes no
+    gradient, so these options have no effect: optim, adam_* (except with rule=adam), max_grad_norm,
+    activation_checkpointing, neftune_*, ddp_*.
     """
 
     learning_rate: float = field(
         default=1e-6,  # Tables 15 and 16: 1e-7 to 1e-6 for all weights
         metadata={
-            "help": "For 1B weights and more: 1e-7 to 1e-6 for all, 5e-5 to 1e-4 for LoRA, 1e-3 to "
-            "1e-2 for a prefix. Larger for smaller models: `mezo check` measures it."
+            "help": "Learning rate. For models of 1B weights and more, use 1e-7 to 1e-6 for all "
+            "weights, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for a prefix. Smaller models need "
+            "larger rates; `mezo check` measures one."
         },
     )
     lr_scheduler_type: str = field(  # type: ignore[assignment]  # TRL narrows it the same way
-        default="constant", metadata={"help": "The paper's runs keep the learning rate constant."}
+        default="constant",
+        metadata={"help": "Learning-rate schedule; the paper keeps the rate constant."},
     )
     mezo_eps: float = field(
         default=1e-3,
-        metadata={"help": "Size of the perturbation; 1e-2 for LoRA, 1e-1 for prefixes."},
+        metadata={
+            "help": "Size of the perturbation: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for a "
+            "prefix."
+        },
     )
     num_samples: int = field(
-        default=1, metadata={"help": "Directions a step, averaged; 2 forward passes each."}
+        default=1,
+        metadata={
+            "help": "Number of directions averaged in each step; each costs two forward passes."
+        },
     )
     num_samples_end: int | None = field(
-        default=None, metadata={"help": "num_samples moves linearly to this by the last step."}
+        default=None,
+        metadata={"help": "Value that num_samples reaches, linearly, by the last step."},
     )
     mezo_eps_end: float | None = field(
-        default=None, metadata={"help": "mezo_eps moves linearly to this by the last step."}
+        default=None, metadata={"help": "Value that mezo_eps reaches, linearly, by the last step."}
     )
     fresh_batches: bool = field(
         default=False,
         metadata={
-            "help": "Each direction has micro-batches of its own (Algorithm 2): "
-            "gradient_accumulation_steps is a multiple of num_samples."
+            "help": "Give each direction its own micro-batches (Algorithm 2); "
+            "gradient_accumulation_steps must be a multiple of num_samples."
         },
     )
     rule: str = field(
         default="sgd",
         metadata={
-            "help": "sgd, momentum, adam (adam_beta1, adam_beta2, adam_epsilon), sign, "
-            "scalar_adam, or your own: module:Name."
+            "help": "Update rule: sgd, momentum, adam (with adam_beta1, adam_beta2 and "
+            "adam_epsilon), sign, scalar_adam, or your own as module:Name."
         },
     )
-    momentum: float = field(default=0.9, metadata={"help": "Of the rule momentum."})
+    momentum: float = field(
+        default=0.9, metadata={"help": "Momentum coefficient, for rule=momentum."}
+    )
     window: str | None = field(
         default=None,
         metadata={
-            "help": "Of momentum and adam: rebuild the moments from so many steps of the run's "
-            "history, or all, instead of keeping buffers."
+            "help": "For rule=momentum and rule=adam: rebuild the moments from this many past "
+            "steps, or from 'all' of them, instead of keeping buffers."
         },
     )
     rule_options: str | None = field(
         default=None,
-        metadata={"help": "Options of a rule of your own, as JSON: '{\"beta\": 0.5}'."},
+        metadata={"help": "Options of your own rule, as JSON: '{\"beta\": 0.5}'."},
     )
     estimator: str = field(
         default="two_point",
-        metadata={"help": "two_point, one_sided, one_point, or your own: module:name."},
+        metadata={
+            "help": "Gradient estimator: two_point, one_sided, one_point, or your own as "
+            "module:name."
+        },
     )
     shaping: str | None = field(
         default=None,
-        metadata={"help": "Of the losses of several directions: z_scores or ranks."},
+        metadata={
+            "help": "How to shape the losses of several directions before they are combined: "
+            "z_scores or ranks."
+        },
     )
     modified: str | None = field(
         default=None,
         metadata={
-            "help": "Directions scaled by the norms of layers: variance or expectation modified "
-            "(Definitions 6 and 7)."
+            "help": "Scale the directions by the layers' norms: variance (Definition 6) or "
+            "expectation (Definition 7)."
         },
     )
     keep: float | None = field(
         default=None,
-        metadata={"help": "Train the smallest weights of each tensor alone: this share of them."},
+        metadata={"help": "Train only this fraction of each tensor: its smallest weights."},
     )
     distribution: str = field(
         default="gaussian",
-        metadata={"help": "Of the directions: gaussian, rademacher (signs), or gaussian16."},
+        metadata={
+            "help": "Distribution of the directions: gaussian, rademacher (random signs) or "
+            "gaussian16."
+        },
     )
     perturbation: str | None = field(
         default=None,
         metadata={
-            "help": "in_place; scratch: the default for 16-bit weights; low_rank: the fastest."
+            "help": "How weights are perturbed: in_place (the default), scratch (the default for "
+            "16-bit weights) or low_rank (the fastest)."
         },
     )
-    rank: int = field(default=1, metadata={"help": "Of low_rank: columns of a direction."})
+    rank: int = field(
+        default=1, metadata={"help": "Rank of a matrix's direction, for perturbation=low_rank."}
+    )
     interval: int = field(
-        default=50, metadata={"help": "Of low_rank: steps between two writings of a matrix."}
+        default=50,
+        metadata={
+            "help": "Steps after which accumulated updates are written to a matrix, for "
+            "perturbation=low_rank."
+        },
     )
     rounding: str | None = field(
         default=None,
         metadata={
-            "help": "Of updates of 16-bit weights: stochastic (the default), compensated, master "
-            "(the default for a 16-bit adapter), nearest."
+            "help": "How updates of 16-bit weights are rounded: stochastic (the default), "
+            "compensated, master (the default for a 16-bit adapter) or nearest."
         },
     )
     clip: float | None = field(
-        default=None, metadata={"help": "Bound on the size of the projected gradient."}
+        default=None, metadata={"help": "Bound on the magnitude of the projected gradient."}
     )
     clip_quantile: float | None = field(
-        default=None, metadata={"help": "The bound is this quantile of the last 100 sizes."}
+        default=None,
+        metadata={
+            "help": "Clip at this quantile of the last 100 magnitudes of the projected gradient."
+        },
     )
     probe_groups: int = field(
         default=1,
         metadata={
-            "help": "Of several processes: so many groups have directions of their own; -1: each."
+            "help": "Number of process groups with their own direction; -1: one per process."
         },
     )
     max_refused: int = field(
-        default=10, metadata={"help": "Stop after so many losses in a row that are not finite."}
+        default=10, metadata={"help": "Stop after this many non-finite losses in a row."}
     )
     offload: bool = field(
         default=False,
         metadata={
-            "help": "The model stays on the CPU, and comes to the device block by block: for "
+            "help": "Keep the model on the CPU and copy it to the device block by block, for "
             "models larger than the device's memory."
         },
     )
     offload_folder: str | None = field(
         default=None,
         metadata={
-            "help": "With offload: weights wait in a file there, of the model's size: for models "
-            "larger than the host's memory. Scratch paper, to be deleted afterwards."
+            "help": "With offload: folder for a file of the model's size that holds the weights, "
+            "for models larger than the host's memory. The file can be deleted after the run."
         },
     )
     offload_write_every: int = field(
         default=1,
         metadata={
-            "help": "With offload: write a block back after so many updates, which spares the "
-            "disk; 0: never, the result is the run log (save_strategy no)."
+            "help": "With offload_folder: write a block back after this many updates, which spares "
+            "the disk. 0: never write; the result is the run log (needs save_strategy=no)."
         },
     )
 
@@ -174,7 +205,7 @@ class MeZOConfig(TrainingArguments):
 
     @property
     def place_model_on_device(self) -> bool | None:
-        """The Trainer's question, whether it is to move the model to the device; None: as ever."""
+        """Whether the Trainer moves the model to the device; with `offload` it must not."""
         return False if self.offload else super().place_model_on_device
 
 
@@ -196,7 +227,10 @@ def _copied(f: Field) -> Any:
 def mezo_options(
     args: MeZOConfig, model: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
 ) -> dict[str, Any]:
-    """MeZO's options, but for those that differ by parameter group."""
+    """Return the keyword arguments of `MeZO` that hold for all parameter groups.
+
+    `named` are the trained parameters. Raises InputError if `modified` or the rule is unknown.
+    """
     names = "num_samples distribution perturbation rank interval estimator shaping"
     names += " clip clip_quantile max_refused"
     options = {name: getattr(args, name) for name in names.split()}
@@ -224,13 +258,16 @@ def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
 
 
 def rule_of(args: MeZOConfig) -> Rule:
-    """The rule that the arguments name, with the options of it that they have."""
+    """Return the rule that the arguments name, with its options.
+
+    Raises InputError if the rule is unknown, or if `window` is malformed or not for this rule.
+    """
     if ":" in args.rule:
         return rules.rule_of({"name": args.rule} | _own_options(args), _named(args.rule))
     window = args.window
     if window is not None and window != "all":
         if not window.isdecimal():
-            raise InputError(f"window is a number of steps or all, got {window!r}")
+            raise InputError(f"window must be a number of steps or all, got {window!r}")
         window = int(window)  # type: ignore[assignment]
     given: dict[str, Any] = {"name": args.rule}
     if args.rule == "momentum":
@@ -258,7 +295,7 @@ def _own_options(args: MeZOConfig) -> dict[str, Any]:
 
 
 def schedule_of(args: TrainingArguments, optimizer: MeZO, steps: int) -> Schedule | None:
-    """How eps and num_samples move in the course of `steps`; None: they do not."""
+    """Return the schedule of eps and num_samples over `steps`; None if both stay constant."""
     moving: dict[str, Any] = {}
     for option, name, end in (
         ("eps", "mezo_eps", "mezo_eps_end"),
@@ -270,7 +307,10 @@ def schedule_of(args: TrainingArguments, optimizer: MeZO, steps: int) -> Schedul
 
 
 def changed(args: TrainingArguments) -> dict[str, Any]:
-    """The arguments that are not at their default, as JSON can hold them; the seed always."""
+    """Return the arguments that differ from their defaults, and the seed and learning rate always.
+
+    Only values that JSON can hold are included, and no hub tokens, which are secrets.
+    """
     found = {"seed": args.seed, "learning_rate": args.learning_rate}
     given = args.to_dict()
     for f in fields(args):

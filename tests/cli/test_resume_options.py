@@ -72,7 +72,7 @@ def test_the_readme_s_command_goes_on_with_model_data_and_options(
     assert code == 0, err
     code, out, err = resumed(capsys, copied, "--json")
     assert code == 0, err
-    assert "going on with the run of" in err
+    assert "resuming the run of" in err
     result = json.loads(out.splitlines()[-1])
     whole = json.loads((tmp_path / "w" / "result.json").read_text())
     assert same_weights(copied, tmp_path / "w")
@@ -140,7 +140,7 @@ def test_a_log_names_no_code_to_run(tmp_path, capsys, place):
     assert names == {"--seed", "--learning_rate", "--train_file", "--mezo_eps", "--max_steps"}
     code, _, err = mezo(capsys, "train", *words)
     assert code == 2
-    assert "is the log of a run of mezo train --reward: go on with that command" in err
+    assert "is the log of a run of mezo train --reward: resume with that command" in err
 
 
 def _log(path, config):

@@ -158,7 +158,7 @@ def test_evaluation_reads_a_model_block_by_block(place, capsys):
         ("train", ["--offload_write_every=0"], "take save_strategy no"),
         ("reward", ["--rule=momentum"], "rule momentum does not go with offload"),
         ("eval", ["--replay=x"], "mezo replay --by_tensor"),
-        ("eval", ["--tasks=x"], "--offload does not go with --tasks"),
+        ("eval", ["--tasks=x"], "--offload cannot be used with --tasks"),
     ],
 )
 def test_refused_in_one_line(place, tmp_path, capsys, verb, more, words):

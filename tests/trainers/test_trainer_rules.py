@@ -96,7 +96,10 @@ def test_schedules_are_stairs_of_the_step(tmp_path):
 
 def test_what_the_arguments_cannot_mean_is_refused(tmp_path):
     for given, message in (
-        ({"rule": "momentum", "window": "many"}, "window is a number of steps or all, got 'many'"),
+        (
+            {"rule": "momentum", "window": "many"},
+            "window must be a number of steps or all, got 'many'",
+        ),
         ({"rule": "sgd", "window": "3"}, "window is for the rules momentum and adam, not sgd"),
         ({"rule": "lion"}, "rule must be one of"),
         ({"modified": "mean"}, "modified must be variance or expectation, got 'mean'"),
