@@ -19,11 +19,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from mezo.arguments import DataArguments
 from mezo.compare import compare, recipes
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data_arguments import DataArguments
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("sst2", "sst5", "snli", "rte", "boolq", "multirc")

@@ -4,10 +4,10 @@ import torch
 from folders import OWN
 from safetensors.torch import load_file
 
-from mezo.arguments import DataArguments
 from mezo.models.arguments import ModelArguments
 from mezo.runs import task as run
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data_arguments import DataArguments
 
 
 def data(place, **changes):

@@ -111,3 +111,8 @@ def test_the_tree_is_the_tree():
         one for one in files if one.endswith("/__init__.py")
     }  # one says what its folder does
     assert listed - markers == files - markers
+
+
+def test_the_package_has_few_files_at_its_root():
+    """Algorithm 1 and what it stands on; whatever is of one kind of run has a folder."""
+    assert len(list((ROOT / "mezo").glob("*.py"))) <= 18

@@ -19,13 +19,13 @@ from folders import model_folder
 from logs import run
 
 from mezo import tasks, trajectory
-from mezo.arguments import TextArguments
 from mezo.errors import InputError
 from mezo.foreign import MAX_OPTIONS, check_file, foreign, parse_json, read_options
 from mezo.memory.plan import Planner, config_of
 from mezo.models import loading
 from mezo.models.arguments import ModelArguments
 from mezo.models.safetensors_files import Checkpoint
+from mezo.runs.data_arguments import TextArguments
 from mezo.runs.text import load_rows
 from mezo.tasks.loading import load_examples
 from mezo.tasks.task import custom_task

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.check.findings import STEPS, Measurements, advice, findings
 from mezo.compare.paper_grids import GRIDS
 from mezo.errors import InputError
@@ -28,6 +27,7 @@ from mezo.models.trainable import select
 from mezo.objectives import Batch, Causal, Feature, Form, Masked
 from mezo.runs import rates
 from mezo.runs.data import load_splits, task_of
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.examiner import ERRORS, Examiner, Landscape, best_step, mean_error
 from mezo.runs.result import environment
 from mezo.runs.task import form_of

@@ -4,7 +4,6 @@ import shlex
 import sys
 from contextlib import redirect_stdout
 
-from mezo.arguments import DataArguments
 from mezo.cli.parsing import (
     JSON,
     Parser,
@@ -18,6 +17,7 @@ from mezo.cli.parsing import (
     with_config,
 )
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 
 
 def main(argv: list[str]) -> None:

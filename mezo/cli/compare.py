@@ -7,7 +7,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.cli.parsing import (
     JSON,
     hf_parser,
@@ -20,6 +19,7 @@ from mezo.cli.parsing import (
 )
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 
 HELP = """
 options of the comparison:

@@ -4,10 +4,10 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.cli.parsing import JSON, hf_parser, parse, print_result, quiet, show_help, with_config
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 
 HELP = """
   --replay LOG                        first rebuild the weights of a run from its log

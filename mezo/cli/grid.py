@@ -6,7 +6,6 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.cli.parsing import print_result, say
 from mezo.compare import grids, paper_grids
 from mezo.errors import InputError
@@ -14,6 +13,7 @@ from mezo.models import adapters
 from mezo.models.arguments import ModelArguments
 from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data_arguments import DataArguments
 
 
 def main(own, options: list[str], model, data, args) -> None:

@@ -8,9 +8,9 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.foreign import read_options
+from mezo.runs.data_arguments import DataArguments
 
 JSON: dict[str, Any] = {"action": "store_true", "help": "print the result as one line of JSON"}
 

@@ -6,7 +6,6 @@ mezo train --model NAME --train_file prompts.jsonl --reward "python score.py"
 
 import shlex
 
-from mezo.arguments import RewardArguments
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
@@ -20,6 +19,7 @@ from mezo.cli.parsing import (
 )
 from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import RewardArguments
 
 HELP = """
 training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_all lists them):

@@ -3,7 +3,6 @@
 import shlex
 from importlib.util import find_spec
 
-from mezo.arguments import TextArguments
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
@@ -18,6 +17,7 @@ from mezo.cli.parsing import (
 from mezo.cli.running import carried_out, replay
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import TextArguments
 
 HELP = """
 training, named as TRL's {config} and transformers' (--help_all lists every one):

@@ -4,7 +4,6 @@ import shlex
 import sys
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.cli import reward
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
@@ -20,6 +19,7 @@ from mezo.cli.parsing import (
 )
 from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 
 TRAIN_HELP = """
 training, named as transformers' TrainingArguments (--help_all lists every one):

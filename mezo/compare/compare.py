@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-from mezo.arguments import DataArguments
 from mezo.compare import recipes
 from mezo.compare.grids import ASIDE, Grid, cells, finish, with_options
 from mezo.errors import InputError
@@ -29,6 +28,7 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.plan import config_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.tasks import Task

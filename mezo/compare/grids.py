@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mezo.arguments import DataArguments
 from mezo.compare.paper_grids import GRIDS, Grid, on_task
 from mezo.errors import InputError
 from mezo.foreign import read_json, read_options
@@ -25,6 +24,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.plan import config_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.runs.task import train

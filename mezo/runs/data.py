@@ -1,8 +1,8 @@
 """The examples of a run on a task: which task, and its training, dev and test examples."""
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
+from mezo.runs.data_arguments import DataArguments
 from mezo.tasks import Example, Task
 
 Splits = dict[str, list[Example]]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mezo import rewards, tasks
-from mezo.arguments import RewardArguments
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import RewardTrainArguments
+from mezo.runs.data_arguments import RewardArguments
 from mezo.runs.lifecycle import carry_out
 from mezo.runs.plan import Plan, Tell, resolve
 from mezo.tasks.reading import READERS, read

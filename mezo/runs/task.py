@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result
 from mezo.evaluation.evaluate import evaluate as evaluate_form
@@ -22,6 +21,7 @@ from mezo.rules import Rule
 from mezo.runs import methods, published, rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import Splits, load_splits, read_split, task_of, tested
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.lifecycle import carry_out, finish, trained_part
 from mezo.runs.plan import Plan, Tell, resolve
 from mezo.runs.rebuild import rebuilt

@@ -15,11 +15,11 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from mezo.arguments import TextArguments
 from mezo.errors import InputError
 from mezo.foreign import check_file, foreign, reason_of
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import TextArguments
 from mezo.runs.lifecycle import carry_out
 from mezo.runs.methods import passes_of_a_step
 from mezo.runs.plan import Plan, Tell, resolve

@@ -14,10 +14,10 @@ from folders import OWN, mezo, model_folder, reviews
 from torch.nn import functional as F
 
 from mezo import objectives
-from mezo.arguments import DataArguments
 from mezo.check import measure as check
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.examiner import Examiner
 
 UNIT = 2.0**-24  # rounding of float32, half a unit in the last place

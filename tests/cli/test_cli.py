@@ -12,11 +12,11 @@ import pytest
 from folders import OWN, mezo, model_folder, reviews, same_weights, training
 
 from mezo import objectives, trajectory
-from mezo.arguments import DataArguments
 from mezo.cli import main as cli
 from mezo.cli.parsing import default_output_dir
 from mezo.cli.train import SEARCH, TRAIN_HELP
 from mezo.models.arguments import ModelArguments
+from mezo.runs.data_arguments import DataArguments
 
 
 @pytest.fixture(scope="module")

@@ -124,9 +124,9 @@ def test_more_steps_and_another_rate_are_taken_and_reported(copied, capsys, capl
 
 def test_a_log_names_no_code_to_run(tmp_path, capsys, place):
     """A log may come from somebody else: rewards and trust_remote_code are not taken from it."""
-    from mezo.arguments import RewardArguments
     from mezo.models.arguments import ModelArguments
     from mezo.runs.arguments import RewardTrainArguments
+    from mezo.runs.data_arguments import RewardArguments
 
     config = {"seed": 1, "learning_rate": 1.0, "reward": ["evil.py:run"], "train_file": "p.jsonl"}
     config |= {"trust_remote_code": True, "hub_model_id": "x", "push_to_hub": True, "mezo_eps": 0.1}
@@ -154,9 +154,9 @@ def _log(path, config):
 
 def test_the_function_refuses_what_the_command_would_fill_in(place, copied):
     """A Python caller's defaults are as good as given: nothing goes on with another task."""
-    from mezo.arguments import DataArguments
     from mezo.errors import InputError
     from mezo.models.arguments import ModelArguments
+    from mezo.runs.data_arguments import DataArguments
 
     args = TrainArguments(str(copied), resume_from_checkpoint="true", use_cpu=True)
     with pytest.raises(InputError, match=r"has .*, not "):

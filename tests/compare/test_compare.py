@@ -14,7 +14,6 @@ import sklearn.linear_model  # noqa: F401
 import yaml
 from folders import OWN, mezo, model_folder, reviews
 
-from mezo.arguments import DataArguments
 from mezo.cli import compare as cli_compare
 from mezo.compare import compare, grids, page, recipes
 from mezo.compare import plots as report
@@ -24,6 +23,7 @@ from mezo.memory import sizes
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data_arguments import DataArguments
 
 METHODS = ("zero-shot", "icl", "lp", "ft", "mezo", "mezo-prefix")
 SHORT = {"--max_steps": 10, "--adam_steps": 10, "--eval_steps": 0.5, "--save_steps": 0.5}

@@ -5,12 +5,12 @@ import json
 import pytest
 from folders import mezo, model_folder, reviews, training
 
-from mezo.arguments import DataArguments
 from mezo.check import measure as check
 from mezo.compare import grids
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
+from mezo.runs.data_arguments import DataArguments
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from models import tiny_model
 from tiny_tokenizers import byte_bpe
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.compare import grids, paper_grids
 from mezo.errors import InputError
 from mezo.models import adapters
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data import load_splits
+from mezo.runs.data_arguments import DataArguments
 
 EVERY_TENTH = {"eval_steps": 0.1, "save_steps": 0.1}
 EVERY_FIFTH = {"eval_steps": 0.2, "save_steps": 0.2}

@@ -10,12 +10,12 @@ from folders import OWN, model_folder, reviews
 from task_runs import settings
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import form_for
 from mezo.objectives.metric_losses import metric_closure, metric_loss
 from mezo.runs import task as run
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.task_trainer import _metrics
 from mezo.tasks import Example
 

@@ -10,13 +10,13 @@ from models import tiny_model
 from task_runs import data, settings
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import evaluate
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import form_for
 from mezo.runs import published
 from mezo.runs import task as run
+from mezo.runs.data_arguments import DataArguments
 from mezo.tasks import Example
 
 SST2 = tasks.get("sst2")

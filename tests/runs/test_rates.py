@@ -9,7 +9,6 @@ import torch
 from folders import OWN, mezo, model_folder, reviews, training
 
 from mezo import MeZO, MeZOConfig, tasks, trajectory
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
@@ -17,6 +16,7 @@ from mezo.objectives import form_for
 from mezo.runs import plan, rates
 from mezo.runs.arguments import RewardTrainArguments, TrainArguments
 from mezo.runs.data import task_of
+from mezo.runs.data_arguments import DataArguments
 from mezo.runs.examiner import Horizon, Landscape
 from mezo.runs.text import DPOArguments, SFTArguments
 

@@ -7,9 +7,9 @@ import pytest
 from folders import mezo
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.runs.data import load_splits
+from mezo.runs.data_arguments import DataArguments
 
 
 def test_the_table_has_a_line_for_every_task(capsys):

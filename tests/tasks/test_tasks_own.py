@@ -8,10 +8,10 @@ import yaml
 from folders import mezo, model_folder, reviews
 
 from mezo import tasks
-from mezo.arguments import DataArguments
 from mezo.errors import InputError
 from mezo.runs import lm_eval as harness
 from mezo.runs.data import load_splits
+from mezo.runs.data_arguments import DataArguments
 from mezo.tasks import fill
 
 CHOICE = {
