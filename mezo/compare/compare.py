@@ -126,7 +126,7 @@ def plan(
     parameters: int,
     given: Collection[str] = (),
 ) -> list[Cell]:
-    """All cells, seed by seed, so that a first row of the table is there early."""
+    """Return all cells, seed by seed, so that a first row of the table is there early."""
     methods = recipes.check(settings.methods)
     if not settings.seeds:
         raise InputError("no seeds to compare with")
@@ -183,7 +183,7 @@ def _cell(
 
 
 def _run(cell: Cell, told: Callable[[str], None]) -> dict[str, Any]:
-    """The row of a cell: what its result says, and the commands that make it again."""
+    """Return the row of a cell: what its result says, and the commands that make it again."""
     options = options_of(cell)
     make_folder(str(cell.folder))
     (cell.folder / CONFIG).write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
@@ -202,7 +202,7 @@ def _run(cell: Cell, told: Callable[[str], None]) -> dict[str, Any]:
 
 
 def options_of(cell: Cell) -> dict[str, Any]:
-    """The options of mezo train that make the cell, but for output_dir; defaults left out."""
+    """Return the options of mezo train that make the cell, without output_dir and defaults."""
     plain = config_of(ModelArguments(), DataArguments(), TrainArguments("any"))
     given = config_of(cell.model, cell.data, cell.args)
     first = {"model_name_or_path": cell.model.model_name_or_path, "task": cell.data.task}
@@ -213,7 +213,7 @@ def options_of(cell: Cell) -> dict[str, Any]:
 
 
 def train_command(options: dict[str, Any]) -> list[str]:
-    """`mezo train` with these options."""
+    """Return `mezo train` with these options."""
     words = ["mezo", "train"]
     for name, value in options.items():
         words.append(f"--{name}")
@@ -240,7 +240,8 @@ def replay_command(cell: Cell, result: dict[str, Any]) -> list[str]:
 
 
 def _tidy(cell: Cell, keep_weights: bool) -> None:
-    """No checkpoints of what is done; MeZO's weights are in its log, Adam's can be made again."""
+    """Delete the checkpoints of a finished cell; MeZO's weights are in its log,
+    Adam's can be remade."""
     if not (cell.folder / RESULT).is_file():
         return
     for checkpoint in cell.folder.glob("checkpoint-*"):

@@ -51,7 +51,7 @@ def load(name: str, num_dev: int = 500) -> Grid:
 
 
 def values_of(name: str, option: str, value: Any) -> Any:
-    """The value of an option of a file, or its list of values, as the option has them."""
+    """Return the value of an option of a file, or its list of values, in the option's type."""
     known = {f.name: f for kind in _KINDS for f in fields(kind)}
     if option not in known or option == "output_dir":
         near = get_close_matches(option, known, n=1)
@@ -78,7 +78,7 @@ _SEVERAL = ("lora_target_modules", "candidates", "labels")  # options whose valu
 
 
 def cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, options) of every combination: the name is of the axes, the first one varies last."""
+    """Yield (name, options) of every combination: the axes make the name, the first varies last."""
     axes = {name: value for name, value in grid.items() if _is_axis(name, value)}
     fixed = {name: value for name, value in grid.items() if name not in axes}
     for values in itertools.product(*axes.values()):
@@ -88,7 +88,7 @@ def cells(grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _is_axis(option: str, value: Any) -> bool:
-    """Whether a value is a list of values to try, and not the value of an option of several."""
+    """Return whether a value is a list of values to try, and not one value of a list option."""
     if not isinstance(value, list):
         return False
     return option not in _SEVERAL or any(isinstance(one, list) for one in value)
@@ -174,7 +174,7 @@ ASIDE = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to")  #
 
 
 def with_options(kind: Any, options: dict[str, Any]) -> Any:
-    """A copy of the arguments with those of the options that they have."""
+    """Return a copy of the arguments with those of the options that they have."""
     return replace(kind, **{f.name: options[f.name] for f in fields(kind) if f.name in options})
 
 
@@ -197,7 +197,7 @@ def as_options(model: ModelArguments, data: DataArguments, args: TrainArguments)
 
 
 def _finished(model: ModelArguments, data: DataArguments, args: TrainArguments) -> dict | None:
-    """The result of a cell that was run with the same options; None where there is none yet."""
+    """Return the result of a cell that ran with the same options; None where there is none yet."""
     path = Path(args.output_dir, RESULT)
     if not path.is_file():
         return None

@@ -33,7 +33,7 @@ CAPTIONS = {
 
 
 def table(found: Mapping[str, Any]) -> list[list[str]]:
-    """The comparison as rows of text, the head first."""
+    """Return the comparison as rows of text, the head first."""
     metric = METRICS.get(found["metric"], found["metric"])
     head = ["method", metric, "seeds", "memory above the model", "time", "forward passes", "stored"]
     rows = [head]
@@ -54,7 +54,7 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def size(count: float) -> str:
-    """12.3 MiB."""
+    """Return bytes as text: 12.3 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -63,14 +63,14 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3.4 min, 5.6 h."""
+    """Return seconds as text: 12 s, 3.4 min, 5.6 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def html(found: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
-    """The report: table, plots as data, and for each cell its numbers and its commands."""
+    """Return the report: table, plots as data, and the numbers and commands of each cell."""
     title = f"{found['task']} on {found['model']}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_facts(found))}</p>"]
     parts.append(_table_html(table(found)))

@@ -38,7 +38,8 @@ METRICS |= {"exact_match": "exact match, %"}
 
 
 def of_comparison(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """curves, memory and sizes, each as PNG and as SVG in the folder; the SVGs by title.
+    """Plot curves, memory and sizes, each as PNG and as SVG in the folder; return the SVGs by
+    title.
 
     Args:
         found: what `compare` returns.
@@ -56,7 +57,7 @@ def of_comparison(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 
 def label(method: str) -> str:
-    """As a reader has it: "Adam, LoRA", "MeZO, prefix"."""
+    """Return a method's name for readers: "Adam, LoRA", "MeZO, prefix"."""
     if method in NAMES or method == "zero-shot":
         return NAMES.get(method, method)
     trained, _, part = method.partition("-") if method.startswith("mezo") else ("Adam", "", method)
@@ -90,7 +91,7 @@ def _axes(figure: Any, columns: int = 1) -> list[Any]:
 
 
 def _curves(found: Mapping[str, Any]) -> Any:
-    """The dev examples' metric and loss on the way; lines are means over seeds, bands the range."""
+    """Plot the dev metric and loss on the way; lines are means over seeds, bands their range."""
     trained = [row["method"] for row in found["rows"]]
     curves = {m: [c["curve"] for c in _chosen(found, m) if c["curve"]] for m in trained}
     curves = {method: runs for method, runs in curves.items() if runs}
@@ -145,7 +146,7 @@ def _chosen(found: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
 
 
 def _memory(found: Mapping[str, Any]) -> Any:
-    """The table's rows as points; bars are a standard deviation over seeds to either side."""
+    """Plot the table's rows as points; bars are a standard deviation over seeds to either side."""
     figure = _figure(7.5, 4.4)
     (axes,) = _axes(figure)
     for row in found["rows"]:
@@ -172,7 +173,7 @@ def _memory(found: Mapping[str, Any]) -> Any:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """10, 20, 50 instead of powers; few enough not to run into each other."""
+    """Label 10, 20, 50 instead of powers, with few enough labels that they do not collide."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -192,7 +193,7 @@ _SIZES = {  # as in sizes.COLUMNS: colour, marker, line
 
 
 def _sizes(found: Mapping[str, Any]) -> Any:
-    """The paper's figure: lines are estimates (sizes.py), crosses what the paper measured."""
+    """Plot the paper's figure: lines are estimates (sizes.py), crosses what the paper measured."""
     figure = _figure(8.5, 4.8)
     (axes,) = _axes(figure)
     billions = {name: row[0] for name, row in sizes.ESTIMATES.items()}
@@ -227,7 +228,7 @@ def learning_curves(
     curves: Mapping[str, Sequence[Point]],
     memory: Mapping[str, int],
 ) -> None:
-    """Test accuracy against forward passes, and memory above inference, side by side in one PNG."""
+    """Plot test accuracy against forward passes and memory above inference, in one PNG."""
     try:
         figure = _figure(11, 4.2)
     except ImportError:

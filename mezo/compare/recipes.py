@@ -28,8 +28,8 @@ SHOWN = 32  # demonstrations, as in the paper
 
 
 def parts_of(method: str) -> tuple[str, str, bool]:
-    """(method of mezo train, what is trained, checkpointing). Unknown: InputError, with the nearest
-    name."""
+    """Return (method of mezo train, what is trained, checkpointing). Raise InputError, with the
+    nearest name, for an unknown method."""
     if method in UNTRAINED:
         return method, "", False
     if method in CHECKPOINTING:
@@ -59,7 +59,7 @@ def _known_to_peft(method: str, part: str) -> None:
 
 
 def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
-    """Options of mezo train; the learning rate is an axis of one value.
+    """Return the options of mezo train; the learning rate is an axis of one value.
 
     Batches are of 16 for MeZO and 8 for Adam (Table 16); validated every tenth of the steps, as in
     Table 15; the weights of the best of these are tested.
@@ -89,7 +89,7 @@ def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
 
 
 def searched(made: Grid) -> Grid:
-    """The recipe with rates around its own: `--grid default`."""
+    """Return the recipe with rates around its own: `--grid default`."""
     if "learning_rate" not in made:
         return made
     (rate,) = made["learning_rate"]
@@ -111,7 +111,7 @@ def of_paper(table: str, method: str, task: Task, k: int | None) -> Grid | None:
 
 
 def check(methods: Iterable[str]) -> tuple[str, ...]:
-    """The methods, each once. InputError for an unknown one."""
+    """Return the methods, each once. Raise InputError for an unknown one."""
     chosen = tuple(dict.fromkeys(methods))
     for method in chosen:
         parts_of(method)
@@ -121,7 +121,7 @@ def check(methods: Iterable[str]) -> tuple[str, ...]:
 
 
 def of_file(path: str, given: Any, methods: Iterable[str]) -> dict[str, Grid]:
-    """Sections of a YAML file, by method: options of mezo train, lists of values are axes."""
+    """Return the sections of a YAML file by method: options of mezo train, with lists as axes."""
     from mezo.compare.grids import values_of
 
     if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):

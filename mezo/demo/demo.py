@@ -90,7 +90,7 @@ class Row:
 
 
 def load(name: str) -> tuple[Any, Form, dict[str, list[Example]]]:
-    """A fresh copy of an embedded model, its form on the opinions, and their splits."""
+    """Return a fresh copy of an embedded model, its form on the opinions, and their splits."""
     model, tokenizer = models.load(ModelArguments(name))
     task = tasks.get("opinions")
     splits = {split: tasks.load_examples(task, split) for split in ("train", "dev", "test")}
@@ -98,7 +98,7 @@ def load(name: str) -> tuple[Any, Form, dict[str, list[Example]]]:
 
 
 def baselines(name: str, seed: int, split: str = "test") -> list[Row]:
-    """What the model can do without training: as asked, calibrated, and in context."""
+    """Return what the model can do without training: as asked, calibrated, and in context."""
     setting = SETTINGS[name]
     model, form, splits = load(name)
     rows = [Row("zero-shot", evaluate(model, form, splits[split]).accuracy)]

@@ -58,7 +58,7 @@ class Tuned:
 
 
 def batches(features: Sequence[Feature], size: int, seed: int) -> Iterator[list[Feature]]:
-    """Shuffled epochs without end, in batches of like length: less padding to compute."""
+    """Yield shuffled epochs without end, in batches of similar length, which need less padding."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [feature["length"] for feature in features]
     while True:
@@ -125,7 +125,7 @@ def _check(recipe: Recipe, train: Sequence[Example], evaluations: int) -> None:
 
 
 def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.optim.Optimizer]:
-    """A function that makes one step on a batch at a learning rate, and the optimizer behind it."""
+    """Return a function that makes one step on a batch at a learning rate, and its optimizer."""
     optimizer: torch.optim.Optimizer
     if recipe.method == "mezo":
         optimizer = MeZO(
@@ -179,7 +179,7 @@ def _backward(
 
 
 def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe) -> int:
-    """Peak memory of training above that of inference, in bytes, on the longest batch.
+    """Return the peak memory of training above that of inference, in bytes, on the longest batch.
 
     Three steps against three forward passes, after a warm-up: what a process loads once (kernels,
     thread pools) does not count. Changes the weights.

@@ -106,7 +106,7 @@ def chosen(scores: torch.Tensor) -> tuple[int, ...]:
 def score(
     model: torch.nn.Module, form: Form, features: Sequence[Feature], batch_size: int = 32
 ) -> torch.Tensor:
-    """Scores (features, candidates) on the CPU, in the order of `features`.
+    """Return scores (features, candidates) on the CPU, in the order of `features`.
 
     -inf where an example has fewer candidates than another. Batches are of like length, the longest
     first, so that too large a batch fails at once.
@@ -128,7 +128,7 @@ def score(
 def write(
     model: torch.nn.Module, form: Generated, features: Sequence[Feature], batch_size: int = 32
 ) -> list[str]:
-    """What the model writes after each prompt up to the task's stop, no white space around it."""
+    """Return what the model writes after each prompt, stripped, up to the task's stop."""
     settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
     prompts = [feature["prompt"] for feature in features]
     made = generate(model, form.tokenizer, prompts, settings, batch_size=batch_size)
@@ -136,7 +136,7 @@ def write(
 
 
 def text_metrics(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means of exact match and of the words' F1, each with the best of an example's answers."""
+    """Return means of exact match and of the words' F1, each with an example's best answer."""
     pairs = list(zip(texts, answers, strict=True))
     found = {"exact_match": exact_match, "f1": token_f1}
     return {name: sum(f(*pair) for pair in pairs) / len(pairs) for name, f in found.items()}
@@ -163,5 +163,5 @@ def candidate_metrics(
 
 
 def _chosen(task: Task, example: Example, candidate: int) -> str:
-    """What a candidate stands for, as a text."""
+    """Return what a candidate stands for, as a text."""
     return (example.choices or task.candidates_of(example))[candidate]

@@ -34,7 +34,7 @@ class LinearProbe:
     labels: tuple[int, ...]  # those that the training examples have
 
     def evaluate(self, features: np.ndarray, examples: Sequence[Example], task: Task) -> Result:
-        """As mezo.evaluate; a label that was not in the training examples has probability 0."""
+        """As evaluate.evaluate; a label that was not in the training examples has probability 0."""
         scores = torch.full((len(features), len(task.labels)), -torch.inf, dtype=torch.float64)
         scores[:, list(self.labels)] = torch.from_numpy(features @ self.weight.T + self.bias)
         right = torch.tensor([example.label for example in examples])
@@ -48,7 +48,7 @@ class LinearProbe:
         )
 
     def save(self, folder: str | Path) -> int:
-        """probe.safetensors in the folder; its size in bytes."""
+        """Write probe.safetensors into the folder; return its size in bytes."""
         from safetensors.numpy import save_file
 
         path = Path(folder, "probe.safetensors")
@@ -59,7 +59,7 @@ class LinearProbe:
 def features_of(
     model: torch.nn.Module, form: Form, examples: Sequence[Example], batch_size: int = 32
 ) -> np.ndarray:
-    """(examples, width), float64: what the head reads where the answer is to come.
+    """Return (examples, width) in float64: what the head reads where the answer is to come.
 
     That is the last hidden state of the prompt's last token for causal models, at the mask for
     masked ones, and the mean over the text for encoders.
@@ -88,7 +88,7 @@ def _states(model: torch.nn.Module, form: Form, examples: Sequence[Example]) -> 
 
 
 def _prompt(form: Form, example: Example) -> list[int]:
-    """The tokens that a candidate would follow."""
+    """Return the tokens that a candidate would follow."""
     text = fill(form.task.prompt, example.fields).strip()
     (tokens,) = tokenize(form.tokenizer, [text], [len(text) - 1], [len(text)])
     tokens = form._fit(tokens, example)
@@ -96,7 +96,7 @@ def _prompt(form: Form, example: Example) -> list[int]:
 
 
 def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True) -> LinearProbe:
-    """Multinomial logistic regression; its strength by cross-validation, as the reference's.
+    """Fit a multinomial logistic regression, regularised by cross-validation as the reference's.
 
     Ten strengths from 1e-4 to 1e4 (scikit-learn's LogisticRegressionCV) over five folds, fewer if
     a label has fewer examples; with one example of a label, strength 1.
@@ -139,7 +139,7 @@ def linear_probe(
     batch_size: int,
     output_dir: str,
 ) -> dict[str, Any]:
-    """What a run's result says of a linear probe on the training examples; saves the probe."""
+    """Fit and save a probe on the training examples; return what a run's result says of it."""
     head = unwrap(model).get_output_embeddings()
     bias = head is None or getattr(head, "bias", None) is not None  # the head's own form
     train = splits["train"]
@@ -165,7 +165,7 @@ def zero_shot(
     batch_size: int,
     output_dir: str,
 ) -> dict[str, Any]:
-    """What a run's result says of the model as it is."""
+    """Return what a run's result says of the model as it is."""
     found = {name: evaluate_form(model, form, splits[name], batch_size) for name in ("dev", "test")}
     return {
         "test": found["test"],

@@ -70,7 +70,7 @@ _LOCAL = ("_dir", "_file", "_or_path", "run_name")  # ends of options that name 
 
 
 def card(path: str | Path, repo: str, base_model: str | None = None) -> str:
-    """The card, in Markdown, of the run log at `path` as the repository `repo`.
+    """Return the model card, in Markdown, of the run log at `path` as the repository `repo`.
 
     `base_model` is its name on the hub, if it has one. Nothing is said that is not in the log.
     """
@@ -108,7 +108,7 @@ def card(path: str | Path, repo: str, base_model: str | None = None) -> str:
 
 
 def _datasets(config: dict[str, Any]) -> list[str] | None:
-    """The task's data set on the hub, if that is what the run read."""
+    """Return the task's data set on the hub, if the run read that."""
     task = config.get("task")
     known = tasks.TASKS.get(task) if isinstance(task, str) else None
     local = any(config.get(name) for name in ("data_dir", "train_file", "prompt"))
@@ -116,7 +116,7 @@ def _datasets(config: dict[str, Any]) -> list[str] | None:
 
 
 def _settings(log: trajectory.Log) -> dict[str, Any]:
-    """What the log says of the run, without the owner's paths."""
+    """Return what the log says of the run, without the owner's paths."""
     header, first = log.header, log.segments[0].header
     found: dict[str, Any] = {"steps": len(log.steps)}
     if log.start:
@@ -147,7 +147,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _code(value: Any) -> str:
-    """A value as code that cannot end its cell, nor begin Markdown or HTML of its own."""
+    """Return a value as code that can neither end its cell nor begin Markdown or
+    HTML of its own."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.replace("`", "'").replace("|", "\\|").split())
     return f"`{text[:200]}`" if text else ""

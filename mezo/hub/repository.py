@@ -25,7 +25,7 @@ _REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def push(
     log: str | Path, repo: str, *, private: bool = False, base_model: str | None = None
 ) -> dict[str, Any]:
-    """Upload a run log and a model card made of it; the repository is made if there is none.
+    """Upload a run log and a model card made of it; create the repository if it does not exist.
 
     Args:
         private: of a repository that is made.
@@ -53,7 +53,7 @@ def push(
 
 
 def pull(repo: str, output: str | Path | None = None) -> Path:
-    """The run log of a repository, read once to check it; `output`: copied there, if it is free.
+    """Download the run log of a repository and check it; copy it to `output`, if that is free.
 
     Raises InputError if there is no such repository, no run.mezo in it, or no network.
     """
@@ -73,7 +73,8 @@ def pull(repo: str, output: str | Path | None = None) -> Path:
 
 
 def resolve(log: str | Path) -> Path:
-    """The file of a run log: `log` itself, or what is pulled for "user/name" or "hub:user/name"."""
+    """Return the file of a run log: `log` itself, or what is pulled for
+    "user/name" or "hub:user/name"."""
     name = str(log)
     if name.startswith("hub:"):
         return pull(name.removeprefix("hub:"))
@@ -87,7 +88,7 @@ def resolve(log: str | Path) -> Path:
 
 @contextmanager
 def _plainly(repo: str) -> Iterator[None]:
-    """What the hub's client raises, as InputErrors of one sentence."""
+    """Turn what the hub's client raises into InputErrors of one sentence."""
     from huggingface_hub import constants, errors
 
     login = "log in with: hf auth login"

@@ -65,7 +65,7 @@ class PeakOfStretches:
 
 
 def give_back() -> None:
-    """What the process has freed goes back to the system, as far as it can."""
+    """Return freed memory to the system, as far as that is possible."""
     gc.collect()
     if platform.system() == "Linux" and not torch.cuda.is_available():
         with contextlib.suppress(AttributeError):  # musl has none
@@ -73,7 +73,7 @@ def give_back() -> None:
 
 
 def _reset() -> None:
-    """The high-water mark is what is taken now."""
+    """Set the high-water mark to what is taken now."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -30,7 +30,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: dict[int, Any] = {x.untyped_storage()._cdata: x for x in known}
 
     def take(self) -> int:
-        """The peak since the last call."""
+        """Return the peak since the last call."""
         peak, self.peak = self.peak, self.now
         return peak
 

@@ -82,7 +82,7 @@ class Plan:
 
 
 def config_of(model: str) -> Any:
-    """The config of a model: an OPT by name, a folder, a config.json, or a name on the hub."""
+    """Return a model's config: of an OPT by name, a folder, a config.json, or a name on the hub."""
     from transformers import OPTConfig
 
     short = model.lower().removeprefix("facebook/").removeprefix("opt-")
@@ -104,7 +104,7 @@ def config_of(model: str) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """The model without numbers, as a causal one, else as the config's `architectures` says."""
+    """Return the model without numbers, as a causal one or as the config's `architectures` says."""
     import transformers
 
     named = (config.architectures or [None])[0]
@@ -146,7 +146,7 @@ class Planner:
         (self._forward,) = self._of_layers(lambda config: [self._flops(config)])
 
     def plan(self, method: str, steps: int, machine: Machine | None = None) -> Plan:
-        """Raises InputError for a method that the dtype has not."""
+        """Return the plan of a method. Raise InputError for one that the dtype does not have."""
         if method not in PLANNED:
             raise InputError(f"method must be one of {', '.join(PLANNED)}, got {method!r}")
         made: Callable[[], tuple[int, int, float, float]] = getattr(self, f"_{method}")
@@ -228,18 +228,19 @@ class Planner:
         return [round(more + (more - few) * slope) for few, more in zip(*found, strict=True)]
 
     def inference(self) -> int:
-        """Device memory of a forward pass, in bytes."""
+        """Return the device memory of a forward pass, in bytes."""
         return self._base() + self.forward()
 
     def _base(self) -> int:
         return self.weights + self.buffers
 
     def _factors(self, rank: int) -> int:
-        """A and U of m, V of n, in float32."""
+        """Return the bytes of A and U of m, and V of n, in float32."""
         return sum(4 * rank * (2 * len(p) + p.shape[1]) for _, p in self.named if p.dim() == 2)
 
     def forward(self, batch: int | None = None, *, perturbed: bool = False) -> int:
-        """The peak of a forward pass above weights, in bytes; perturbed: with weights made anew."""
+        """Return the peak of a forward pass above weights, in bytes; perturbed: with
+        weights made anew."""
 
         def measure(config: Any) -> list[int]:
             model = self.make(config, self.dtype)
@@ -297,7 +298,8 @@ def _width(config: Any) -> int:
 
 
 def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
-    """Peaks above weights and buffers of a step with AdamW: of both passes, and of the update."""
+    """Return peaks of a step with AdamW above weights and buffers: of both passes,
+    of the update."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)
     with FusedAttention(), LiveBytes([*model.parameters(), *model.buffers()]) as living:
@@ -312,7 +314,7 @@ def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
 
 
 def calibrate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> Machine:
-    """Three small measurements, of about `seconds` each."""
+    """Make three small measurements, of about `seconds` each."""
     size = 1024
     a = torch.randn(size, size, device=device).to(dtype)
     flops = _rate(lambda: a @ a, 2 * size**3, device, seconds)

@@ -61,7 +61,7 @@ def estimate(name: str) -> tuple[float, ...]:
 
 
 def prefixed(config: Any, dtype: Any) -> Any:
-    """The model with a prefix, both without numbers, for Planner."""
+    """Return the model with a prefix, both without numbers, for Planner."""
     import torch
 
     from mezo.memory.meta import FusedAttention, LiveBytes

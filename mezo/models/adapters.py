@@ -45,7 +45,8 @@ _FROM_ACTIVATIONS = ("prefix_tuning", "cartridge")
 
 
 def full_name(peft_type: str) -> str:
-    """peft's own name of a method. Unknown or unfit: InputError that names the nearest."""
+    """Return peft's own name of a method. Raise InputError, with the nearest name,
+    if it is unknown."""
     from peft import PeftType
 
     name = SHORT.get(peft_type.lower(), peft_type.lower())
@@ -61,7 +62,7 @@ def full_name(peft_type: str) -> str:
 
 
 def method_of(args: ModelArguments) -> str:
-    """What is trained, as results name it: "", "-lora", "-prefix", ..."""
+    """Return what is trained, as results name it: "", "-lora", "-prefix", ..."""
     if not args.use_peft:
         return ""
     name = full_name(args.peft_type)
@@ -69,12 +70,12 @@ def method_of(args: ModelArguments) -> str:
 
 
 def is_prompt(args: ModelArguments) -> bool:
-    """Whether the method puts tokens in front of the text."""
+    """Return whether the method puts tokens in front of the text."""
     return args.use_peft and "num_virtual_tokens" in _fields(full_name(args.peft_type))
 
 
 def options_of(text: str | None) -> dict[str, Any]:
-    """peft_options as a dict. Numbers, truth values and lists of them alone.
+    """Return peft_options as a dict; they may hold numbers, truth values and lists of these only.
 
     No text: an option of peft may name a tokenizer to load or a module to import, and a log that
     somebody else wrote may hold these options.
@@ -93,7 +94,7 @@ def options_of(text: str | None) -> dict[str, Any]:
 
 
 def with_adapter(model, args: ModelArguments, seed: int):
-    """The model with a new adapter as `args` says, whose initial weights are those of `seed`.
+    """Return the model with a new adapter as `args` says, with initial weights drawn from `seed`.
 
     The base model is frozen, the caller's random numbers stay. Raises InputError, in peft's words,
     where the method does not go with the model.
@@ -141,7 +142,8 @@ def _config(name: str, model, args: ModelArguments):
 
 
 def _targets(model, asked: list[str]) -> list[str]:
-    """The names of the modules that get an adapter, with QUERY_VALUE as this model calls them."""
+    """Return the names of the modules that get an adapter; QUERY_VALUE is
+    translated for this model."""
     if asked != QUERY_VALUE:
         return asked
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -155,7 +157,7 @@ def _targets(model, asked: list[str]) -> list[str]:
 
 
 def prepared(model):
-    """A model in peft's wrapper, new or loaded, made fit for padded batches.
+    """Return a model in peft's wrapper, new or loaded, made fit for padded batches.
 
     peft drops the position_ids of prompt tuning; with padding on the left the positions would then
     depend on how long the batch's other texts are. A hook counts them from the mask, as the Trainer
@@ -169,7 +171,7 @@ def prepared(model):
 
 
 def trainable_prompt(model):
-    """A loaded prefix or prompt that can be trained on, which peft's own loading refuses.
+    """Return a loaded prefix or prompt that can be trained on, which peft's own loading refuses.
 
     Others (P-tuning, a projected prefix) are saved as what they computed: they stay frozen.
     """
@@ -234,7 +236,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def is_of_adapter(name: str) -> bool:
-    """Whether a parameter in peft's wrapper, of this name, is an adapter's and not the model's."""
+    """Return whether a parameter of this name, in peft's wrapper, is an adapter's."""
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
     own = [prefix for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix]
@@ -243,18 +245,18 @@ def is_of_adapter(name: str) -> bool:
 
 
 def virtual_tokens(model: torch.nn.Module) -> int:
-    """Positions of the context that an adapter takes up."""
+    """Return how many positions of the context an adapter takes up."""
     config = getattr(model, "active_peft_config", None)
     return config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
 
 
 def drops_positions(model: torch.nn.Module) -> bool:
-    """Whether peft ignores position_ids, with a warning at every call: see `prepared`."""
+    """Return whether peft ignores position_ids, with a warning at every call: see `prepared`."""
     return virtual_tokens(model) > 0 and not starts_at_activations(model)
 
 
 def starts_at_activations(model: torch.nn.Module) -> bool:
-    """Whether the adapter's start was computed by a forward pass of the base model."""
+    """Return whether a forward pass of the base model computed the adapter's start."""
     config = getattr(model, "active_peft_config", None)
     if config is None or config.peft_type.lower() not in _FROM_ACTIVATIONS:
         return False
@@ -263,7 +265,7 @@ def starts_at_activations(model: torch.nn.Module) -> bool:
 
 @torch.no_grad()
 def _start_at_activations(model, seed: int) -> None:
-    """The prefix is that of random real tokens (Malladi et al., Appendix E.5; Li and Liang, 2021).
+    """Start the prefix at random real tokens (Malladi et al., Appendix E.5; Li and Liang, 2021).
 
     The model then computes what it would behind these tokens: it starts as itself, which a random
     prefix, that every token attends to, does not.
@@ -280,7 +282,7 @@ def _start_at_activations(model, seed: int) -> None:
 
 
 def _keys_and_values(base, tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each layer, (1, heads, tokens, head size)."""
+    """Return keys and values of each layer, (1, heads, tokens, head size)."""
     mask = torch.ones_like(tokens)
     if base.can_generate():
         cache = cache_of(base(input_ids=tokens, attention_mask=mask, use_cache=True))

@@ -69,7 +69,8 @@ class FrozenLower:
         self._states.clear()
 
     def _below(self) -> list[torch.nn.Parameter]:
-        """The parameters of all modules that run, or begin to, before the first trained layer."""
+        """Return the parameters of all modules that run, or begin to, before the first
+        trained layer."""
         run: list[torch.nn.Module] = []
         hooks = [
             module.register_forward_pre_hook(lambda module, args: run.append(module))
@@ -124,7 +125,7 @@ class FrozenLower:
 
     @torch.no_grad()
     def _enter(self, ids, mask, rest: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What enters the first trained layer, (batch, tokens, hidden); 0 for padding."""
+        """Return what enters the first trained layer, (batch, tokens, hidden); 0 for padding."""
         inputs = torch.stack([ids, *(value.expand_as(ids) for value in rest.values())])
         known = inputs.cpu()  # one wait for the device, not one a row
         states = []
@@ -140,7 +141,7 @@ class FrozenLower:
         return entering
 
     def _run_lower(self, ids: torch.Tensor, rest: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The states at the first trained layer, of one text without padding."""
+        """Return the states at the first trained layer, for one text without padding."""
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **rest}
         found, _ = self._run_into(self.layers[self.first], inputs)
         if found.shape[:2] != ids.shape:
@@ -148,7 +149,7 @@ class FrozenLower:
         return found
 
     def _run_into(self, layer: torch.nn.Module, inputs: dict) -> tuple[torch.Tensor, float]:
-        """The states that a layer is called with, and the tolerance of their arithmetic."""
+        """Return the states that a layer is called with, and the tolerance of their arithmetic."""
         seen: list[tuple[torch.Tensor, float]] = []
 
         def stop(module, args, kwargs):
@@ -170,7 +171,7 @@ class FrozenLower:
         raise InputError(f"{type(self.model).__name__} does not run its layers one by one")
 
     def _compare(self, kwargs: dict[str, Any], entering: torch.Tensor, mask: torch.Tensor) -> None:
-        """InputError unless the last layer gets the same states with skipping as without.
+        """Raise InputError unless the last layer gets the same states with skipping as without.
 
         A wrong position or mask changes a token's states by a good part of their length, rounding
         by far less than 1 % (10 % in 16 bits).
@@ -195,7 +196,7 @@ class _Stop(Exception):
 
 
 def _stack(model: torch.nn.Module) -> tuple[str, list[Any]]:
-    """The name and the list of the model's layers: the longest ModuleList of one class.
+    """Return the name and the list of the model's layers: the longest ModuleList of one class.
 
     Lists within lists (the experts of a layer) do not count.
     """

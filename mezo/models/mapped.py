@@ -31,7 +31,7 @@ class Homes:
         self.maps: dict[int, mmap.mmap] = {}
 
     def give_up(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Their pages leave this process; what was written to them is in the file."""
+        """Drop the parameters' pages from this process; what was written to them is in the file."""
         for p in parameters:
             if id(p) in self.maps:
                 self.maps[id(p)].madvise(mmap.MADV_DONTNEED)
@@ -67,7 +67,8 @@ def move_to_file(model: torch.nn.Module, folder: Path) -> Homes:
 
 
 def _layout(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[bytes, list[int], int]:
-    """(what precedes the data in a safetensors file, the start of each parameter, the end)."""
+    """Return what precedes the data in a safetensors file, the start of each
+    parameter, and the end."""
     entries: dict[str, Any] = {}
     starts, at = [], 0
     for name, p in named:
@@ -89,7 +90,7 @@ def _layout(named: Sequence[tuple[str, torch.Tensor]]) -> tuple[bytes, list[int]
 def _map(
     file: BinaryIO, start: int, like: torch.Tensor, shape: Any, access: int
 ) -> tuple[torch.Tensor, mmap.mmap]:
-    """A tensor of like's dtype at byte `start` of a file, and the map that holds it."""
+    """Return a tensor of like's dtype at byte `start` of a file, and the map that holds it."""
     first = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     count = torch.Size(shape).numel()
     length = start - first + count * like.element_size()
@@ -99,7 +100,7 @@ def _map(
 
 
 def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **kwargs: Any) -> Any:
-    """The model that transformers loads with everything "on disk", parameters mapped from there.
+    """Return the model that transformers loads "on disk", with its parameters mapped from there.
 
     transformers says where each one is and by what name, and writes to `folder` what the files have
     in another form (experts one by one). What they have in another dtype is converted, in memory
@@ -133,7 +134,7 @@ def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **k
 
 
 def _place(model: torch.nn.Module, name: str) -> tuple[str, str]:
-    """(file, key in it) of a parameter, from the hook that would load it."""
+    """Return (file, key in it) of a parameter, from the hook that would load it."""
     module, _, _ = name.rpartition(".")
     found: Any = model.get_submodule(module)._hf_hook
     entry = found.weights_map.dataset.index[name]

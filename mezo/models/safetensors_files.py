@@ -69,7 +69,7 @@ class Checkpoint:
             return file.get_tensor(place.key)
 
     def dtype(self, place: Place) -> str | None:
-        """torch's name of the floating-point type; None for another type."""
+        """Return torch's name of the floating-point type; None for another type."""
         return FLOATS.get(self.tensors[place]["dtype"])
 
 
@@ -110,7 +110,7 @@ def write(
     tensor_of: Callable[[Place], torch.Tensor],
     dtypes: dict[Place, str],
 ) -> None:
-    """A checkpoint like `checkpoint`, with other tensors and dtypes (torch's names).
+    """Write a checkpoint like `checkpoint`, with other tensors and dtypes (torch's names).
 
     Whatever ends it early, `output` has no file that looks like a finished one: all are written to
     a folder in it that goes away, and renamed at the end, config.json last.
@@ -143,7 +143,7 @@ def _rank(path: Path) -> tuple[bool, bool]:
 
 
 def _write_file(path: Path, checkpoint: Checkpoint, name: str, tensor_of, dtypes) -> int:
-    """One file, tensor by tensor; returns the bytes of its data."""
+    """Write one file, tensor by tensor; return the bytes of its data."""
     header, order, end = _layout(checkpoint, name, dtypes)
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -155,7 +155,8 @@ def _write_file(path: Path, checkpoint: Checkpoint, name: str, tensor_of, dtypes
 
 
 def _layout(checkpoint: Checkpoint, name: str, dtypes) -> tuple[bytes, list[Place], int]:
-    """(header, places in the order of the data, bytes of the data) of a file to be written."""
+    """Return header, places in the order of the data, and bytes of the data of a
+    file to be written."""
     rows = []  # (place, bytes an element, what the header says of it)
     for place, info in checkpoint.tensors.items():
         if place.file != name:
@@ -183,7 +184,7 @@ def _write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
 
 
 def _write_beside(checkpoint: Checkpoint, folder: Path, total: int, dtypes) -> None:
-    """The index, the config, and what belongs to the tokenizer."""
+    """Write the index, the config, and the tokenizer's files."""
     source, casts = checkpoint.folder, {}
     for place, dtype in dtypes.items():
         before = checkpoint.dtype(place)
@@ -203,7 +204,7 @@ def _write_beside(checkpoint: Checkpoint, folder: Path, total: int, dtypes) -> N
 
 
 def _with_dtype(config: Any, casts: dict[str, str]) -> Any:
-    """The config with the dtype that the weights now have: loading goes by it."""
+    """Return the config with the weights' new dtype, by which loading goes."""
     if not isinstance(config, dict):
         return config
     found = {key: _with_dtype(value, casts) for key, value in config.items()}

@@ -41,7 +41,7 @@ class Causal(Form):
         return [p + c for p, c in self._parts(example, self.demonstrations)]
 
     def _parts(self, example: Example, demonstrations: Sequence[Example]) -> list[tuple[str, str]]:
-        """Prompt and continuation for each candidate."""
+        """Return prompt and continuation for each candidate."""
         prompt = self._prompt(example, demonstrations)
         return [(prompt, candidate) for candidate in self.task.candidates_of(example)]
 
@@ -87,7 +87,7 @@ class Causal(Form):
         return feature | {"length": len(longest.ids) - excess, "dropped": dropped}
 
     def _dropped(self, example: Example, shown: Sequence[Example]) -> int:
-        """How many of the demonstrations do not fit."""
+        """Return how many of the demonstrations do not fit."""
 
         def fits(dropped: int) -> bool:
             return max(map(self._excess, self._tokens(example, shown[dropped:]))) <= 0
@@ -101,7 +101,8 @@ class Causal(Form):
             raise InputError(f"{where}: label {example.label} is none of {candidates} candidates")
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """labels (B,), and what `pack` makes of rows with a common beginning, else `spread`."""
+        """Return labels (B,) and what `pack` makes of rows with a common beginning, or
+        else `spread`."""
         rows, row, targets = ([f[key] for f in features] for key in ("rows", "row", "targets"))
         longest = max(len(one) for own in rows for one in own)
         several = any(len(own) > 1 for own in rows)
@@ -162,7 +163,7 @@ class Causal(Form):
         return [_less(one, other) for one, other in zip(halves, neutral, strict=True)]
 
     def _means(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(B, K) of (B, K, L); -inf where an example has fewer candidates than others."""
+        """Return the means (B, K) of (B, K, L), and -inf where an example has fewer candidates."""
         numbers = (targets != IGNORED).sum(-1)
         scores = log_probs.sum(-1)
         scores = scores / numbers.clamp(min=1) if self.normalised else scores
@@ -189,14 +190,14 @@ class Causal(Form):
         return double_rows(double(batch), batch)
 
     def _layout(self, model: torch.nn.Module, batch: Batch) -> Batch:
-        """Plain rows instead of packed ones if a prompt of peft's was put in front meanwhile."""
+        """Return plain rows instead of packed ones if peft has put a prompt in front meanwhile."""
         if "branch" not in batch or not _prompted(model):
             return batch
         rest = {k: v for k, v in batch.items() if k not in ("branch", "rows", "place")}
         return rest | apart(batch)
 
     def _right(self, batch: Batch) -> Batch:
-        """The right candidates alone, each with a row of its own."""
+        """Return the right candidates alone, each with a row of its own."""
         examples = torch.arange(len(batch["labels"]), device=batch["labels"].device)
         rows = batch["row"][examples, batch["labels"]]
         if "branch" in batch:
@@ -206,7 +207,8 @@ class Causal(Form):
         return right | {"row": examples, "targets": batch["targets"][examples, batch["labels"]]}
 
     def _log_probs(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Of targets (..., L), read in row (...) of the batch; 0 for padding. float32."""
+        """Return float32 log-probabilities of targets (..., L), read in row (...); 0
+        for padding."""
         batch = self._layout(model, batch)
         row, targets, mask = (batch[key] for key in ("row", "targets", "attention_mask"))
         length = targets.shape[-1]
@@ -231,14 +233,16 @@ class Causal(Form):
         return log_probs.masked_fill(targets == IGNORED, 0.0)
 
     def branches(self) -> bool:
-        """Whether an example may have rows that differ: not if all candidates are one token."""
+        """Return whether an example's rows may differ; they do not if all candidates
+        are one token."""
         if self.task.kind != "classification" or any(map(fields_of, self.task.candidates)):
             return True
         fields = dict.fromkeys(self.task.columns, "x")
         return len({tuple(t.ids[:-1]) for t in self._tokens(Example(fields), ())}) > 1
 
     def shared(self, model: torch.nn.Module) -> "Causal":
-        """This form with candidates in one row as far as the model is seen to compute them there.
+        """Return this form with shared prompts, as far as the model is seen to compute them
+        correctly.
 
         It compares the log-probabilities of packed rows with those of plain ones, for two short
         examples, and with those that come of reading packed rows as if they were plain.
@@ -256,7 +260,7 @@ class Causal(Form):
         return replace(self, share=min(bound, self.max_length) if ratio <= tolerance else 0)
 
     def _misread(self, model: torch.nn.Module) -> float:
-        """How far off packed rows are, as a share of how far they would be unmasked."""
+        """Return how far off packed rows are, as a share of how far off they would be unmasked."""
         size = unwrap(model).config.get_text_config().vocab_size
         tokens: list[int] = [(17 + 31 * i) % size for i in range(10)]
         rows = [[tuple(tokens[:n] + tokens[n : n + 2]), (*tokens[:n], *tokens[7:])] for n in (3, 5)]
@@ -274,20 +278,21 @@ class Causal(Form):
 
 
 def _computed_in(model: torch.nn.Module, device: torch.device) -> torch.dtype:
-    """The type of attention's queries: autocast's, or that of the first floating weights."""
+    """Return the dtype of attention's queries: autocast's, or that of the first
+    floating weights."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _prompted(model: torch.nn.Module) -> bool:
-    """Whether peft puts tokens of its own in front, which knows masks of two dimensions alone."""
+    """Return whether peft puts tokens of its own in front; it knows two-dimensional masks alone."""
     configs = getattr(model, "peft_config", {})
     return any(config.is_prompt_learning for config in configs.values())
 
 
 def _right_of(features: Sequence[Feature], most: int) -> torch.Tensor:
-    """(B, K), booleans: which candidates are right, where some example has several."""
+    """Return which candidates are right, (B, K) booleans, where an example has several."""
     right = torch.zeros(len(features), most, dtype=torch.bool)
     for row, feature in zip(right, features, strict=True):
         accepted = feature.get("right")
@@ -303,7 +308,7 @@ def _neutral(batch: Batch) -> Batch:
 
 
 def _less(scores: torch.Tensor, neutral: torch.Tensor) -> torch.Tensor:
-    """scores - neutral; -inf where there is no candidate."""
+    """Return scores - neutral, and -inf where there is no candidate."""
     return (scores - neutral).masked_fill(scores == -torch.inf, -torch.inf)
 
 

@@ -28,7 +28,7 @@ class Encoder(Form):
 
     @classmethod
     def of(cls, **shared) -> "Encoder":
-        """With the tokens of the task's descriptions."""
+        """Make the form, with the tokens of the task's descriptions."""
         form = cls(**shared)
         rows = [form._ids(d, Example({}, 0, "a description")) for d in form.task.descriptions]
         return replace(form, described=tuple(map(tuple, rows)))
@@ -37,7 +37,8 @@ class Encoder(Form):
         return [fill(self.task.text, example.fields).lstrip()]
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """As Form.encode; what is too long is cut on the right. Returns input_ids, label, length.
+        """As Form.encode; a text that is too long is cut on the right. Returns input_ids, label,
+        length.
 
         Demonstrations take the model: see `in_context`.
         """
@@ -54,14 +55,14 @@ class Encoder(Form):
         return list(ids)
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """labels (B,), input_ids and attention_mask (B + candidates, T)."""
+        """Return labels (B,), input_ids and attention_mask (B + candidates, T)."""
         rows = [feature["input_ids"] for feature in features]
         rows += self.described if self.anchors is None else ()
         labels = torch.tensor([feature["label"] for feature in features])
         return {"labels": labels, **self._pad(rows, "right")}
 
     def in_context(self, model: torch.nn.Module, demonstrations: Sequence[Example]) -> Form:
-        """The forward-only analogue: a candidate is its description and its demonstrations.
+        """Return the forward-only analogue: a candidate is its description and its demonstrations.
 
         Each anchor is the average of the description's embedding and the mean embedding of the
         label's demonstrations, if it has any. Anchors are as the weights are now: for evaluation,
@@ -91,7 +92,8 @@ class Encoder(Form):
 
 
 def embed(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Unit vectors (rows, width) in float32: means of the last hidden states, padding left out."""
+    """Return unit vectors (rows, width) in float32: means of the last hidden
+    states without padding."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     mask = batch["attention_mask"][..., None].float()
     states = model(**inputs).last_hidden_state[:, -mask.shape[1] :]  # behind peft's own tokens

@@ -39,40 +39,43 @@ class Form(ABC):
 
     @abstractmethod
     def texts(self, example: Example) -> list[str]:
-        """What the model reads, before tokenisation."""
+        """Return what the model reads, before tokenisation."""
 
     @abstractmethod
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """Features of one example. Longer than max_length: InputError, unless truncate."""
+        """Return the features of one example. Raise InputError for one too long,
+        unless truncate."""
 
     @abstractmethod
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """A batch as long as its longest row."""
+        """Return a batch as long as its longest row."""
 
     @abstractmethod
     def in_context(self, model: torch.nn.Module, demonstrations: Sequence[Example]) -> "Form":
-        """This form with demonstrations in front of every example."""
+        """Return this form with demonstrations in front of every example."""
 
     @abstractmethod
     def _scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor: ...
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """(examples, candidates), float32."""
+        """Return scores (examples, candidates) in float32."""
         scores = self._scores(model, batch)
         return scores if self.offsets is None else scores - self.offsets.to(scores.device)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy over candidates, mean over the batch: a float32 scalar."""
+        """Return the cross-entropy over candidates, averaged over the batch: a float32 scalar."""
         return F.cross_entropy(self.scores(model, batch), batch["labels"])
 
     def closure(self, model: torch.nn.Module, batch: Batch) -> Paired:
-        """The loss, for `MeZO.step`; in one forward pass for both along low-rank directions."""
+        """Return the loss as a closure for `MeZO.step`; low rank has both losses from
+        one forward pass."""
         return Paired(partial(self.loss, model, batch), partial(self.pair_loss, model, batch))
 
     def pair_loss(
         self, model: torch.nn.Module, batch: Batch, both: Both
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses at theta + eps z and theta - eps z: what low_rank.Paired calls `halves`."""
+        """Return the losses at theta + eps z and theta - eps z, as
+        `closures.Paired.halves` does."""
         plus, minus = self.pair_scores(model, batch, both)
         offsets = 0.0 if self.offsets is None else self.offsets.to(plus.device)
         labels = batch["labels"]
@@ -86,7 +89,7 @@ class Form(ABC):
         return double(batch)
 
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> "Form":
-        """This form with the scores of an empty example subtracted, as they are now.
+        """Return this form with the scores of an empty example, as they are now, subtracted.
 
         Zhao et al. (2021): removes the model's liking for a candidate whatever the text. Another
         `kind` than "content_free" is for causal models.
@@ -100,11 +103,12 @@ class Form(ABC):
         return replace(self, offsets=scores[0])
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> Batch:
-        """input_ids and attention_mask of shape (rows, longest)."""
+        """Return input_ids and attention_mask of shape (rows, longest)."""
         return padded(rows, self.tokenizer.pad_token_id or 0, side)  # masked: any token does
 
     def _fit(self, tokens: Tokens, example: Example) -> Tokens:
-        """Refuses what is too long; or cuts it on the left, behind the leading special tokens."""
+        """Refuse a text that is too long, or cut it on the left, after the leading
+        special tokens."""
         excess = self._excess(tokens)
         if excess <= 0:
             return tokens
@@ -115,7 +119,7 @@ class Form(ABC):
         return tokens.cut(excess)
 
     def _excess(self, tokens: Tokens) -> int:
-        """By how many tokens a text is too long; not positive if it fits."""
+        """Return by how many tokens a text is too long; not positive if it fits."""
         return len(tokens.ids) - self.max_length
 
     def _refuse(self, length: int, example: Example) -> None:
@@ -126,7 +130,8 @@ class Form(ABC):
             )
 
     def _fixed(self, example: Example) -> None:
-        """InputError for candidates of the example's own: this kind of model knows fixed words."""
+        """Raise InputError for an example's own candidates: this kind of model knows
+        fixed words."""
         if example.candidates:
             where = example.origin or "example"
             raise InputError(f"{where} has candidates of its own: they need a causal model")

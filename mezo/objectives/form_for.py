@@ -36,7 +36,7 @@ def form_for(
     objective: str | None = None,
     share: bool = True,
 ) -> Form:
-    """The form that fits the model: causal, masked or encoder. peft's wrapper is looked through.
+    """Return the form that fits the model: causal, masked or encoder. peft-wrapped models work too.
 
     Args:
         max_length: limit in tokens; None is the model's and the tokenizer's own.
@@ -89,7 +89,7 @@ def _check_needs(task: Task, kind: str) -> None:
 
 
 def kind_of(model: "PreTrainedModel") -> str:
-    """causal, masked or encoder, by what the model's class can do."""
+    """Return causal, masked or encoder, by what the model's class can do."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder-decoder: causal, masked and encoder models are run")
@@ -103,7 +103,7 @@ def kind_of(model: "PreTrainedModel") -> str:
 
 
 def _accepts(model: torch.nn.Module, inner: "PreTrainedModel") -> frozenset[str]:
-    """Arguments of the forward pass, without those that peft's wrapper drops."""
+    """Return the arguments of the forward pass, without those that peft's wrapper drops."""
     names = frozenset(inspect.signature(inner.forward).parameters)
     return names - {"position_ids"} if drops_positions(model) else names
 
@@ -114,7 +114,7 @@ def _limit(
     asked: int | None,
     virtual: int = 0,
 ) -> int:
-    """Tokens that model and tokenizer can take; what was asked for, if it is no more.
+    """Return how many tokens model and tokenizer can take, or what was asked for if it is no more.
 
     `virtual` positions are taken by an adapter.
     """

@@ -30,7 +30,7 @@ class Generated(Causal):
         return [(self._prompt(example, demonstrations), completion)]
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """As Causal.encode, and prompt: the tokens after which the model writes."""
+        """As Causal.encode, with `prompt`: the tokens after which the model writes."""
         shown = self.demonstrations if demonstrations is None else demonstrations
         feature = super().encode(example, shown)
         prompt = self._prompt(example, shown[feature["dropped"] :]).rstrip(" ")
@@ -57,5 +57,5 @@ class Generated(Causal):
         return super().collate([feature | {"label": 0} for feature in features])
 
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> Form:
-        """InputError: there are no candidates."""
+        """Raise InputError: there are no candidates."""
         raise InputError(f"task {self.task.name} generates text: it has no scores to calibrate")

@@ -93,7 +93,7 @@ def generate(
     batch_size: int | None = None,
     draw: int = 0,
 ) -> list[Completion]:
-    """One completion a prompt, in order. Modes and generators are left as they were.
+    """Return one completion per prompt, in order. Modes and generators are left as they were.
 
     Args:
         model: any causal model of transformers, or peft's wrapper of one.
@@ -123,7 +123,8 @@ def generate(
 
 
 def _tokens(tokenizer, prompts: Prompts) -> list[list[int]]:
-    """Of each prompt; what a tokenizer puts behind a text, its end token, is left out."""
+    """Return the tokens of each prompt, without the end token that a tokenizer
+    puts after a text."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts and len(texts) < len(prompts):
         raise InputError("prompts are all texts or all lists of token ids")
@@ -173,14 +174,15 @@ def _batch(
 
 
 def end_tokens(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Tokens that end a text: the tokenizer's, and those of the model's generation_config."""
+    """Return the tokens that end a text: the tokenizer's, and those of the model's
+    generation_config."""
     more = unwrap(model).generation_config.eos_token_id
     more = [more] if isinstance(more, int) else more or []
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def _config(tokenizer, settings: Generation, ends: list[int]) -> GenerationConfig:
-    """Greedy search over the model's logits as they are: nothing of a checkpoint's own sampling."""
+    """Return greedy search over the model's logits, without the checkpoint's own sampling."""
     plain: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     plain |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "use_cache": True}
     plain |= {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
@@ -215,7 +217,7 @@ class _Gumbel(LogitsProcessor):
 def gumbel(
     key: tuple[int, int], rows: torch.Tensor, place: int, count: int, draw: int
 ) -> torch.Tensor:
-    """Standard Gumbel noise (rows, count), float32, a function of its arguments alone.
+    """Return standard Gumbel noise (rows, count) in float32, a function of its arguments alone.
 
     A token has 24 bits of u, so G is in [-2.9, 16.7]. The uniforms are equal on every device, the
     two logarithms to their rounding.

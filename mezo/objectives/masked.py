@@ -26,7 +26,8 @@ class Masked(Form):
 
     @classmethod
     def of(cls, **shared) -> "Masked":
-        """With the tokens of the task's verbalizers. No mask token, or one for two: InputError."""
+        """Make the form, with the tokens of the task's verbalizers. Raise InputError without a mask
+        token, or if two verbalizers are one token."""
         form = cls(**shared)
         if form.tokenizer.mask_token is None:
             raise InputError(f"{type(form.tokenizer).__name__} has no mask token")
@@ -39,7 +40,7 @@ class Masked(Form):
         return [self._fill(example.fields, self.tokenizer.mask_token)[0]]
 
     def _fill(self, fields: dict[str, str], word: str) -> tuple[str, int]:
-        """The text with a word in place of the mask, and where the word starts."""
+        """Return the text with a word in place of the mask, and where the word starts."""
         before, behind = self.task.mask_prompt.split("{" + MASK + "}")
         front = fill(before, fields).lstrip()
         return front + word + fill(behind, fields), len(front)
@@ -76,7 +77,7 @@ class Masked(Form):
         return feature | {"length": len(tokens.ids)}
 
     def collate(self, features: Sequence[Feature]) -> Batch:
-        """labels (B,), input_ids and attention_mask (B, T), mask (B,)."""
+        """Return labels (B,), input_ids and attention_mask (B, T), and mask (B,)."""
         return {
             "labels": torch.tensor([feature["label"] for feature in features]),
             **self._pad([feature["input_ids"] for feature in features], "right"),
@@ -94,7 +95,7 @@ class Masked(Form):
 def logits_at(
     model: torch.nn.Module, positions: torch.Tensor, inputs: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Logits (batch, vocabulary) at one position a row.
+    """Return logits (batch, vocabulary) at one position per row.
 
     A hook hands the head the hidden states of these positions alone, so that logits of the others
     are never made. It sits on the model's child that holds the output embeddings, as a head is

@@ -31,7 +31,7 @@ def _macro_f1(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def _accepted(scores: torch.Tensor, labels: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Labels with the best candidate in place of the first right one, where both are right."""
+    """Return labels with the best candidate in place of the first right one, if both are right."""
     best = scores.argmax(-1, keepdim=True)
     return torch.where(right.gather(1, best), best, labels[:, None]).squeeze(1)
 
@@ -75,7 +75,8 @@ def metric_loss(
 def metric_closure(
     form: Form, model: torch.nn.Module, batch: Batch, objective: Objective
 ) -> Paired:
-    """The metric's loss, for `MeZO.step`; in one forward pass for both low-rank directions."""
+    """Return the metric's loss as a closure for `MeZO.step`; low rank has both
+    losses from one pass."""
     _check({objective: 1.0} if isinstance(objective, str) else objective)
     return Paired(
         partial(_alone, form, model, batch, objective),

@@ -29,7 +29,7 @@ BOUNDS = ("sliding_window", "attention_chunk_size", "window_size", "attention_wi
 
 
 def reach(config: "PretrainedConfig") -> int | None:
-    """The shortest distance beyond which some layer does not look; None where all do."""
+    """Return the shortest distance beyond which some layer does not look; None where all do."""
     found = (getattr(config.get_text_config(), name, None) for name in BOUNDS)
     return min((bound for bound in found if isinstance(bound, int) and bound > 0), default=None)
 
@@ -40,7 +40,7 @@ def pack(
     targets: Sequence[Sequence[list[int]]],
     filler: int,
 ) -> Batch:
-    """B examples of up to K candidates as B rows of tokens.
+    """Pack B examples of up to K candidates into B rows of tokens.
 
     Args:
         rows: of each example, the different rows that its candidates make.
@@ -84,7 +84,8 @@ def pack(
 
 
 def _joined(rows: Sequence[tuple[int, ...]]) -> tuple[int, list[int], list[int], list[int]]:
-    """How many tokens all rows begin with; the packed row, its branches, and where each starts."""
+    """Return how many tokens all rows begin with, the packed row, its branches,
+    and their starts."""
     places = enumerate(zip(*rows, strict=False))
     common = next((i for i, tokens in places if len(set(tokens)) > 1), min(map(len, rows)))
     packed, branch, starts = list(rows[0][:common]), [COMMON] * common, []
@@ -101,7 +102,8 @@ def spread(
     targets: Sequence[Sequence[list[int]]],
     filler: int,
 ) -> Batch:
-    """The same as R plain rows: input_ids, attention_mask (R, T), row (B, K), targets (B, K, L)."""
+    """Return the same as R plain rows: input_ids, attention_mask (R, T), row (B,
+    K), targets (B, K, L)."""
     most, first, numbers = max(map(len, row)), 0, []
     for mine, own in zip(rows, row, strict=True):
         numbers.append([first + j for j in own] + [first] * (most - len(own)))
@@ -111,7 +113,7 @@ def spread(
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int, side: str = "left") -> Batch:
-    """input_ids and attention_mask of shape (rows, longest)."""
+    """Return input_ids and attention_mask of shape (rows, longest)."""
     mask = stack([[1] * len(row) for row in rows], 0, side)
     return {"input_ids": stack(rows, filler, side), "attention_mask": mask}
 
@@ -122,7 +124,8 @@ def _targets(targets: Sequence[Sequence[list[int]]], most: int) -> torch.Tensor:
 
 
 def packed_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The packed rows: input_ids, attention_mask (B, 1, T, T) to be added to scores, position_ids.
+    """Return the packed rows: input_ids, attention_mask (B, 1, T, T) to be added to scores,
+    position_ids.
 
     Added, because both of transformers' eager and sdpa attention take such a mask.
     """
@@ -141,7 +144,8 @@ def packed_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
 
 
 def apart(batch: Batch, numbers: torch.Tensor | None = None) -> Batch:
-    """Plain rows of packed ones, all or those of the `numbers`: input_ids and attention_mask."""
+    """Return plain rows of packed ones, all or those of the `numbers`: input_ids
+    and attention_mask."""
     rows = batch["rows"] if numbers is None else batch["rows"][numbers]
     example, read = rows[:, 0], batch["branch"].shape[1]
     branch, real = batch["branch"][example], batch["attention_mask"][example].bool()
@@ -155,7 +159,7 @@ def apart(batch: Batch, numbers: torch.Tensor | None = None) -> Batch:
 
 
 def double_rows(doubled: Batch, batch: Batch) -> Batch:
-    """`low_rank.double` of a batch, with the numbers of the copy's rows."""
+    """Number the rows of the copy in a batch that `closures.double` has doubled."""
     copies = "rows" if "rows" in batch else "input_ids"
     doubled["row"][len(batch["row"]) :] += len(batch[copies])
     if "rows" in batch:

@@ -48,7 +48,7 @@ def tokenize(
 
 
 def stack(rows: Sequence[Sequence[int]], filler: int, side: str) -> torch.Tensor:
-    """Rows of unequal length as one tensor (rows, longest), filled up on the side given."""
+    """Return rows of unequal length as one tensor (rows, longest), padded on the side given."""
     longest = max(len(row) for row in rows)
     padding = [[filler] * (longest - len(row)) for row in rows]
     if side == "left":

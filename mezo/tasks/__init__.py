@@ -49,7 +49,7 @@ TASKS = {task.name: task for task in (*SENTENCES, *PAIRS, *PASSAGES)}
 
 
 def get(name: str) -> Task:
-    """The task of that name, or of a YAML file of one's own (yaml_task.py).
+    """Return the task of that name, or read the task of a YAML file (yaml_task.py).
 
     An unknown one is an InputError with the nearest name.
     """
@@ -64,15 +64,15 @@ def get(name: str) -> Task:
 
 
 def describe() -> list[dict[str, str]]:
-    """One row a task: name, kind, models it serves, metric, labels, data."""
+    """Return one row per task: name, kind, models that it serves, metric, labels and data."""
     return listing.describe(TASKS)
 
 
 def show(name: str) -> str:
-    """A task's facts, and its prompt and candidates on a real row, as text."""
+    """Return a task's facts, and its prompt and candidates on a real row, as text."""
     return listing.show(get(name))
 
 
 def rendered(name: str) -> dict[str, object]:
-    """A task's prompt and candidates on a real row, as data."""
+    """Return a task's prompt and candidates on a real row, as data."""
     return listing.rendered(get(name))

@@ -17,7 +17,7 @@ _WHAT_FOLLOWS = "\nAnswer:"
 
 
 def label_first(path: Path) -> Iterator[tuple[str, Row]]:
-    """SST-5's stsa.fine.*: a label from 0 to 4, a space, a sentence.
+    """Read SST-5's stsa.fine.*: a label from 0 to 4, a space, a sentence.
 
     Its -lrb- and -rrb- become the brackets that they stand for, as in the few-shot folders.
     """
@@ -32,7 +32,7 @@ def label_first(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def trec(path: Path) -> Iterator[tuple[str, Row]]:
-    """train_5500.label and TREC_10.label: `DESC:manner How did ... ?`, in Latin-1."""
+    """Read train_5500.label and TREC_10.label: `DESC:manner How did ... ?`, in Latin-1."""
     with path.open(encoding="latin-1") as file:
         for line, text in enumerate(lines_of(path, file), start=1):
             kind, _, question = text.strip().partition(" ")
@@ -44,17 +44,17 @@ def trec(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def headless_sentences(path: Path) -> Iterator[tuple[str, Row]]:
-    """The few-shot folders' CSV: label,sentence without a header, or with one."""
+    """Read the few-shot folders' CSV: label,sentence with or without a header."""
     return read_csv(path, ["label", "sentence"])
 
 
 def headless_texts(path: Path) -> Iterator[tuple[str, Row]]:
-    """The few-shot folders' CSV: label,text without a header, or with one."""
+    """Read the few-shot folders' CSV: label,text with or without a header."""
     return read_csv(path, ["label", "text"])
 
 
 def squad(path: Path) -> Iterator[tuple[str, Row]]:
-    """SQuAD v1.1: {"data": [{title, paragraphs: [{context, qas: [{question, answers}]}]}]}."""
+    """Read SQuAD v1.1: {"data": [{title, paragraphs: [{context, qas: [{question, answers}]}]}]}."""
     content = read_json(path)
     try:
         for article in content["data"]:
@@ -70,14 +70,15 @@ def squad(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def squad_rows(row: Row) -> Iterator[Row]:
-    """Answers are [{text, answer_start}] in the file, {"text": [...], ...} on the hub."""
+    """Yield the row with its answers: [{text, answer_start}] in the file, {"text":
+    [...]} on the hub."""
     answers = row["answers"]
     texts = answers["text"] if isinstance(answers, dict) else [one["text"] for one in answers]
     yield row | {"answers": list(texts)}
 
 
 def drop(path: Path) -> Iterator[tuple[str, Row]]:
-    """DROP: {section: {passage, qa_pairs: [{question, answer, validated_answers}]}}."""
+    """Read DROP: {section: {passage, qa_pairs: [{question, answer, validated_answers}]}}."""
     content = read_json(path)
     try:
         for section in content.values():
@@ -110,7 +111,7 @@ def drop_rows(row: Row) -> Iterator[Row]:
 
 
 def _spans(answer: dict[str, Any]) -> list[str] | None:
-    """A number, a date or spans; None if it is more than one of them."""
+    """Return a number, a date or spans as text; None if the answer is more than one of them."""
     number, spans = str(answer["number"]), list(answer["spans"])
     date = " ".join(answer.get("date", {}).get(part, "") for part in ("day", "month", "year"))
     kinds = [kind for kind in ([number], [date.strip()], spans) if any(kind)]

@@ -7,7 +7,7 @@ from mezo.tasks.task import MASK, Example, Hub, Task, fill
 
 
 def models_of(task: Task) -> tuple[str, ...]:
-    """The kinds of models that the task serves."""
+    """Return the kinds of models that the task serves."""
     serves = {
         "causal": task.prompt,
         "masked": task.mask_prompt,
@@ -17,7 +17,7 @@ def models_of(task: Task) -> tuple[str, ...]:
 
 
 def describe(tasks: Mapping[str, Task]) -> list[dict[str, str]]:
-    """One row a task: name, kind, models, metric, labels, data."""
+    """Return one row per task: name, kind, models, metric, labels and data."""
     return [
         {
             "name": name,
@@ -38,7 +38,7 @@ def _data(task: Task) -> str:
 
 
 def shown_example(task: Task) -> Example:
-    """The example made of the real row that the task is documented with."""
+    """Return the example made of the real row that documents the task."""
     row = next(iter(task.rows(task.shown))) if task.rows else task.shown
     example = example_of(task, row, f"row shown for {task.name}", Hub(""))
     assert example is not None
@@ -46,8 +46,8 @@ def shown_example(task: Task) -> Example:
 
 
 def show(task: Task) -> str:
-    """Facts of the task, and what its row becomes for each kind of model. "|" begins what is
-    scored or trained, "*" is right."""
+    """Return facts of the task, and what its row becomes for each kind of model. "|" marks the
+    beginning of what is scored or trained, "*" marks the right candidate."""
     example = shown_example(task)
     lines = [f"{task.name}, version {task.version}: {task.kind}, {task.metric}"]
     lines += [f"templates: {task.source}", f"data: {_data(task)}; {_files(task)}", ""]
@@ -68,7 +68,8 @@ def show(task: Task) -> str:
 
 
 def rendered(task: Task) -> dict[str, object]:
-    """What the task's row becomes, as data: the text for each kind of model, candidates, label."""
+    """Return what the task's row becomes, as data: a text for each kind of model,
+    candidates, label."""
     example = shown_example(task)
     found: dict[str, object] = {"label": example.label}
     if task.prompt:
@@ -87,6 +88,6 @@ def _mark(example: Example, candidate: int) -> str:
 
 
 def _files(task: Task) -> str:
-    """The files that a folder may hold for it."""
+    """Return a line that names the files in which a folder may hold the task."""
     names = dict.fromkeys(name for split in SPLITS for name in task.files.get(split, ()))
     return f"files: {', '.join([*names, 'train, dev and test .tsv, .csv, .jsonl or .parquet'])}"

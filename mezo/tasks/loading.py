@@ -34,7 +34,7 @@ def load_examples(
     data_dir: str | Path | None = None,
     files: str | Path | Sequence[str | Path] | None = None,
 ) -> list[Example]:
-    """All examples of a split ("train", "dev" or "test"), in the order of the source.
+    """Return all examples of a split ("train", "dev" or "test"), in the order of the source.
 
     Args:
         data_dir: a folder as the data set is published, or with a file named after the split and
@@ -63,7 +63,7 @@ def load_examples(
 
 
 def has_own_dev(task: Task, data_dir: str | Path) -> bool:
-    """Whether a folder has a dev set beside a labelled test set, as the few-shot folders do.
+    """Return whether a folder has a dev set beside a labelled test set, as the few-shot folders do.
 
     In GLUE's and SuperGLUE's it has not: their dev set takes the place of the test set.
     """
@@ -87,7 +87,7 @@ def _from_hub(task: Task, hub: Hub, split: str) -> list[Example]:
 
 
 def _find(task: Task, split: str, folder: Path) -> Path:
-    """The file of a split in a folder: one of the published names, or split and suffix."""
+    """Return the file of a split in a folder: one of the published names, or split and suffix."""
     if not folder.is_dir():
         raise InputError(f"data_dir {folder} is not a folder")
     found = _files(task, split, folder)
@@ -104,7 +104,8 @@ def _find(task: Task, split: str, folder: Path) -> Path:
 
 
 def _files(task: Task, split: str, folder: Path) -> list[Path]:
-    """Files that may be the split: of the published names, then of split and suffix."""
+    """Return files that may hold the split: first those of published names, then
+    split and suffix."""
     names = [name + end for name in SPLITS[split] for end in {**READERS, **task.readers}]
     names = [*task.files.get(split, ()), *names]
     return [path for name in names for path in sorted(folder.glob(name)) if path.is_file()]
@@ -116,7 +117,7 @@ def _listing(folder: Path, limit: int = 8) -> str:
 
 
 def _has_labels(path: Path, task: Task) -> bool:
-    """Whether one of the first rows says what is right."""
+    """Return whether one of the first rows has a label."""
     for place, raw in islice(read(path, {**READERS, **task.readers}), FIRST):
         for row in _flat(task, raw, f"{path.name} {place}"):
             right = row.get("answers") or row.get(_name(task, row, task.label_column, Hub("")))
@@ -147,7 +148,7 @@ def _examples(task: Task, where: str, rows: Iterable[tuple[str, Row]], hub: Hub)
 
 
 def _flat(task: Task, raw: Row, origin: str) -> Iterator[Row]:
-    """The rows that one row of a file holds; what is not as published is named with its place."""
+    """Yield the rows that one row of a file holds; name the place of a row that is malformed."""
     if task.rows is None:
         yield raw
         return
@@ -164,7 +165,7 @@ def _flat(task: Task, raw: Row, origin: str) -> Iterator[Row]:
 
 
 def example_of(task: Task, row: Row, origin: str, hub: Hub) -> Example | None:
-    """The example of a row; None if the row is one that has no label."""
+    """Return the example of a row, or None if the row has no label."""
     judged = task.kind == "generation" or "choices" in row  # by answers, not by a label
     columns = task.columns if judged else (*task.columns, task.label_column)
     found: dict[str, Any] = {}
@@ -190,7 +191,7 @@ def example_of(task: Task, row: Row, origin: str, hub: Hub) -> Example | None:
 
 
 def _name(task: Task, row: Row, column: str, hub: Hub) -> str:
-    """The name that a column of the task has in this row."""
+    """Return the name that a column of the task has in this row."""
     names = (hub.columns.get(column, column), column, *task.aliases.get(column, ()))
     return next((name for name in names if name in row), column)
 
@@ -216,5 +217,5 @@ def _index(task: Task, value: str, origin: str, hub: Hub) -> int:
 
 
 def _label(value: Any) -> str:
-    """As the file spells it: JSON's true is "true"."""
+    """Return a label as the file spells it: JSON's true is "true"."""
     return str(value).lower() if isinstance(value, bool) else str(value).strip()

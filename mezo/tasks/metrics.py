@@ -24,7 +24,7 @@ _UNANSWERABLE = ("CANNOTANSWER", "no answer")  # answers that are right as a who
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation and articles, one space between words (SQuAD v1.1).
+    """Return the text in lower case without punctuation and articles, single-spaced (SQuAD v1.1).
 
     >>> normalize_answer("The  Panthers' defense.")
     'panthers defense'
@@ -34,13 +34,13 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the normalised prediction is one of the normalised answers, else 0.0."""
+    """Return 1.0 if the normalised prediction is one of the normalised answers, else 0.0."""
     _some(answers)
     return float(normalize_answer(prediction) in {normalize_answer(answer) for answer in answers})
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """The largest, over the answers, harmonic mean of precision and recall of words.
+    """Return the best harmonic mean, over the answers, of the precision and recall of words.
 
     Words are counted as often as they occur in both. Without a common word it is 0, also for two
     empty texts, as in the official script. As in the paper's experiments an answer of the kind
@@ -70,7 +70,7 @@ def _overlap(predicted: list[str], right: list[str]) -> float:
 
 
 def accuracy(predictions: Sequence[int], labels: Sequence[int]) -> float:
-    """The fraction of equal pairs."""
+    """Return the fraction of equal pairs."""
     predicted, right = _pairs(predictions, labels)
     return float((predicted == right).mean())
 

@@ -20,7 +20,7 @@ MAX_LINE = 2**26  # characters of a line: a few bytes of gzip can stand for giga
 
 
 def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]:
-    """The rows of a file, each with its place in it.
+    """Yield the rows of a file, each with its place in it.
 
     Raises InputError, naming file and row, for a suffix without reader, for what is no regular
     file, and for what is not in the format.
@@ -39,7 +39,7 @@ def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]
 
 
 def lines_of(path: Path, file: io.TextIOBase) -> Iterator[str]:
-    """The lines of a file. Raises InputError for one that is absurdly long."""
+    """Yield the lines of a file. Raise InputError for one that is absurdly long."""
     while line := file.readline(MAX_LINE + 1):
         if len(line) > MAX_LINE:
             raise InputError(f"{path.name} has a line of more than {MAX_LINE:,} characters")
@@ -47,7 +47,7 @@ def lines_of(path: Path, file: io.TextIOBase) -> Iterator[str]:
 
 
 def read_tsv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Fields split at tabs, no quoting: GLUE's files hold single quotation marks."""
+    """Read fields split at tabs, without quoting: GLUE's files hold single quotation marks."""
     with path.open(encoding="utf-8-sig") as file:
         lines = lines_of(path, file)
         header = next(lines, "").rstrip("\n").split("\t")
@@ -88,7 +88,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_array(path: Path) -> Iterator[tuple[str, Row]]:
-    """A .json file: a list of objects, or one object a line."""
+    """Read a .json file: a list of objects, or one object per line."""
     with path.open(encoding="utf-8-sig") as file:
         first = file.read(2**16).lstrip()[:1]
     if first != "[":
@@ -102,7 +102,7 @@ def read_array(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def read_gzip(path: Path) -> Iterator[tuple[str, Row]]:
-    """JSONL, compressed."""
+    """Read compressed JSONL."""
     with gzip.open(path, "rt", encoding="utf-8-sig") as file:
         lines = _objects(path, lines_of(path, file))
         while True:
@@ -124,7 +124,7 @@ def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
 
 
 def read_json(path: Path) -> Any:
-    """The one JSON value that is the whole file."""
+    """Return the one JSON value that is the whole file."""
     return parse_json(path.read_text(encoding="utf-8-sig"), path.name)
 
 

@@ -12,7 +12,7 @@ TEST_SEED = 42  # generate_k_shot_data.py: of the 1,000 test examples, whatever 
 
 
 def sample(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
-    """The first n of a random permutation; all of them, permuted, if n exceeds their number.
+    """Return the first n of a random permutation; all of them, permuted, if n exceeds their number.
 
     The permutation is numpy's legacy one, as in the paper's experiments on OPT.
     """
@@ -24,7 +24,7 @@ def sample(examples: Sequence[Example], n: int, seed: int) -> list[Example]:
 def train_dev(
     examples: Sequence[Example], num_train: int | None, num_dev: int, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """A training and a validation set from one permutation, as the paper's runs on OPT draw them.
+    """Draw a training and a validation set from one permutation, as the paper's runs on OPT do.
 
     Of the first num_train + num_dev examples of `sample` the last num_dev are for validation; None
     for num_train is all that there are. If there are fewer examples than were asked for, it is the
@@ -40,7 +40,7 @@ def train_dev(
 
 
 def demonstration_sets(train: Sequence[Example], k: int, number: int) -> Iterator[list[Example]]:
-    """k demonstrations for each of `number` test examples, each example's its own.
+    """Yield k demonstrations for each of `number` test examples, another set for each.
 
     As the paper's in-context runs draw them (k = 32): the i-th set is a sample whose seed is the
     i-th of `number` random ones, and the test examples are sample(test, number, 0).
@@ -50,7 +50,7 @@ def demonstration_sets(train: Sequence[Example], k: int, number: int) -> Iterato
 
 
 def few_shot_test(test: Sequence[Example], num_test: int = 1000) -> list[Example]:
-    """The examples on which few-shot runs are tested: the same for all splits.
+    """Return the examples on which few-shot runs are tested, the same ones for all splits.
 
     Up to 1,000 as they are; of more a sample with seed 42, as in the reference, whatever the seed
     of the split.
@@ -59,7 +59,7 @@ def few_shot_test(test: Sequence[Example], num_test: int = 1000) -> list[Example
 
 
 def few_shot(train: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """k examples a label for training and the next k of each for validation.
+    """Return k examples per label for training and the next k of each for validation.
 
     Equal to the paper's RoBERTa splits (those of LM-BFF, seeds 13, 21, 42, 87, 100), order
     included, if `train` has the order of the original file. A label with fewer than 2k examples

@@ -56,7 +56,7 @@ class Example:
     choices: tuple[str, ...] = ()
 
     def is_right(self, candidate: int) -> bool:
-        """Whether a candidate, by its index, is one of those that are right."""
+        """Return whether a candidate, by its index, is one of the right ones."""
         if self.choices and self.answers:
             return 0 <= candidate < len(self.choices) and self.choices[candidate] in self.answers
         return candidate == self.label
@@ -166,13 +166,13 @@ class Task:
                 )
 
     def candidates_of(self, example: Example) -> tuple[str, ...]:
-        """The candidates of an example, filled in: its own, or the task's. () for generation."""
+        """Return an example's candidates, filled in: its own, or the task's. () for generation."""
         if example.candidates:
             return example.candidates
         return tuple(fill(candidate, example.fields) for candidate in self.candidates)
 
     def completion_of(self, example: Example) -> str:
-        """What is trained after the prompt, and what a demonstration shows there."""
+        """Return what is trained after the prompt, and what a demonstration shows there."""
         if self.kind == "generation":
             return fill(self.completion, example.fields | {"answer": example.answers[0]})
         return self.candidates_of(example)[example.label]
@@ -186,7 +186,7 @@ def custom_task(
     label_column: str = "label",
     name: str = "custom",
 ) -> Task:
-    """A task for a user's own files.
+    """Make a task for a user's own files.
 
     Args:
         prompt: template over the files' columns. With {mask} it serves masked models alone;

@@ -12,13 +12,13 @@ from mezo.errors import InputError
 
 
 def _continued(text: str) -> str:
-    """As the rest of a sentence: the first word in lower case, unless it is I."""
+    """Return the text as the rest of a sentence: its first word in lower case, unless it is I."""
     first, space, rest = text.partition(" ")
     return text if first == "I" else first.lower() + space + rest
 
 
 def _asked(text: str) -> str:
-    """As a question: with a capital and a question mark."""
+    """Return the text as a question, with a capital and a question mark."""
     return text[:1].upper() + text[1:] + ("" if text.endswith("?") else "?")
 
 
@@ -36,12 +36,12 @@ HOW: dict[str, Callable[[str], str]] = {
 
 
 def fields_of(template: str) -> list[str]:
-    """The column names in a template, in order. Unbalanced braces: InputError."""
+    """Return the column names in a template, in order. Raise InputError for unbalanced braces."""
     return [name for _, name, _ in _parse(template) if name is not None]
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
-    """The template with its fields filled in; white space around a value is dropped.
+    """Return the template with its fields filled in, without white space around a value.
 
     >>> fill("{sentence} It was", {"sentence": "a charming journey . "})
     'a charming journey . It was'
@@ -57,7 +57,7 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
 
 
 def _parse(template: str) -> list[tuple[str, str | None, str]]:
-    """Literal text, the column behind it (None at the end), and how its value is written."""
+    """Return (literal text, the column after it or None, how its value is written) of each part."""
     try:
         parts = [(text, name, how or "") for text, name, how, _ in Formatter().parse(template)]
     except ValueError as error:

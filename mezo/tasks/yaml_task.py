@@ -48,12 +48,13 @@ _METRICS = {
 
 
 def is_file(name: str) -> bool:
-    """Whether a task's name is that of a file."""
+    """Return whether a task's name is that of a file."""
     return Path(name).suffix in (".yaml", ".yml")
 
 
 def read(path: str | Path) -> Task:
-    """The task of a file. What it says and cannot be done here: InputError that names it."""
+    """Read the task of a file. Raise InputError for whatever the file asks for
+    that cannot be done."""
     path = Path(path)
     given = _fields(path)
     try:
@@ -106,7 +107,7 @@ def _task(path: Path, given: Mapping[str, Any]) -> Task:
 def _choosing(
     name: str, prompt: str, candidates: list[str], choices: list[Any], target: str
 ) -> Task:
-    """One list of candidates for all rows; they may name columns."""
+    """Make a task with one list of candidates for all rows; they may name columns."""
     filled = [_template("doc_to_choice", candidate)[0] for candidate in candidates]
     labels = [str(i) for i in range(len(filled))]
     task = custom_task(prompt, filled, labels=labels, label_column=target, name=name)
@@ -116,7 +117,7 @@ def _choosing(
 
 
 def _listed(column: str, target: str, delimiter: str) -> Callable[[Row], Iterator[Row]]:
-    """Rows whose candidates are in a column of their own."""
+    """Return a function that makes rows whose candidates are in a column of their own."""
 
     def rows(row: Row) -> Iterator[Row]:
         choices = row[column]
@@ -196,7 +197,8 @@ def _metric(kind: str, given: Any) -> str:
 
 
 def _template(field: str, text: Any) -> tuple[str, list[str]]:
-    """As a template of tasks, and its columns. A name alone is a column, as in the harness."""
+    """Return a field as a task's template, and its columns. A bare name is a
+    column, as in the harness."""
     if not isinstance(text, str):
         raise InputError(f"{field} must be text, got {text!r}")
     if field != "doc_to_choice" and text.isidentifier():
@@ -220,7 +222,7 @@ def _literal(text: str) -> str:
 
 
 def _column(field: str, given: Mapping[str, Any]) -> str:
-    """The column that a field names, as `label` or `{{label}}`."""
+    """Return the column that a field names, as `label` or `{{label}}`."""
     text = given.get(field)
     match = _COLUMN.fullmatch(text.strip()) if isinstance(text, str) else None
     name = match[1] if match else text
@@ -230,7 +232,7 @@ def _column(field: str, given: Mapping[str, Any]) -> str:
 
 
 def _data(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the rows are: Task.paths, or Task.hub."""
+    """Return where the rows are, as Task.paths or Task.hub."""
     source = given.get("dataset_path")
     splits = {ours: given[name] for name, ours in _SPLITS.items() if name in given}
     if source is None or not splits:
