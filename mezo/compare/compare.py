@@ -1,11 +1,11 @@
-"""One task and model, many methods: every cell a run that can be resumed, repeated, replayed.
+"""Many methods on one task and model; each cell is a run to resume, repeat or replay.
 
     found = compare(model_args, data_args, train_args, Settings(methods=("ft", "mezo")))
 
 A cell is a method, a seed and, in a grid, a choice of hyperparameters: OUTPUT_DIR/METHOD/seed-S or
 OUTPUT_DIR/METHOD/seed-S/learning_rate=0.001, with config.yaml (for `mezo train --config`),
-result.json and, for MeZO, run.mezo. A cell that has a result is not run again; one that was
-interrupted goes on. The seed is that of the split and of the run.
+result.json and, for MeZO, run.mezo. A cell that has a result is not run again, and one that was
+interrupted is resumed. The seed is that of the split and of the run.
 """
 
 import json
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run to be: its options are those of mezo train."""
+    """One run that is planned; its options are those of mezo train."""
 
     method: str
     seed: int
@@ -80,13 +80,13 @@ def compare(
     """Run every cell that has no result yet; returns and writes OUTPUT_DIR/compare.json.
 
     Args:
-        args: what all methods share; a method's recipe wins over it, but for options in `given`.
-        given: names of options asked for by hand.
-        on_cell: told of each cell before it runs: its place, their number, the cell, and "run",
-            "resumed" or "found".
+        args: what all methods share; a method's recipe overrides it, except options in `given`.
+        given: names of options that were set by hand.
+        on_cell: called before each cell runs, with its place, the number of cells, the cell, and
+            "run", "resumed" or "found".
 
     A method that cannot be run here (a linear probe of a task that generates) is named with the
-    reason under "refused". InputError if no method can.
+    reason under "refused". Raise InputError if no method can run.
     """
     if "learning_rate" in given:
         raise InputError("one learning_rate for all methods is of no use: give --grid FILE.yaml")
@@ -135,7 +135,7 @@ def plan(
     for seed in settings.seeds:
         for method in methods:
             if method == "zero-shot" and seed != settings.seeds[0]:
-                continue  # it knows no seed
+                continue  # it has no seed
             grid = {name: value for name, value in grids[method].items() if name not in given}
             for name, options in cells(grid):
                 made.append(_cell(model_args, data_args, args, (method, seed, name), options))
@@ -175,7 +175,7 @@ def _cell(
     method, seed, name = place
     name = "" if name == "cell" else name
     data = with_options(replace(data_args, split_seed=seed), options)
-    if data.data_dir is not None:  # the few-shot folders are one a seed
+    if data.data_dir is not None:  # there is one few-shot folder per seed
         data = replace(data, data_dir=data.data_dir.replace("{seed}", str(seed)))
     folder = Path(args.output_dir, method, f"seed-{seed}", name)
     own = with_options(args, options | {"seed": seed, "output_dir": str(folder)})

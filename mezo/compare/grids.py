@@ -3,9 +3,9 @@
     mezo train --grid table16-mezo --model facebook/opt-13b --task sst2 --output_dir runs/grid
     mezo train --grid mine.yaml ...         # learning_rate: [1e-6, 1e-7], mezo_eps: 1e-3, ...
 
-A grid is options of `mezo train`; those whose value is a list are its axes. An option given on the
-command line takes the place of the grid's. Each cell is a run in a folder of its own; a cell that
-has a result is not run again, one that was interrupted goes on.
+A grid consists of options of `mezo train`; those whose value is a list are its axes. An option on
+the command line replaces the grid's. Each cell is a run in a folder of its own. A cell that has a
+result is not run again, and one that was interrupted is resumed.
 """
 
 import itertools
@@ -37,8 +37,8 @@ SUMMARY = "grid.json"  # in output_dir
 def load(name: str, num_dev: int = 500) -> Grid:
     """Return a grid of the paper by its name, or that of a YAML file.
 
-    `num_dev` is how many dev examples the paper takes of the task. Raises InputError for options
-    that are unknown.
+    `num_dev` is the number of the task's dev examples in the paper. Raise InputError for unknown
+    options.
     """
     if name in GRIDS:
         return on_task(name, num_dev)
@@ -115,8 +115,8 @@ def search(
 
     Args:
         grid: a name in GRIDS, or a YAML file.
-        given: options that were asked for by hand: the grid's values of these do not count.
-        on_cell: told of each cell and whether it is "run", "resumed" or "found".
+        given: options that were set by hand, of which the grid's values do not count.
+        on_cell: called with each cell and "run", "resumed" or "found".
 
     Returns {"grid", "cells": [{"name", "options", "dev", "test", "seconds", ...}], "best", ...};
     best is the folder of the cell with the highest metric on the dev examples, the first of equals.
@@ -154,8 +154,8 @@ def finish(
 ) -> dict[str, Any]:
     """The result of a cell: that of its folder, else of the run, begun or gone on with.
 
-    `told` is called before it runs, with "run", "resumed" or "found". InputError if the folder's
-    result is of other options.
+    `told` is called before it runs, with "run", "resumed" or "found". Raise InputError if the
+    folder's result has other options.
     """
     args = rates.resolved(model_args, args)
     result, what = _finished(model_args, data_args, args), "found"

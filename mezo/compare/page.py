@@ -1,4 +1,4 @@
-"""The report of `mezo compare`: one HTML file that needs nothing else, and the table as text."""
+"""The report of `mezo compare`: a self-contained HTML file, and the table as text."""
 
 import base64
 import json

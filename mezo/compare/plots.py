@@ -1,7 +1,7 @@
-"""Plots. matplotlib is part of the demo's extra; without it there is one line that says so.
+"""Plots. matplotlib is part of the extra `demo`; if it is missing, one line says so.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; markers and lines say the same again:
-MeZO is solid, back-propagation dashed, what is not trained dotted.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart. Markers and lines repeat the
+distinction: MeZO is solid, back-propagation dashed, and untrained methods are dotted.
 """
 
 import logging
@@ -44,7 +44,7 @@ def of_comparison(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     Args:
         found: what `compare` returns.
 
-    Raises ImportError without matplotlib.
+    Raise ImportError without matplotlib.
     """
     plots = {"Learning curves": _curves, "Accuracy against memory": _memory}
     plots |= {"Memory by model size": _sizes}

@@ -61,8 +61,8 @@ def _known_to_peft(method: str, part: str) -> None:
 def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
     """Return the options of mezo train; the learning rate is an axis of one value.
 
-    Batches are of 16 for MeZO and 8 for Adam (Table 16); validated every tenth of the steps, as in
-    Table 15; the weights of the best of these are tested.
+    Batches have 16 examples for MeZO and 8 for Adam (Table 16). Runs are validated every tenth of
+    the steps, as in Table 15, and the best weights of these are tested.
     """
     trained, part, checkpointing = parts_of(method)
     made: Grid = {"method": trained}
@@ -99,7 +99,7 @@ def searched(made: Grid) -> Grid:
 def of_paper(table: str, method: str, task: Task, k: int | None) -> Grid | None:
     """Return the grid of Table 15 or 16 for a method on a task; None where it has none.
 
-    The split is the comparison's own: its seeds are an axis of `mezo compare`.
+    The comparison makes its own splits: seeds are an axis of `mezo compare`.
     """
     trained, part, _ = parts_of(method)
     try:

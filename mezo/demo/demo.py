@@ -36,7 +36,7 @@ class Setting:
     introduction: str  # shown before anything runs
     recipes: dict[str, Recipe]  # by the name of the method; the last one is Adam's
     demonstrations: int  # examples shown in context
-    calibrates: bool  # whether subtracting the scores of an empty example is worth a row
+    calibrates: bool  # whether calibrated scores get a row
 
 
 # Rates and steps were chosen on the dev split over seeds (experiments/demo.py); the test split was
@@ -77,7 +77,7 @@ SETTINGS = {
 
 @dataclass
 class Row:
-    """One line of the table. Memory is above that of inference on the same batch, in bytes."""
+    """One line of the table. Memory counts bytes above those of inference on the same batch."""
 
     method: str
     accuracy: float
@@ -151,7 +151,7 @@ def run(
 def main(output_dir: str, seed: int = 0, as_json: bool = False, model: str = "causal-lm") -> None:
     """Run everything, print the table (stdout), write result.json, curves.png and the run logs.
 
-    `model` is one of `SETTINGS`; InputError otherwise.
+    `model` is one of `SETTINGS`; raise InputError for any other.
     """
     if model not in SETTINGS:
         raise InputError(f"the demo has the models {', '.join(SETTINGS)}, not {model}")

@@ -1,7 +1,7 @@
 """Tuning by a recipe, in a plain loop: MeZO and its baseline see the same batches and evaluations.
 
-For the demo and the experiments. A user's own training is `mezo train` or the Trainer, which have
-checkpoints; here a run starts from the weights given and ends in the same process.
+This serves the demo and the experiments. For your own training take `mezo train` or the Trainer,
+which have checkpoints; here a run starts from the weights given and ends in the same process.
 """
 
 import time
@@ -82,8 +82,8 @@ def tune(
 ) -> Tuned:
     """Tune `model` in place. `on_step(step, loss)` is told of every step, counted from 1.
 
-    `log` is where a run of MeZO leaves its run log. Evaluates on `held_out` before, `evaluations`
-    times on the way, and at the end; the choice of examples for evaluation is the caller's.
+    A run of MeZO writes its run log to `log`. The model is evaluated on `held_out` before,
+    `evaluations` times on the way, and at the end; the caller chooses the examples for evaluation.
     """
     _check(recipe, train, evaluations)
     select(model, recipe.trainable)
@@ -169,7 +169,7 @@ def _backward(
     device = batch["labels"].device
     model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(next(seeds) % 2**64)  # of dropout: the run is its seed's
+        torch.manual_seed(next(seeds) % 2**64)  # dropout's, so that a run depends on its seed alone
         loss = form.loss(model, batch)
     loss.backward()
     optimizer.step()
@@ -181,8 +181,8 @@ def _backward(
 def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe) -> int:
     """Return the peak memory of training above that of inference, in bytes, on the longest batch.
 
-    Three steps against three forward passes, after a warm-up: what a process loads once (kernels,
-    thread pools) does not count. Changes the weights.
+    Three steps are compared with three forward passes, after a warm-up, so that what a process
+    loads once (kernels, thread pools) does not count. The weights are changed.
     """
     select(model, recipe.trainable)
     features = sorted((form.encode(e) for e in examples), key=lambda feature: feature["length"])
@@ -190,7 +190,7 @@ def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe)
     move = noise.Move(0, 0, 1.0, 1.0)
     noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=recipe.distribution)
     for p in model.parameters():
-        p.detach().sum()  # files are mapped: a weight counts once it was read
+        p.detach().sum()  # files are mapped, and a weight counts once it has been read
 
     def infer() -> None:
         with evaluating(model):

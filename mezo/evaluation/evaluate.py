@@ -1,4 +1,4 @@
-"""The metrics of a model on a task. Zero-shot is this without training; so is learning in context.
+"""The metrics of a model on a task, which need no training: zero-shot, in context, calibrated.
 
 evaluate(model, form, examples)                                 # zero-shot, or after training
 evaluate(model, form, examples, demonstrations=shown)           # in-context learning
@@ -23,14 +23,15 @@ from mezo.tasks.task import Example, Task
 
 @dataclass(frozen=True)
 class Result:
-    """Where candidates are scored, `predictions` are their indices, -1 where a score is NaN.
+    """Metrics, loss and predictions, in the order of the examples.
 
-    Of a task that generates, they are texts. They come in the examples' order.
+    Predictions are indices of candidates, with -1 where a score is NaN. For a task that generates
+    they are texts.
     """
 
     metrics: dict[str, float]  # by name: the task's own, and accuracy or exact_match and f1
     metric: str  # the task's own
-    loss: float  # mean cross-entropy over candidates; a token of the right answers
+    loss: float  # mean cross-entropy over candidates, or per token of the right answers
     predictions: tuple[int, ...] | tuple[str, ...]
     n: int
     dropped: int = 0  # demonstrations that did not fit, summed over the examples
@@ -57,11 +58,11 @@ def evaluate(
 ) -> Result:
     """Score all candidates of all examples, or have the model write; compare with what is right.
 
-    `demonstrations` stand before every example; `each` has other ones for each of them.
+    `demonstrations` stand before every example; `each` gives a set of its own to each example.
 
-    Neither the batch size nor the order matters, but for rounding. The model is as it was before,
-    training mode included. Memory: that of a forward pass over batch_size examples; where the model
-    writes, that of their keys and values too. Text is written greedily.
+    But for rounding, neither the batch size nor the order matters. The model is left as it was,
+    training mode included. It takes the memory of a forward pass over batch_size examples and,
+    where the model writes, of their keys and values. Text is written greedily.
     """
     if not examples:
         raise InputError("there are no examples to evaluate")
@@ -108,8 +109,8 @@ def score(
 ) -> torch.Tensor:
     """Return scores (features, candidates) on the CPU, in the order of `features`.
 
-    -inf where an example has fewer candidates than another. Batches are of like length, the longest
-    first, so that too large a batch fails at once.
+    -inf where an example has fewer candidates than another. Batches are of similar length, the
+    longest first, so that too large a batch fails at once.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")

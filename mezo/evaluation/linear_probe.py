@@ -1,7 +1,7 @@
-"""What MeZO is compared with that takes no training: the model as it is, and a linear probe.
+"""Baselines that do not fine-tune the model: the model as it is, and a linear probe.
 
-Fine-tuning by back-propagation (`--method adam`) is the Trainer's own; learning in context is
-`mezo eval --demonstrations`.
+The other baselines are elsewhere: fine-tuning by back-propagation (`--method adam`) is the
+Trainer's own, and learning in context is `mezo eval --demonstrations`.
 """
 
 from collections.abc import Sequence
@@ -61,8 +61,8 @@ def features_of(
 ) -> np.ndarray:
     """Return (examples, width) in float64: what the head reads where the answer is to come.
 
-    That is the last hidden state of the prompt's last token for causal models, at the mask for
-    masked ones, and the mean over the text for encoders.
+    This is the last hidden state: of the prompt's last token for causal models, at the mask for
+    masked ones, and averaged over the text for encoders.
     """
     if form.task.kind != "classification":
         raise InputError(f"task {form.task.name} has no labels: a linear probe needs them")
@@ -98,8 +98,8 @@ def _prompt(form: Form, example: Example) -> list[int]:
 def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True) -> LinearProbe:
     """Fit a multinomial logistic regression, regularised by cross-validation as the reference's.
 
-    Ten strengths from 1e-4 to 1e4 (scikit-learn's LogisticRegressionCV) over five folds, fewer if
-    a label has fewer examples; with one example of a label, strength 1.
+    It tries ten strengths from 1e-4 to 1e4 (scikit-learn's LogisticRegressionCV) over five folds,
+    or fewer folds if a label has fewer examples. With one example of a label, the strength is 1.
     """
     try:
         from sklearn.linear_model import LogisticRegression, LogisticRegressionCV

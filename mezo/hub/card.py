@@ -66,13 +66,19 @@ the digests of all others. A replay compares them with the base model's.
 ```
 """  # noqa: E501
 TAGS = ["mezo", "zeroth-order"]
-_LOCAL = ("_dir", "_file", "_or_path", "run_name")  # ends of options that name the owner's folders
+_LOCAL = (
+    "_dir",
+    "_file",
+    "_or_path",
+    "run_name",
+)  # endings of options that name the owner's folders
 
 
 def card(path: str | Path, repo: str, base_model: str | None = None) -> str:
     """Return the model card, in Markdown, of the run log at `path` as the repository `repo`.
 
-    `base_model` is its name on the hub, if it has one. Nothing is said that is not in the log.
+    `base_model` is the base's name on the hub, if it has one. The card says nothing that is not in
+    the log.
     """
     from huggingface_hub import ModelCardData
 

@@ -3,7 +3,7 @@
     push("runs/sst2/run.mezo", "user/sst2-opt")
     pull("user/sst2-opt")                          # a file in the hub's cache, checked
 
-A log that comes from elsewhere is data: it is checked when it is read, and nothing in it is run.
+A log that somebody else wrote is data: it is checked when it is read, and nothing in it is run.
 """
 
 import re
@@ -28,12 +28,12 @@ def push(
     """Upload a run log and a model card made of it; create the repository if it does not exist.
 
     Args:
-        private: of a repository that is made.
-        base_model: its name on the hub, for the card; None: the log's, if the hub has it.
+        private: whether a repository that this call creates is private.
+        base_model: the base's name on the hub, for the card; None: the log's, if the hub has it.
 
-    Returns the repository's address and the base model. The token is huggingface_hub's: HF_TOKEN,
-    or that of `hf auth login`. Who may read the repository can read the log's config (`mezo log`),
-    file names included. Raises InputError if the log is damaged, or if the hub refuses.
+    Return the repository's address and the base model. The token is huggingface_hub's: HF_TOKEN,
+    or that of `hf auth login`. Anyone who may read the repository can read the log's config
+    (`mezo log`), file names included. Raise InputError if the log is damaged or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -55,7 +55,7 @@ def push(
 def pull(repo: str, output: str | Path | None = None) -> Path:
     """Download the run log of a repository and check it; copy it to `output`, if that is free.
 
-    Raises InputError if there is no such repository, no run.mezo in it, or no network.
+    Raise InputError if there is no such repository, no run.mezo in it, or no network.
     """
     from huggingface_hub import hf_hub_download
 

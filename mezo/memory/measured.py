@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code, measured: the device's allocator, or the process on a CPU."""
+"""Peak memory of a stretch of code, as the device's allocator or, on a CPU, the process has it."""
 
 import contextlib
 import ctypes
@@ -15,10 +15,10 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """`with PeakMemory() as peak: ...` then `peak.bytes`: the most memory taken above the start.
 
-    On CUDA to the byte. On a CPU from the process's resident pages: good to 10 or 20 MB, since
-    memory that was freed before may be used again unseen; what can be given back is given back
-    first. Where the high-water mark cannot be reset (macOS, some sandboxes), a stretch below an
-    earlier peak reads 0.
+    On CUDA it is exact to the byte. On a CPU it comes from the process's resident pages and is good
+    to 10 or 20 MB, since memory that was freed before may be used again unseen; freed memory is
+    given back first where possible. Where the high-water mark cannot be reset (macOS, some
+    sandboxes), a stretch below an earlier peak reads 0.
     """
 
     bytes = 0
@@ -37,11 +37,11 @@ class PeakMemory:
 
 
 class PeakOfStretches:
-    """Several stretches, with `begin()` and `end()` around each one, as PeakMemory.
+    """As PeakMemory for several stretches, with `begin()` and `end()` around each one.
 
-    `bytes` is the most memory that one of them took above what was there when this was made,
-    `whole` the most of all since then, what lies between them included; `end()` brings both up to
-    date. Not inside a PeakMemory: the high-water mark is set back.
+    `bytes` is the most memory that one of them took above what was there when this object was made.
+    `whole` is the most since then, between the stretches included. `end()` updates both. Do not use
+    it inside a PeakMemory: it resets the high-water mark.
     """
 
     bytes = 0

@@ -1,8 +1,8 @@
 """The memory and the arithmetic of a computation, from its shapes alone.
 
-A model on torch's meta device has shapes and no numbers. What it would compute is carried out on
-it, and the bytes of the tensors that live at one time are counted, and the multiplications: for any
-model, in seconds, without its weights.
+A model on torch's meta device has shapes and no numbers. Its computation is carried out there,
+while the bytes of all tensors alive at one time and the multiplications are counted. This takes
+seconds for any model, and needs no weights.
 """
 
 import weakref
@@ -18,10 +18,10 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it: `peak`, the most bytes that tensors made within it had at one time.
+    """Counts bytes in a `with` block: `peak` is the most that tensors made in it had at one time.
 
-    `known` tensors do not count. A model that asks for a number is told 1, or true: that a mask is
-    all ones, say.
+    `known` tensors do not count. A model that asks for a number gets 1 or true, as if a mask were
+    all ones.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):

@@ -1,8 +1,8 @@
 """What a run will need, from a model's config alone: memory, log, time. No weights are loaded.
 
-Each method's step is carried out on the meta device (meta.py). Added to that is what does not
-show there: what the directions take, the weights of a block on its way, a machine's speeds, which
-`calibrate` measures.
+Each method's step is carried out on the meta device (meta.py). Three things do not show there and
+are added: what the directions take, the weights of a block on its way, and a machine's speeds,
+which `calibrate` measures.
 """
 
 import inspect
@@ -62,7 +62,7 @@ _ENTRY = 120  # of a tensor in its header, beside the name
 
 @dataclass(frozen=True)
 class Machine:
-    """Speeds of a device, measured by `calibrate` or given; a second each."""
+    """Speeds of a device, per second, measured by `calibrate` or given."""
 
     flops: float  # of products of matrices, in the model's dtype
     draws: float  # elements of z drawn and applied
@@ -72,7 +72,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one method needs. Bytes and seconds."""
+    """What one method needs, in bytes and seconds."""
 
     method: str
     device: int  # memory where it is computed: weights, activations, optimizer
@@ -117,8 +117,9 @@ def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 class Planner:
     """Plans for one model, batch and length; `plan(method)` for each of PLANNED.
 
-    The loss is on the last position of each row, as of a candidate; `all_logits`: on all. `make`
-    makes the model of a config, with an adapter say; what requires no gradient is not trained.
+    The loss is on the last position of each row, as for a candidate, or with `all_logits` on all
+    positions. `make` makes the model of a config, perhaps with an adapter; parameters that require
+    no gradient are not trained.
     """
 
     def __init__(
@@ -274,7 +275,7 @@ class Planner:
 
 
 class _Remade(Moved):
-    """Room for theta + eps z, without making it."""
+    """Allocates theta + eps z without computing it."""
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         return torch.empty_like(tensor, requires_grad=False)

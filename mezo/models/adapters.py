@@ -2,10 +2,11 @@
 
     model = with_adapter(model, ModelArguments(use_peft=True, peft_type="prefix"), seed=0)
 
-The start is a function of the model, the options and the seed: LoRA's random factors are the
-seed's, a prefix is the keys and values of tokens that the seed draws from the vocabulary, a prompt
-their embeddings. LoRA's are drawn by arithmetic that rounds alike on every machine, so that a log
-need not hold them; it holds the values that others start from (`kept_start`).
+The start is a function of the model, the options and the seed. The seed draws LoRA's random
+factors. It also draws tokens from the vocabulary: a prefix starts as their keys and values, a
+prompt as their embeddings. LoRA's factors are drawn by arithmetic that rounds alike on every
+machine, so that a log need not hold them; it holds the values that other adapters start from
+(`kept_start`).
 """
 
 import inspect
@@ -77,8 +78,8 @@ def is_prompt(args: ModelArguments) -> bool:
 def options_of(text: str | None) -> dict[str, Any]:
     """Return peft_options as a dict; they may hold numbers, truth values and lists of these only.
 
-    No text: an option of peft may name a tokenizer to load or a module to import, and a log that
-    somebody else wrote may hold these options.
+    Text is refused: an option of peft may name a tokenizer to load or a module to import, and a log
+    that somebody else wrote may hold these options.
     """
     try:
         found = json.loads(text or "{}")
@@ -96,8 +97,8 @@ def options_of(text: str | None) -> dict[str, Any]:
 def with_adapter(model, args: ModelArguments, seed: int):
     """Return the model with a new adapter as `args` says, with initial weights drawn from `seed`.
 
-    The base model is frozen, the caller's random numbers stay. Raises InputError, in peft's words,
-    where the method does not go with the model.
+    The base model is frozen, and the caller's random state stays as it is. Raise InputError, in
+    peft's words, where the method does not fit the model.
     """
     from peft import get_peft_model
 
@@ -160,8 +161,8 @@ def prepared(model):
     """Return a model in peft's wrapper, new or loaded, made fit for padded batches.
 
     peft drops the position_ids of prompt tuning; with padding on the left the positions would then
-    depend on how long the batch's other texts are. A hook counts them from the mask, as the Trainer
-    and the tasks here do without a prompt.
+    depend on how long the batch's other texts are. A hook counts them from the mask instead, as
+    is done here without a prompt.
     """
     base = model.get_base_model()
     takes = "position_ids" in inspect.signature(base.forward).parameters
@@ -173,7 +174,8 @@ def prepared(model):
 def trainable_prompt(model):
     """Return a loaded prefix or prompt that can be trained on, which peft's own loading refuses.
 
-    Others (P-tuning, a projected prefix) are saved as what they computed: they stay frozen.
+    Others (P-tuning, a projected prefix) are saved as the values that they computed, and stay
+    frozen.
     """
     config = model.active_peft_config
     if config.peft_type.lower() == "prompt_tuning" or starts_at_activations(model):
@@ -196,9 +198,9 @@ def _count_positions(base, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, 
 def kept_start(model: torch.nn.Module | None, named: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of an adapter's tensors whose values at the start a run log must hold.
 
-    They are those that neither the seed nor the options give again on every machine: all but
-    constants and LoRA's factors. `named` are the trained tensors by name; a model without an
-    adapter has none.
+    They are the values that seed and options do not reproduce on every machine: all but constants
+    and LoRA's factors. `named` has the trained tensors by name. A model without an adapter has
+    none.
     """
     if not hasattr(model, "peft_config"):
         return []
@@ -215,7 +217,7 @@ def _is_constant(tensor: torch.Tensor) -> bool:
 
 
 class PortableUniform(TorchDispatchMode):
-    """Within it, `Tensor.uniform_` on a CPU gives the same bits on every processor.
+    """A context in which `Tensor.uniform_` on a CPU gives the same bits on every processor.
 
     torch draws u in [0, 1) exactly everywhere, but rounds u * (to - from) + from once where the
     processor fuses the two operations and twice where it does not. Here it is rounded once: in
@@ -267,8 +269,8 @@ def starts_at_activations(model: torch.nn.Module) -> bool:
 def _start_at_activations(model, seed: int) -> None:
     """Start the prefix at random real tokens (Malladi et al., Appendix E.5; Li and Liang, 2021).
 
-    The model then computes what it would behind these tokens: it starts as itself, which a random
-    prefix, that every token attends to, does not.
+    The model then computes what it would compute after these tokens, and so starts as itself. A
+    random prefix, to which every token attends, would disturb it.
     """
     from peft import initialize_kv_prefix_from_past_key_values
 

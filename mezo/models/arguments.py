@@ -1,6 +1,6 @@
 """The options that name a model and say which of its weights are trained.
 
-A dataclass for HfArgumentParser. Nothing heavy is imported, so that `--help` is quick.
+It is a dataclass for HfArgumentParser. Nothing heavy is imported, so that `--help` is quick.
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Cheaper steps: where the lower layers are frozen, their output for an example is computed once.
+"""Cheaper steps: if the lower layers are frozen, their output for an example is computed once.
 
     with FrozenLower(model, layers=4):        # freezes all that runs before layer 4
         optimizer = MeZO(model.named_parameters(), ...)
@@ -23,15 +23,15 @@ ABOVE = ("labels", "use_cache", "logits_to_keep", "return_dict")  # what they do
 class FrozenLower:
     """A context in which `model` skips its frozen lower layers for texts it has seen.
 
-    Any transformers model whose layers are one torch.nn.ModuleList and pass on a tensor of shape
-    (batch, tokens, hidden), called with input_ids and attention_mask. The states of a text are
-    those of evaluation mode, computed alone, without padding, so that they do not depend on the
-    batch or on the order. At the tokens that are no padding the output is that of the plain
-    forward, up to rounding: the first call runs both ways and compares. Key-value caches that a
-    call returns are of no use. Leaving the context drops the states and the skipping; what was
-    frozen stays frozen, and with it what is shared with it (a tied output embedding).
+    It works for any transformers model that is called with input_ids and attention_mask, and whose
+    layers are one torch.nn.ModuleList and pass on a tensor of shape (batch, tokens, hidden). The
+    states of a text are computed in evaluation mode, alone and without padding, so that they depend
+    neither on the batch nor on the order. Except at padding, the output is that of the plain
+    forward pass, up to rounding: the first call runs both ways and compares. Key-value caches that
+    a call returns are useless. Leaving the context drops the states and the skipping. What was
+    frozen stays frozen, and so does what is tied to it (an output embedding).
 
-    Raises InputError if there is no such list, it has too few layers, or the outputs differ.
+    Raise InputError if there is no such list, if it has too few layers, or if the outputs differ.
     """
 
     def __init__(self, model: torch.nn.Module, layers: int):
@@ -127,7 +127,7 @@ class FrozenLower:
     def _enter(self, ids, mask, rest: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return what enters the first trained layer, (batch, tokens, hidden); 0 for padding."""
         inputs = torch.stack([ids, *(value.expand_as(ids) for value in rest.values())])
-        known = inputs.cpu()  # one wait for the device, not one a row
+        known = inputs.cpu()  # one wait for the device, not one per row
         states = []
         for i, keep in enumerate(mask.cpu()):
             key = (*rest, *known[:, i, keep].flatten().tolist())
@@ -173,8 +173,8 @@ class FrozenLower:
     def _compare(self, kwargs: dict[str, Any], entering: torch.Tensor, mask: torch.Tensor) -> None:
         """Raise InputError unless the last layer gets the same states with skipping as without.
 
-        A wrong position or mask changes a token's states by a good part of their length, rounding
-        by far less than 1 % (10 % in 16 bits).
+        A wrong position or mask changes a token's states by a large part of their norm; rounding
+        changes them by far less than 1 % (10 % in 16 bits).
         """
         plain, tolerance = self._run_into(self.layers[-1], kwargs)
         self._entering = entering
@@ -192,7 +192,7 @@ class FrozenLower:
 
 
 class _Stop(Exception):
-    """Raised at the layer in question: what is above need not be computed."""
+    """Raised at the layer in question, since the layers above need not be computed."""
 
 
 def _stack(model: torch.nn.Module) -> tuple[str, list[Any]]:

@@ -126,10 +126,10 @@ def load(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return (model, tokenizer): weights from safetensors only, in eval mode, with adapters added.
 
-    A folder with a peft adapter gives its base model with the adapter. `adapter_seed` is that of a
-    new adapter's initial weights. With `offload` they stay in their files, mapped; `folder` is for
-    what the files have in another form. Raises InputError if there is no such model, or no
-    safetensors.
+    A folder with a peft adapter gives its base model with the adapter. `adapter_seed` seeds a
+    new adapter's initial weights. With `offload` the weights stay in their files, mapped; `folder`
+    takes those that the files have in another form. Raise InputError if there is no such model, or
+    if it has no safetensors.
     """
     name, adapter = _sought(args.model_name_or_path)
     model, tokenizer = _load(name, args, offload, folder)
@@ -241,8 +241,8 @@ def _quantised(args: ModelArguments) -> Any:
 def refuse_quantised(model) -> None:
     """Raise InputError for a quantised model without an adapter: its matrices cannot be trained.
 
-    What is left, norms and embeddings, still asks for gradients in some formats: without this, a
-    run on "all weights" would train these alone and not say so.
+    In some formats norms and embeddings still require gradients. Without this check, a run on
+    "all weights" would silently train these alone.
     """
     if hasattr(model, "peft_config"):
         return

@@ -1,7 +1,7 @@
-"""Weights that lie in files: parameters that are read when they are computed with.
+"""Weights that stay in files and are read when they are used.
 
-Each is mapped: an ordinary tensor on the CPU, of which the system keeps in memory what it has room
-for.
+Each parameter is mapped: it is an ordinary tensor on the CPU, of which the system keeps as much in
+memory as it has room for.
 """
 
 import json
@@ -40,8 +40,8 @@ class Homes:
 def move_to_file(model: torch.nn.Module, folder: Path) -> Homes:
     """Move every parameter to a file in `folder`, tensor by tensor, and map it there.
 
-    Its space is taken before, so that a full disk is an InputError now. It is scratch paper: during
-    a run it is neither the base model nor the tuned one.
+    The file's space is reserved first, so that a full disk raises InputError at once. The file is
+    temporary: during a run it is neither the base model nor the tuned one.
     """
     named, homes = list(model.named_parameters()), Homes()
     header, starts, end = _layout(named)
@@ -102,10 +102,10 @@ def _map(
 def load_mapped(name: str, auto: Any, dtype: Any, folder: str | Path | None, **kwargs: Any) -> Any:
     """Return the model that transformers loads "on disk", with its parameters mapped from there.
 
-    transformers says where each one is and by what name, and writes to `folder` what the files have
-    in another form (experts one by one). What they have in another dtype is converted, in memory
-    or, with a folder, in files without names there. Memory: none else. Raises InputError for what
-    it cannot load.
+    transformers says where each parameter is and by what name, and writes to `folder` those that
+    the files have in another form (experts one by one). Parameters of another dtype are converted
+    in memory or, with a folder, in unnamed files there. No other memory is taken. Raise InputError
+    for a model that cannot be loaded.
     """
     from accelerate.hooks import remove_hook_from_submodules
 

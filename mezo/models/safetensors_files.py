@@ -2,7 +2,8 @@
 
     file = length of the header (u64) | header: JSON, padded with spaces to 8 bytes | data
 
-Written here, as safetensors' own writer wants all tensors of a file at once; the bytes are its.
+safetensors' own writer takes all tensors of a file at once, so files are written here, with the
+same bytes.
 """
 
 import json
@@ -39,7 +40,7 @@ class Place(NamedTuple):
 class Checkpoint:
     """model.safetensors, or the shards that its index names: headers, and a tensor at a time.
 
-    Raises InputError for a folder that has none, or files that are not whole.
+    Raise InputError for a folder without such files, or with files that are not whole.
     """
 
     def __init__(self, folder: Path):
@@ -112,8 +113,8 @@ def write(
 ) -> None:
     """Write a checkpoint like `checkpoint`, with other tensors and dtypes (torch's names).
 
-    Whatever ends it early, `output` has no file that looks like a finished one: all are written to
-    a folder in it that goes away, and renamed at the end, config.json last.
+    If the writing ends early, for whatever reason, `output` has no file that looks finished: all
+    files are written to a temporary folder in it and renamed at the end, config.json last.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,18 @@
-"""Scores of candidates, from which come both the loss that is trained and the metric.
+"""Scores of candidates, which give both the loss that is trained and the metric.
 
-    causal    score = mean log-probability a token of the candidate after the prompt
-    generated the same of the right answer alone; at evaluation the model writes
+    causal    score = mean log-probability of the candidate's tokens after the prompt
+    generated the same for the right answer alone; at evaluation the model writes
     masked    score = logit of the candidate's one token at the mask
     encoder   score = 20 cos(embedding of the text, embedding of the candidate's description)
 
-scores has shape (examples, candidates), float32 whatever the weights are; the loss is the
-cross-entropy over candidates, the prediction is the highest score.
+scores has shape (examples, candidates), in float32 whatever the weights' dtype. The loss is the
+cross-entropy over candidates, and the prediction is the candidate with the highest score.
 
     form = form_for(model, tokenizer, task)
     batch = form.collate([form.encode(example) for example in examples])
     loss = form.loss(model, batch)             # a closure for MeZO: lambda: form.loss(model, batch)
 
-Logits, the largest tensor of a forward pass, are made only where they are read.
+Logits, the largest tensor of a forward pass, are computed only where they are read.
 """
 
 from mezo.models.modes import Batch

@@ -22,12 +22,12 @@ NEUTRAL = "neutral_"  # before the names of tensors of the prompt that a calibra
 
 @dataclass(frozen=True, eq=False)
 class Causal(Form):
-    """Mean log-probability a token of each candidate after the prompt.
+    """The score is the mean log-probability of a candidate's tokens after the prompt.
 
-    What is read is what stands before the candidate's last token; candidates whose rows are equal,
-    as all single tokens after one prompt, share a row, and others the tokens that their rows begin
-    with, where the model can (packing.py). Padding is on the left: the tokens that are scored are
-    last in each row.
+    The model reads everything before the candidate's last token. Candidates whose rows are equal,
+    such as single tokens after one prompt, share a row. Others share the tokens that their rows
+    begin with, where the model can (packing.py). Padding is on the left, so that the tokens that
+    are scored are the last ones of each row.
     """
 
     objective: str = "candidates"  # or "tokens": -log p of the right candidate's tokens, their mean
@@ -57,13 +57,15 @@ class Causal(Form):
         texts = [prompt + candidate for prompt, candidate in parts]
         starts = [len(prompt) for prompt, _ in parts]
         rows = tokenize(self.tokenizer, texts, starts, [len(text) for text in texts])
-        return [replace(row, ids=row.ids[: row.last]) for row in rows]  # no special token behind
+        return [
+            replace(row, ids=row.ids[: row.last]) for row in rows
+        ]  # no special token at the end
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
         """As Form.encode. Demonstrations that do not fit are dropped, the first ones first.
 
-        Returns: rows (token ids), for each candidate the index of its row and its target tokens,
-        label, length, and dropped, the number of demonstrations left out.
+        Return rows (token ids), the index of each candidate's row and its target tokens, label,
+        length, and `dropped`, the number of demonstrations left out.
         """
         shown = self.demonstrations if demonstrations is None else demonstrations
         dropped = self._dropped(example, shown)
@@ -122,10 +124,10 @@ class Causal(Form):
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> Form:
         """As Form.calibrate; "sfc": surface-form competition (Holtzman et al., 2021).
 
-        log p(candidate | prompt) - log p(candidate | the task's sfc_prompt), sums over tokens: a
-        candidate that is likely after any text gains nothing by it. Where candidates are an
-        example's own, what is subtracted is computed with each batch, by the weights of that time.
-        The demonstrations that the form has by now stand before either prompt.
+        The score is log p(candidate | prompt) - log p(candidate | the task's sfc_prompt), summed
+        over tokens, so that a candidate which is likely after any text gains nothing by it. For an
+        example's own candidates, what is subtracted is computed with each batch, with the weights
+        of that moment. The demonstrations that the form has by now stand before either prompt.
         """
         task = self.task
         if kind == "sfc":
@@ -223,7 +225,7 @@ class Causal(Form):
             read = {"input_ids": batch["input_ids"], "attention_mask": mask}
             read["position_ids"] = positions
             place = torch.arange(length, device=mask.device)
-        # a cache would take the memory of all keys and values, for nothing
+        # an unused cache would take the memory of all keys and values
         read |= {"logits_to_keep": length, "use_cache": False}
         known = self.accepts | {"input_ids", "attention_mask"}
         output = model(**{key: value for key, value in read.items() if key in known})
@@ -244,8 +246,8 @@ class Causal(Form):
         """Return this form with shared prompts, as far as the model is seen to compute them
         correctly.
 
-        It compares the log-probabilities of packed rows with those of plain ones, for two short
-        examples, and with those that come of reading packed rows as if they were plain.
+        On two short examples, the log-probabilities of packed rows are compared with those of plain
+        rows, and with those of packed rows read as if they were plain.
         """
         if _prompted(model):
             return replace(self, share=0)

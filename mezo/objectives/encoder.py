@@ -19,8 +19,8 @@ SCALE = 20.0  # of the cosine, as in the losses of sentence-transformers
 class Encoder(Form):
     """20 cos(text, description). Embeddings are means over tokens, normalised.
 
-    The descriptions are rows of every batch, behind the texts: the same weights encode both, and
-    both move the loss.
+    The descriptions are rows of every batch, after the texts: the same weights encode both, and
+    both change the loss.
     """
 
     described: tuple[tuple[int, ...], ...] = ()  # tokens of each description
@@ -40,7 +40,7 @@ class Encoder(Form):
         """As Form.encode; a text that is too long is cut on the right. Returns input_ids, label,
         length.
 
-        Demonstrations take the model: see `in_context`.
+        Demonstrations need the model: see `in_context`.
         """
         if demonstrations:
             raise InputError("an encoder takes demonstrations by form.in_context(model, ...)")
@@ -65,8 +65,8 @@ class Encoder(Form):
         """Return the forward-only analogue: a candidate is its description and its demonstrations.
 
         Each anchor is the average of the description's embedding and the mean embedding of the
-        label's demonstrations, if it has any. Anchors are as the weights are now: for evaluation,
-        not for training.
+        label's demonstrations, if it has any. Anchors are computed with the present weights:
+        use them for evaluation, not for training.
         """
         with evaluating(model):
             plain = replace(self, anchors=None)

@@ -1,4 +1,4 @@
-"""What the three forms have in common."""
+"""What all forms have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ Feature = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Form(ABC):
-    """How a task is put to one kind of model. Holds no model: wrap yours as you like.
+    """How a task is put to one kind of model. It holds no model, so you may wrap yours as you like.
 
-    `encode` makes an example's features once, `collate` a padded batch on the CPU, with labels
-    first; both are what a Trainer takes as dataset and data_collator.
+    `encode` makes an example's features once, and `collate` makes a padded batch on the CPU, with
+    labels first. A Trainer takes them as dataset and data_collator.
     """
 
     task: Task
@@ -91,8 +91,8 @@ class Form(ABC):
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> "Form":
         """Return this form with the scores of an empty example, as they are now, subtracted.
 
-        Zhao et al. (2021): removes the model's liking for a candidate whatever the text. Another
-        `kind` than "content_free" is for causal models.
+        This removes the model's preference for a candidate whatever the text (Zhao et al., 2021).
+        Only causal models know another `kind` than "content_free".
         """
         if kind != "content_free":
             raise InputError(f"calibration {kind!r} is for causal models alone")
@@ -104,7 +104,7 @@ class Form(ABC):
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> Batch:
         """Return input_ids and attention_mask of shape (rows, longest)."""
-        return padded(rows, self.tokenizer.pad_token_id or 0, side)  # masked: any token does
+        return padded(rows, self.tokenizer.pad_token_id or 0, side)  # masked, so any token will do
 
     def _fit(self, tokens: Tokens, example: Example) -> Tokens:
         """Refuse a text that is too long, or cut it on the left, after the leading

@@ -1,4 +1,4 @@
-"""Which form fits a model, a tokenizer and a task."""
+"""The form that fits a model, a tokenizer and a task."""
 
 import inspect
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def form_for(
     """Return the form that fits the model: causal, masked or encoder. peft-wrapped models work too.
 
     Args:
-        max_length: limit in tokens; None is the model's and the tokenizer's own.
+        max_length: limit in tokens; None: the model's and the tokenizer's own.
         kind: "causal", "masked" or "encoder", instead of judging by the model's class.
         truncate: cut longer examples instead of refusing them: on the left, where the template's
             end stays whole, for causal and masked models, on the right for encoders.
@@ -116,7 +116,7 @@ def _limit(
 ) -> int:
     """Return how many tokens model and tokenizer can take, or what was asked for if it is no more.
 
-    `virtual` positions are taken by an adapter.
+    An adapter takes `virtual` positions.
     """
     limits = [tokenizer.model_max_length]
     if getattr(model.config, "max_position_embeddings", None):  # ALiBi and recurrence have none

@@ -1,4 +1,4 @@
-"""Generation: the loss is that of the right answer's tokens; at evaluation the model writes."""
+"""Tasks that generate: trained on the tokens of the right answer, evaluated on written text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +14,9 @@ from mezo.tasks.task import Example
 
 @dataclass(frozen=True, eq=False)
 class Generated(Causal):
-    """Teacher forcing on the first answer, as in the paper; `evaluate` has the model write.
+    """Training forces the first answer, as in the paper; `evaluate` has the model write.
 
-    loss    -log p a token of the task's completion after the prompt, mean over the batch's tokens
+    loss    mean of -log p over the batch's tokens of the task's completion after the prompt
     scores  (examples, 1), minus that mean for each example: there is one candidate, the answer
 
     A prompt must leave room for max_new_tokens. With truncate it is cut on the left, as in the
@@ -51,7 +51,7 @@ class Generated(Causal):
             )
 
     def _check_label(self, example: Example, candidates: int) -> None:
-        pass  # what is right is the answer
+        pass  # the right candidate is the answer
 
     def collate(self, features: Sequence[Feature]):
         return super().collate([feature | {"label": 0} for feature in features])

@@ -1,13 +1,13 @@
-"""Text from a causal language model, the same but for the weights in both halves of an estimate.
+"""Text from a causal language model; both passes of an estimate differ in their weights alone.
 
     token(row, t) = argmax over tokens v of  logit_v / temperature + G(seed, draw, row, t, v)
 
 With G = -log(-log u) of uniforms u this is a sample of softmax(logits / temperature) (Gumbel, 1954;
-Maddison et al., 2014). u comes from the counter-based generator of `noise`, by the five numbers
-alone: common random numbers. Where theta + eps z and theta - eps z give like logits, they sample
-the same token, so that the difference of two rewards is that of the weights and not of the dice;
-neither the batch size nor the order of prompts changes what a row samples, and no generator of
-torch's is used. temperature 0 leaves G out: greedy.
+Maddison et al., 2014). u comes from the counter-based generator of `noise` and depends on the five
+numbers alone, which makes common random numbers. Where theta + eps z and theta - eps z give similar
+logits, they sample the same token, so that the difference of two rewards is due to the weights and
+not to chance. Neither the batch size nor the order of prompts changes what a row samples, and none
+of torch's generators is used. Temperature 0 leaves G out, which is greedy decoding.
 
 The loop over tokens, its key-value cache and its positions are `model.generate`'s own.
 """
@@ -34,15 +34,15 @@ Prompts = Sequence[str] | Sequence[Sequence[int]]  # texts, or the tokens of eac
 
 @dataclass(frozen=True)
 class Generation:
-    """How text is generated. InputError for a value outside its domain.
+    """How text is generated. Raise InputError for a value outside its domain.
 
     Args:
-        max_new_tokens: limit of a completion, at least 1.
-        min_new_tokens: the end-of-text token is not allowed before so many.
-        stop: strings that end a completion; they and what follows are cut from its text.
+        max_new_tokens: limit of a completion in tokens, at least 1.
+        min_new_tokens: how many tokens come before the end-of-text token is allowed.
+        stop: strings that end a completion; they and what follows are cut off its text.
         temperature: 0 is greedy; 1 samples the model's own distribution.
         top_p, top_k: sample only from the fewest tokens that hold this probability (1: all), from
-            this many of the likeliest (0: all). Without effect on a greedy choice.
+            this many of the likeliest (0: all). They do not affect a greedy choice.
         seed: of the samples, in [0, 2^64).
     """
 
@@ -98,12 +98,12 @@ def generate(
     Args:
         model: any causal model of transformers, or peft's wrapper of one.
         prompts: texts, tokenised as the tokenizer does, or lists of token ids, taken as they are.
-        batch_size: prompts at a time, those of like length together; None is all. Rows are the
-            same in any batch but for rounding.
-        draw: number of the sample, in [0, 2^32): another one gives other samples. Row r samples
-            with the noise of (settings.seed, draw, r) whatever the prompt.
+        batch_size: prompts at a time, those of similar length together; None: all. But for
+            rounding, rows are the same in any batch.
+        draw: number of the sample, in [0, 2^32); another number gives other samples. Row r is
+            sampled with the noise of (settings.seed, draw, r), whatever the prompt.
 
-    Raises InputError for a prompt without tokens, or too long for the model.
+    Raise InputError for a prompt without tokens, or one too long for the model.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -219,8 +219,8 @@ def gumbel(
 ) -> torch.Tensor:
     """Return standard Gumbel noise (rows, count) in float32, a function of its arguments alone.
 
-    A token has 24 bits of u, so G is in [-2.9, 16.7]. The uniforms are equal on every device, the
-    two logarithms to their rounding.
+    A token has 24 bits of u, so G is in [-2.9, 16.7]. The uniforms are equal on every device; the
+    two logarithms are equal up to rounding.
     """
     blocks = torch.arange(-(-count // 4), device=rows.device)[None].expand(len(rows), -1)
     where = (blocks, torch.full_like(blocks, place), rows[:, None].expand_as(blocks))

@@ -49,10 +49,10 @@ class Masked(Form):
         """Return the token of a word at the mask, as it would stand in running text.
 
         Where no text of the template stands before the mask, as in TREC's "{mask}: {text}", the
-        word is taken as after a space: byte-level BPE has its words so (`ĠExpression`), and the
-        published code takes space and word everywhere.
+        word is taken as if it followed a space: byte-level BPE stores words in this way
+        (`ĠExpression`), and the published code takes space and word everywhere.
 
-        Raises InputError for a word that is not one token or is unknown.
+        Raise InputError for a word that is not one token or is unknown.
         """
         text, start = self._fill(dict.fromkeys(self.task.columns, ""), word)
         if start == 0:
@@ -97,9 +97,9 @@ def logits_at(
 ) -> torch.Tensor:
     """Return logits (batch, vocabulary) at one position per row.
 
-    A hook hands the head the hidden states of these positions alone, so that logits of the others
-    are never made. It sits on the model's child that holds the output embeddings, as a head is
-    called with the hidden states first (BERT's `cls`, RoBERTa's `lm_head`, ...).
+    A hook hands the head the hidden states of these positions only, so that no other logits are
+    computed. It sits on the model's child that holds the output embeddings, because a head's first
+    argument is the hidden states (BERT's `cls`, RoBERTa's `lm_head`, ...).
     """
     length = inputs["input_ids"].shape[1]
 
@@ -112,7 +112,7 @@ def logits_at(
 
     head = _head(unwrap(model))
     compiled = hasattr(model, "_orig_mod") or model._compiled_call_impl is not None
-    if head is None or compiled:  # compiled code doesn't look at hooks that come and go
+    if head is None or compiled:  # compiled code ignores hooks that come and go
         return chosen(model(**inputs).logits)
     handle = head.register_forward_pre_hook(keep)
     try:

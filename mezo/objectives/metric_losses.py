@@ -2,9 +2,9 @@
 
     loss = sum over parts of weight * L        L of accuracy = 1 - accuracy, of macro_f1 = 1 - F1
 
-accuracy and macro_f1 of a batch have no gradient; `cross_entropy` beside them, with some weight,
-is a composite objective. Section 3.3 of the paper trains accuracy; it moves in steps of one
-example, so a batch must be large enough for the two passes to differ.
+The accuracy and macro_f1 of a batch have no gradient. With `cross_entropy` added at some weight
+they make a composite objective. Section 3.3 of the paper trains accuracy. It changes in steps of
+one example, so a batch must be large enough for the two passes to differ.
 
     optimizer.step(metric_closure(form, model, batch, {"accuracy": 1.0, "cross_entropy": 0.1}))
 """

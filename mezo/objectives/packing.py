@@ -4,9 +4,9 @@
               p1 p2 p3 b1         position   0  1  2  3  4  3
 
 A token sees the common ones and those of its own branch (a 4-D attention mask), and its position is
-the number of tokens that it sees before itself: each branch is computed as in a row of its own. One
-forward pass without a cache, so that its memory is that of the tokens, and the noise of
-theta + eps z is drawn once. A model that heeds no such mask (recurrence, ALiBi) gets plain rows.
+the number of tokens that it sees before itself, so each branch is computed as in a row of its own.
+One forward pass without a cache does it: its memory is that of the tokens, and the noise of
+theta + eps z is drawn once. A model that ignores such a mask (recurrence, ALiBi) gets plain rows.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 IGNORED = -100  # target of padding, torch's own ignore_index
 COMMON = -1  # branch of the tokens that all rows of an example begin with
-# How far a token looks in some layers, as transformers' configurations call it. The model's own
-# mask has that bound; one that is given to it replaces it.
+# How far a token looks in some layers, by the names that transformers' configurations have. The
+# model's own mask has this bound; a mask that is passed in replaces it.
 BOUNDS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")
 
 
@@ -43,9 +43,9 @@ def pack(
     """Pack B examples of up to K candidates into B rows of tokens.
 
     Args:
-        rows: of each example, the different rows that its candidates make.
-        row: of each candidate, the index of its row in its example.
-        targets: of each candidate, the tokens to be scored: the last is read at its row's last one.
+        rows: for each example, the different rows that its candidates make.
+        row: for each candidate, the index of its row in its example.
+        targets: for each candidate, the tokens to be scored; the last is read at its row's end.
 
     Returns: input_ids, attention_mask (B, T), padded on the left; branch (B, N), of the last N
     tokens, those that are read and what is behind them; rows (R, 2), example and branch of each
@@ -127,7 +127,7 @@ def packed_inputs(batch: Batch, dtype: torch.dtype) -> Batch:
     """Return the packed rows: input_ids, attention_mask (B, 1, T, T) to be added to scores,
     position_ids.
 
-    Added, because both of transformers' eager and sdpa attention take such a mask.
+    An additive mask suits both transformers' eager and sdpa attention.
     """
     length, read = batch["input_ids"].shape[1], batch["branch"].shape[1]
     branch = F.pad(batch["branch"], (length - read, 0), value=COMMON)

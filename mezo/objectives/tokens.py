@@ -1,4 +1,4 @@
-"""From text to padded tokens, and back to which tokens a piece of the text became."""
+"""From text to padded tokens, and from a piece of the text to its tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +31,12 @@ def tokenize(
 ) -> list[Tokens]:
     """Tokenise each text once and find the tokens of its characters [start, end).
 
-    A token that covers part of the span is in it. Tokenising prompt and candidate apart would give
-    other tokens, and a wrong span, wherever the two meet. No token in the span: InputError.
+    A token that covers part of the span belongs to it. Tokenising prompt and candidate separately
+    would give other tokens, and a wrong span, wherever the two meet. Raise InputError if the span
+    has no token.
     """
     asked = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    encoded = tokenizer(texts, **asked, verbose=False)  # too long is our own message
+    encoded = tokenizer(texts, **asked, verbose=False)  # our own message says what is too long
     rows = []
     for i, (text, start, end) in enumerate(zip(texts, starts, ends, strict=True)):
         special, places = encoded["special_tokens_mask"][i], encoded["offset_mapping"][i]

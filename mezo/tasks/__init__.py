@@ -1,6 +1,6 @@
 """Tasks: data sets with prompts. `get("sst2")`, `load_examples`, `sample`, `few_shot`.
 
-A new task is one more `Task(...)` in a file of its kind, and its name in TASKS below.
+To add a task, write one more `Task(...)` in a file of its kind and add it to TASKS below.
 
     classification.py   one sentence          SST-2, SST-5, TREC, Opinions
     inference.py        pairs of sentences    SNLI, MNLI, RTE, CB
@@ -51,7 +51,7 @@ TASKS = {task.name: task for task in (*SENTENCES, *PAIRS, *PASSAGES)}
 def get(name: str) -> Task:
     """Return the task of that name, or read the task of a YAML file (yaml_task.py).
 
-    An unknown one is an InputError with the nearest name.
+    Raise InputError, with the nearest name, if there is no such task.
     """
     if own.is_file(name):
         return own.read(name)

@@ -1,7 +1,7 @@
-"""Files and rows as the data sets are published, where a table's reader does not do.
+"""Files and rows as the data sets are published, where a table's reader does not suffice.
 
-A reader takes a file, a function of rows one row; both yield rows of plain columns, to which may
-be added answers, choices, candidates and group, as in an Example.
+A reader takes a file, and a function of rows takes one row. Both yield rows of plain columns, to
+which answers, choices, candidates and group may be added, as in an Example.
 """
 
 from collections.abc import Iterator
@@ -120,7 +120,7 @@ def _spans(answer: dict[str, Any]) -> list[str] | None:
 
 def multirc_rows(row: Row) -> Iterator[Row]:
     """A passage with its questions and their answers becomes one row an answer."""
-    if "passage" not in row:  # the hub's rows are one an answer
+    if "passage" not in row:  # the hub has one row per answer
         idx = row.get("idx")
         own = {"group": f"{idx['paragraph']}-{idx['question']}"} if isinstance(idx, dict) else {}
         yield row | own
@@ -135,7 +135,7 @@ def multirc_rows(row: Row) -> Iterator[Row]:
 def record_rows(row: Row) -> Iterator[Row]:
     """A passage with its queries becomes one row a query; its candidates are the query with each
     of the passage's entities, in alphabetical order."""
-    if isinstance(row["passage"], str):  # the hub's rows are one a query
+    if isinstance(row["passage"], str):  # the hub has one row per query
         yield _record(row["passage"], row["query"], row["entities"], row["answers"])
         return
     text = row["passage"]["text"]

@@ -1,4 +1,4 @@
-"""What tasks there are, and one of them shown on a real row: the command `mezo tasks`."""
+"""The list of tasks, and one of them shown on a real row: the command `mezo tasks`."""
 
 from collections.abc import Mapping
 

@@ -4,8 +4,8 @@
     load_examples(task, "dev", data_dir="glue/SST-2")     train.tsv, dev.tsv, ... in a folder
     load_examples(task, "train", files="reviews.csv")     JSONL, CSV, TSV or parquet
 
-A folder may be as a data set is published: its files' names and formats are the task's.
-A mistake in the data is an InputError that names file and row; row 1 is the first line of a file.
+A folder may hold a data set as it is published; the task knows the names and formats of its files.
+A mistake in the data raises an InputError that names file and row; row 1 is a file's first line.
 """
 
 import logging
@@ -24,7 +24,7 @@ SPLITS = {  # split -> names of its file; GLUE's test sets have no labels: dev t
     "dev": ("dev", "validation", "val"),
     "test": ("test", "dev", "validation", "val"),
 }
-FIRST = 100  # rows that are looked at to tell whether a test set has labels
+FIRST = 100  # rows that show whether a test set has labels
 
 
 def load_examples(
@@ -37,8 +37,8 @@ def load_examples(
     """Return all examples of a split ("train", "dev" or "test"), in the order of the source.
 
     Args:
-        data_dir: a folder as the data set is published, or with a file named after the split and
-            in one of the formats above.
+        data_dir: a folder that holds the data set as it is published, or a file named after the
+            split in one of the formats above.
         files: the file or files that are the split, whatever their names.
 
     For "test", dev takes the place of a file that is missing or has no labels.
@@ -65,7 +65,7 @@ def load_examples(
 def has_own_dev(task: Task, data_dir: str | Path) -> bool:
     """Return whether a folder has a dev set beside a labelled test set, as the few-shot folders do.
 
-    In GLUE's and SuperGLUE's it has not: their dev set takes the place of the test set.
+    GLUE's and SuperGLUE's folders do not: their dev set takes the place of the test set.
     """
     dev = _files(task, "dev", Path(data_dir))
     return bool(dev) and _find(task, "test", Path(data_dir)) not in dev

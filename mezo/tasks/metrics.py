@@ -3,9 +3,9 @@
     accuracy, macro_f1          of label indices
     exact_match, token_f1       of a text against all accepted answers: SQuAD v1.1's definition
 
-All are fractions of 1. Those of texts are of one example; a data set's is their mean. DROP's
-official script aligns an answer's several spans one to one; the paper's experiments did not, nor
-can the hub's data set, where all spans of all answers are one list: there token_f1 is taken.
+All are fractions of 1. The metrics of texts are of one example; a data set's is their mean. DROP's
+official script aligns the spans of an answer one to one. The paper's experiments did not, and the
+hub's data set, where all spans of all answers are one list, does not allow it: token_f1 is taken.
 """
 
 import re
@@ -42,9 +42,9 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """Return the best harmonic mean, over the answers, of the precision and recall of words.
 
-    Words are counted as often as they occur in both. Without a common word it is 0, also for two
-    empty texts, as in the official script. As in the paper's experiments an answer of the kind
-    "no answer", if it is the first, is right as a whole or not at all.
+    Words are counted as often as they occur in both texts. Without a common word the result is 0,
+    also for two empty texts, as in the official script. As in the paper's experiments, an answer
+    such as "no answer", if it is the first, is right as a whole or not at all.
     """
     _some(answers)
     if answers[0] in _UNANSWERABLE:

@@ -1,7 +1,7 @@
 """Questions whose answer the model writes: SQuAD and DROP. Causal models.
 
-As in the reference: greedily, at most 50 tokens, up to the end of the line; trained on the first
-of the answers and the line break behind it.
+As in the reference, the model writes greedily, at most 50 tokens, up to the end of the line. It is
+trained on the first of the answers and the line break after it.
 """
 
 from mezo.tasks.formats import drop, drop_rows, squad, squad_rows

@@ -1,7 +1,7 @@
 """Rows of a file by its suffix: TSV, CSV, JSONL, parquet, and compressed JSONL.
 
 A reader yields (place, row): "row 3", and a dictionary from column to value. Row 1 is the first
-line of a file. What is not in the format is an InputError that names file and row.
+line of a file. Anything that is not in the format raises an InputError that names file and row.
 """
 
 import csv
@@ -22,8 +22,8 @@ MAX_LINE = 2**26  # characters of a line: a few bytes of gzip can stand for giga
 def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]:
     """Yield the rows of a file, each with its place in it.
 
-    Raises InputError, naming file and row, for a suffix without reader, for what is no regular
-    file, and for what is not in the format.
+    Raise InputError, naming file and row, for a suffix without a reader, for anything but a regular
+    file, and for anything that is not in the format.
     """
     if path.suffix not in readers:
         raise InputError(f"{path.name} is none of {', '.join(readers)}")

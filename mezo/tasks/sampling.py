@@ -1,4 +1,4 @@
-"""Subsets of a data set, as the paper draws them, so that its splits can be had again."""
+"""Subsets of a data set, drawn as the paper draws them, so that its splits can be reproduced."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,9 @@ def train_dev(
 ) -> tuple[list[Example], list[Example]]:
     """Draw a training and a validation set from one permutation, as the paper's runs on OPT do.
 
-    Of the first num_train + num_dev examples of `sample` the last num_dev are for validation; None
-    for num_train is all that there are. If there are fewer examples than were asked for, it is the
-    training set that is smaller: with 1,000 and 500, WSC's 554 leave 54, as in the reference.
+    Of the first num_train + num_dev examples of `sample` the last num_dev are for validation. None
+    for num_train takes all examples. If there are fewer examples than were asked for, the training
+    set is the smaller one: with 1,000 and 500, WSC's 554 leave 54, as in the reference.
     """
     number = len(examples) if num_train is None else num_train + num_dev
     if not 0 < num_dev < min(number, len(examples)):
@@ -42,8 +42,8 @@ def train_dev(
 def demonstration_sets(train: Sequence[Example], k: int, number: int) -> Iterator[list[Example]]:
     """Yield k demonstrations for each of `number` test examples, another set for each.
 
-    As the paper's in-context runs draw them (k = 32): the i-th set is a sample whose seed is the
-    i-th of `number` random ones, and the test examples are sample(test, number, 0).
+    They are drawn as in the paper's in-context runs (k = 32): the i-th set is a sample whose seed
+    is the i-th of `number` random ones, and the test examples are sample(test, number, 0).
     """
     for seed in _generator(0).randint(0, 10_000, number):
         yield sample(train, k, int(seed))
@@ -52,8 +52,8 @@ def demonstration_sets(train: Sequence[Example], k: int, number: int) -> Iterato
 def few_shot_test(test: Sequence[Example], num_test: int = 1000) -> list[Example]:
     """Return the examples on which few-shot runs are tested, the same ones for all splits.
 
-    Up to 1,000 as they are; of more a sample with seed 42, as in the reference, whatever the seed
-    of the split.
+    Up to 1,000 examples are taken as they are. Of more, a sample is drawn with seed 42, as in the
+    reference, whatever the seed of the split.
     """
     return list(test) if len(test) <= num_test else sample(test, num_test, TEST_SEED)
 
@@ -61,9 +61,9 @@ def few_shot_test(test: Sequence[Example], num_test: int = 1000) -> list[Example
 def few_shot(train: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
     """Return k examples per label for training and the next k of each for validation.
 
-    Equal to the paper's RoBERTa splits (those of LM-BFF, seeds 13, 21, 42, 87, 100), order
+    They equal the paper's RoBERTa splits (those of LM-BFF, seeds 13, 21, 42, 87, 100), order
     included, if `train` has the order of the original file. A label with fewer than 2k examples
-    gives what it has, first to the training set, and is named in the log.
+    gives what it has, first to the training set, and a warning names it.
     """
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}")

@@ -1,4 +1,4 @@
-"""SuperGLUE beside its inference tasks: BoolQ, WSC, WiC, MultiRC, COPA, ReCoRD. Causal models."""
+"""SuperGLUE without its inference tasks: BoolQ, WSC, WiC, MultiRC, COPA, ReCoRD. Causal models."""
 
 from mezo.tasks.formats import copa_rows, multirc_rows, record_rows, wsc_rows
 from mezo.tasks.inference import SUPER_GLUE, SUPER_GLUE_AT

@@ -1,17 +1,18 @@
 """An Example is a row of data with a label, a Task the words that turn it into text.
 
-A task is data. Its templates name the columns in braces, as doc_to_text of lm-evaluation-harness;
-{{ and }} stand for braces. A task may serve up to three kinds of models, by three pairs of fields:
+A task is data. Its templates name the columns in braces, as lm-evaluation-harness's doc_to_text
+does; {{ and }} stand for braces. A task may serve up to three kinds of models, by three pairs of
+fields:
 
     prompt, candidates          causal: "{sentence} It was" and " terrible", " great"
     mask_prompt, verbalizers    masked: "{sentence} It was {mask}." and "terrible", "great"
-    text, descriptions          sentence encoders: "{sentence}" and one description a label
+    text, descriptions          sentence encoders: "{sentence}" and one description per label
 
 Its kind says where the candidates are and what is predicted:
 
-    classification      candidates: the task's, the same for all examples, one a label
+    classification      candidates: the task's, the same for all examples, one per label
     multiple_choice     candidates: templates over the example's columns, or Example.candidates
-    generation          none: the model writes after the prompt, and Example.answers are right
+    generation          no candidates: the model writes after the prompt; Example.answers are right
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,7 @@ from mezo.tasks.template import fields_of, fill
 
 __all__ = ["KINDS", "MASK", "OBJECTIVES", "Example", "Hub", "Task", "fields_of", "fill"]
 
-UNANSWERED = -2  # a label that is no candidate; -1 is the prediction of a score that is NaN
+UNANSWERED = -2  # a label that is not a candidate; -1 is the prediction of a score that is NaN
 MASK = "mask"  # the field of mask_prompt that stands for the tokenizer's mask token
 KINDS = ("classification", "multiple_choice", "generation")
 OBJECTIVES = ("candidates", "tokens")
@@ -35,16 +36,17 @@ Reader = Callable[[Path], Iterable[tuple[str, Row]]]  # rows of a file, each wit
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the columns that the task names, as strings, and what is right.
+    """One row: the columns that the task names, as strings, and the right answer.
 
     Args:
-        label: index of the right candidate; of several right ones the first. -1 for generation.
+        label: index of the right candidate, the first one if several are right; -1 for generation.
         origin: "train.tsv row 12", for error messages.
-        candidates: of this example alone, filled in; () means the task's own.
+        candidates: those of this example alone, filled in; () stands for the task's own.
         choices: what each of the candidates stands for, where that is not the candidate itself:
-            ReCoRD's entities, each of which makes a whole sentence. Compared with the answers.
-        answers: all accepted answers, the one that is trained first; () for classification.
-        group: examples that are judged together: the question of MultiRC's answers.
+            ReCoRD's entities, each of which makes a whole sentence. They are compared with answers.
+        answers: all accepted answers, beginning with the one that is trained; () for
+            classification.
+        group: what examples have in common that are judged together, such as a question of MultiRC.
     """
 
     fields: dict[str, str]
@@ -75,7 +77,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Hub:
-    """A data set of the Hugging Face hub, without loading script."""
+    """A data set of the Hugging Face hub without a loading script."""
 
     id: str
     config: str | None = None
@@ -84,7 +86,7 @@ class Hub:
     test: str = "validation"  # the paper's choice where the test labels are not published
     revision: str | None = None  # a branch or commit; None is the newest
     columns: Mapping[str, str] = field(default_factory=dict)  # ours -> theirs, where they differ
-    labels: tuple[str, ...] = ()  # of its classes 0, 1, ..., as the task spells them
+    labels: tuple[str, ...] = ()  # names of its classes 0, 1, ..., as the task spells them
 
 
 @dataclass(frozen=True)
@@ -95,35 +97,37 @@ class Task:
     """
 
     name: str
-    version: int  # of the templates: results of two versions are not comparable
-    source: str  # of the templates
+    version: int  # of the templates; results of two versions are not comparable
+    source: str  # where the templates come from
     columns: tuple[str, ...]
-    labels: tuple[str, ...] = ()  # the label values as the data spells them, as the candidates
+    labels: tuple[str, ...] = ()  # label values as the data spells them, in the candidates' order
     label_column: str = "label"
     prompt: str = ""
-    candidates: tuple[str, ...] = ()  # may name columns too; a leading space is part of the token
+    candidates: tuple[str, ...] = ()  # may name columns; a leading space is part of the token
     mask_prompt: str = ""
     verbalizers: tuple[str, ...] = ()  # each one token at the mask, without leading space
     text: str = ""
     descriptions: tuple[str, ...] = ()
     hub: Hub | None = None
-    folder: str = ""  # inside the package, of a data set that comes with it
+    folder: str = ""  # where the package holds a data set that comes with it
     metric: str = "accuracy"  # one of METRICS
     kind: str = "classification"
-    objective: str = "candidates"  # what the paper trains: a key of form_for's `objective`
-    sfc_prompt: str = ""  # stands for the prompt in calibration; "": the candidate begins the text
+    objective: str = "candidates"  # what the paper trains; see form_for's `objective`
+    sfc_prompt: str = ""  # the prompt in calibration; "": the candidate begins the text
     completion: str = ""  # generation: what is trained after the prompt, " {answer}\n"
     max_new_tokens: int = 0  # generation
     stop: tuple[str, ...] = ()  # generation: the text ends before the first of these
-    num_dev: int = 500  # examples that the paper splits off the training set for validation
+    num_dev: int = 500  # examples that the paper takes from the training set for validation
 
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # columns in some files
     label_aliases: Mapping[str, str] = field(default_factory=dict)  # "0" -> "DESC"
-    unlabelled: tuple[str, ...] = ()  # label values of rows that are left out: SNLI's "-"
+    unlabelled: tuple[str, ...] = ()  # label values of rows to leave out, such as SNLI's "-"
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # split -> published names
     paths: Mapping[str, str] = field(default_factory=dict)  # split -> file, of a user's own task
-    readers: Mapping[str, Reader] = field(default_factory=dict)  # of files with such a suffix
-    rows: Callable[[Row], Iterable[Row]] | None = None  # of one row: a passage has many questions
+    readers: Mapping[str, Reader] = field(default_factory=dict)  # readers of files, by suffix
+    rows: Callable[[Row], Iterable[Row]] | None = (
+        None  # makes several rows of one: a passage has many questions
+    )
     shown: Row = field(default_factory=dict)  # a real row, for `mezo tasks NAME` and the tests
 
     def __post_init__(self):
@@ -189,15 +193,17 @@ def custom_task(
     """Make a task for a user's own files.
 
     Args:
-        prompt: template over the files' columns. With {mask} it serves masked models alone;
-            without, causal models as it is, masked ones with the mask behind it, and encoders.
-        candidates: one a label. For causal models a leading space is part of the token (" great"),
-            and they may name columns ("{choice1}"), which other kinds of models do not take.
-        labels: values of the label column, in the order of the candidates; None is 0, 1, 2, ...
+        prompt: a template over the files' columns. With {mask} it serves masked models only.
+            Without, it serves causal models as it is, masked models with the mask added at the
+            end, and encoders.
+        candidates: one per label. For causal models a leading space is part of the token
+            (" great"), and candidates may name columns ("{choice1}"), which other kinds of models
+            do not take.
+        labels: values of the label column, in the order of the candidates; None: 0, 1, 2, ...
         label_column: the column that holds the label.
     """
     if not candidates:
-        raise InputError("a custom task needs candidates: one string a label")
+        raise InputError("a custom task needs candidates: one string per label")
     masked = MASK in fields_of(prompt)
     chosen = [name for candidate in candidates for name in fields_of(candidate)]
     columns = dict.fromkeys(name for name in (*fields_of(prompt), *chosen) if name != MASK)

@@ -1,7 +1,7 @@
 """Templates: text with columns in braces, `{sentence} It was`, and how a value is written there.
 
 {column}          the value, without the white space around it
-{column:how}      as one of HOW says: "{hypothesis:lower_first}"
+{column:how}      the value as one of HOW writes it: "{hypothesis:lower_first}"
 {{  }}            braces
 """
 
@@ -28,7 +28,7 @@ HOW: dict[str, Callable[[str], str]] = {
     "listed": lambda text: text.replace("@highlight\n", "- "),  # ReCoRD's highlights
     "lower": lambda text: text.strip().lower(),
     "lower_first": lambda text: text.strip()[:1].lower() + text.strip()[1:],
-    "but_last": lambda text: text.strip()[:-1],  # the last character, a full stop as a rule
+    "but_last": lambda text: text.strip()[:-1],  # without the last character, usually a full stop
     "unstopped": lambda text: text.strip().removesuffix("."),
     "continued": lambda text: _continued(text.strip()),
     "asked": lambda text: _asked(text.strip()),

@@ -11,10 +11,10 @@
     doc_to_target: label                 # a column: the index of the right one, or itself
     metric_list: [{metric: acc}]
 
-Nothing in the file is executed. A template is text with {{column}}; of Jinja, functions and YAML
-tags nothing else is understood, and what has no counterpart here is refused by name. Two things
-differ from the harness: scores are means over a candidate's tokens, where its acc takes sums; and
-exact_match is that of SQuAD, without regard to case, articles and punctuation.
+Nothing in the file is executed. A template is text with {{column}}. No other Jinja, no functions
+and no YAML tags are understood, and what has no counterpart here is refused by name. Two things
+differ from the harness: scores are means over a candidate's tokens, where its acc takes sums, and
+exact_match is SQuAD's, without regard to case, articles and punctuation.
 """
 
 import re
@@ -254,7 +254,7 @@ def _data(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for ours, split in splits.items():
         if not isinstance(files.get(split), str):
             raise InputError(f"data_files has no file {split!r}")
-        file = Path(files[split])  # as the harness: of the working directory; else beside the task
+        file = Path(files[split])  # in the working directory, as in the harness; else beside ours
         found[ours] = str(file if file.is_file() else path.parent / file)
     if "train" not in found:
         found["train"] = next(iter(found.values()))
