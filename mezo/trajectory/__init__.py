@@ -1,8 +1,8 @@
-"""The run log: a run is its seed and one scalar a step, and the file that holds them is the model.
+"""The run log: the seed and one scalar per step, from which the trained weights can be rebuilt.
 
-    with trajectory.record(optimizer, "run.mezo"):     # a record is appended at every step
+    with trajectory.record(optimizer, "run.mezo"):     # appends a record at every step
         ...
-    trajectory.replay("run.mezo", base_model)          # the trained weights, to the bit
+    trajectory.replay("run.mezo", base_model)          # gives the trained weights, to the bit
 
 docs/trajectory.md is the specification.
 """

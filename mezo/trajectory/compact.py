@@ -1,10 +1,10 @@
-"""The compact form of a log: all of it in a third of the bytes, in a file that is complete.
+"""The compact form of a log: the whole log in a third of the bytes; nothing can be appended to it.
 
     file = magic (8 bytes), bytes of the head (u32), bytes of its xz stream (u32), xz(head, JSON),
-           an xz stream for each column, CRC-32 of all before it (u32)
+           an xz stream for each column, CRC-32 of all preceding bytes (u32)
 
 The idea: projected_grad = (loss_plus - loss_minus) / (2 eps), and the difference of two float32
-losses is k 2^-q for an integer k of some 20 bits. columns.py finds the q; docs/trajectory.md is the
+losses is k 2^-q for an integer k of some 20 bits. columns.py finds q; docs/trajectory.md is the
 specification.
 """
 
@@ -36,12 +36,15 @@ MAX_VALUES = 2**23  # numbers in the records of a log
 
 
 def without_losses(steps: int) -> np.ndarray:
-    """The losses of a log that was made compact without them: (steps,), NaN."""
+    """Return the losses of a log that was compacted without them: NaN, of shape (steps,)."""
     return np.full(steps, np.nan, "<f4")
 
 
 def encode(segments: list[Segment], losses: bool) -> bytes:
-    """The compact form of a log's segments. Raises Damage for a log that is too large for it."""
+    """Return the bytes of the compact log with these segments.
+
+    With `losses=False` the losses are left out. Raises Damage if the log is too large for the form.
+    """
     rows = []
     parts: dict[str, list[np.ndarray]] = {"grads": [], "exceptions": [], "lrs": [], "losses": []}
     for segment in segments:
@@ -50,8 +53,8 @@ def encode(segments: list[Segment], losses: bool) -> bytes:
         rates, order = columns.codes_of_lrs(segment.lrs)
         row = {"header": segment.header, "steps": len(segment.grads)}
         rows.append(row | {"exponents": exponents, "order": order})
-        found = codes, exceptions, rates, columns.bits(segment.losses)
-        for name, part in zip(parts, found, strict=True):
+        encoded = codes, exceptions, rates, columns.bits(segment.losses)
+        for name, part in zip(parts, encoded, strict=True):
             parts[name].append(part)
     if not losses:
         del parts["losses"]
@@ -70,9 +73,9 @@ def encode(segments: list[Segment], losses: bool) -> bytes:
 
 
 def decode(data: bytes) -> Log:
-    """The log whose compact form is `data`.
+    """Return the log whose compact form is `data`.
 
-    Raises Damage unless `data` is whole, and InputError if a newer version of mezo has written it.
+    Raises Damage unless `data` is whole, and InputError if a newer version of mezo wrote it.
     """
     if len(data) < 20 or struct.unpack("<I", data[-4:]) != (zlib.crc32(data[:-4]),):
         raise Damage("damaged or cut off; a compact log can be read whole only")
@@ -100,7 +103,10 @@ def decode(data: bytes) -> Log:
 
 
 def _values_due(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How many values each column has; of the exceptions, at most. Damage for impossible rows."""
+    """Return the number of values that each column must have; for exceptions, the largest number.
+
+    Raises Damage if the rows of the head contradict each other.
+    """
     first, end = None, 0
     for row in rows:
         check_keys(row, _ROW)
@@ -120,16 +126,16 @@ def _values_due(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _sizes(row: dict[str, Any]) -> tuple[int, int, int]:
-    """The numbers of a segment: projected gradients, losses, learning rates."""
+    """Return how many projected gradients, losses and learning rates a segment holds."""
     steps, form = row["steps"], layout(row["header"])
     return steps * form["grads"].shape[0], steps, steps * form["lrs"].shape[0]
 
 
 def _segments(rows: list[dict[str, Any]], values: dict[str, np.ndarray]) -> list[Segment]:
-    exceptions, found = values["exceptions"], []
+    exceptions, segments = values["exceptions"], []
     if np.count_nonzero(values["grads"] == 0) != len(exceptions):
         raise Damage("exceptions that are not as many as the codes for them")
-    at = np.zeros(3, int)  # in the columns
+    at = np.zeros(3, int)  # position in each column
     for row in rows:
         header, steps, sizes = row["header"], row["steps"], np.array(_sizes(row))
         grads, losses, lrs = map(slice, at, at + sizes)
@@ -137,7 +143,7 @@ def _segments(rows: list[dict[str, Any]], values: dict[str, np.ndarray]) -> list
         bits = columns.bits(columns.grads_of_codes(codes, row["exponents"], header["eps"]))
         number = np.count_nonzero(codes == 0)
         bits[codes == 0], exceptions = exceptions[:number], exceptions[number:]
-        found.append(
+        segments.append(
             Segment(
                 header,
                 bits.view("<f8").reshape(steps, len(header["cycles"])),
@@ -147,7 +153,7 @@ def _segments(rows: list[dict[str, Any]], values: dict[str, np.ndarray]) -> list
                 columns.lrs_of_codes(values["lrs"][lrs], row["order"], steps),
             )
         )
-    return found
+    return segments
 
 
 def _is_column(value: Any) -> bool:

@@ -23,20 +23,20 @@ MAX_HEADER = 2**26  # bytes
 def read(path: str | Path, *, recover: bool = False) -> Log:
     """Read and check a whole log, in either form. Nothing in it is executed.
 
-    An unfinished record at the very end is what a killed run leaves: it is left out and counted in
-    `Log.torn`.
+    A killed run can leave an unfinished record at the very end: it is dropped, and its bytes are
+    counted in `Log.torn`.
 
     Args:
-        recover: keep everything before the first damaged byte instead of refusing the file. Of a
-            damaged compact log nothing can be kept.
+        recover: Keep everything before the first damaged byte instead of refusing the file. Nothing
+            of a damaged compact log can be recovered.
 
-    Raises InputError, with the position, for a file that is no log, is damaged, or was written by a
+    Raises InputError, with the position, if the file is not a log, is damaged, or was written by a
     newer version.
     """
     check_file(path)
     try:
         with open(path, "rb") as file:
-            magic = file.read(len(MAGIC))  # before the rest, which may be endless
+            magic = file.read(len(MAGIC))  # check it first: another file could be endless
             data = magic + (file.read() if magic in (MAGIC, COMPACT) else b"")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -63,9 +63,9 @@ def read(path: str | Path, *, recover: bool = False) -> Log:
 
 
 def save(path: str | Path, data: bytes) -> None:
-    """Write `data` to a new file. Raises InputError, and leaves no file, if it exists or is full.
+    """Write `data` to a new file; an existing file is never overwritten.
 
-    A file that exists is never overwritten.
+    Raises InputError if the file exists or cannot be written, and then leaves no partial file.
     """
     try:
         with open(path, "xb") as file:
@@ -78,11 +78,11 @@ def save(path: str | Path, data: bytes) -> None:
 
 
 def begun(path: str | Path) -> bool:
-    """Return whether there is a log at `path` with a whole header at its beginning.
+    """Return whether the file at `path` begins with the whole header of a log.
 
-    A run that is killed while its log begins leaves an empty file, or the first bytes of a header:
-    there is no step in it, and it may be replaced. Every other file counts as a log, damaged ones
-    and those of another kind too, so that `read` says what is wrong with them.
+    A run that is killed while its log begins leaves an empty file, or the first bytes of a header.
+    Such a file holds no step and may be replaced. Every other file counts as a log, even a damaged
+    one or one of another kind, so that `read` says what is wrong with it.
     """
     try:
         with open(path, "rb") as file:
@@ -105,16 +105,17 @@ def begun(path: str | Path) -> bool:
 
 
 def compact(path: str | Path, out: str | Path, *, losses: bool = True) -> None:
-    """Write the log at `path` to a new file in compact form, from which the same log is read.
+    """Write the log at `path` to a new file `out` in compact form.
 
-    The two agree bit for bit, except that an unfinished record at the end is dropped.
+    Both files hold the same log, bit for bit, except that an unfinished record at the end is
+    dropped.
 
     Args:
-        losses: False leaves the losses out, which are half of the bytes. A replay is the same; the
-            learning curve is lost.
+        losses: Whether to keep the losses, which are half of the bytes. Without them a replay gives
+            the same weights, but the learning curve is lost.
 
-    Raises InputError for a log that cannot be read or is too large, and if `out` exists or has no
-    room.
+    Raises InputError if the log cannot be read or is too large, or if `out` exists or cannot be
+    written.
     """
     segments = read(path).segments
     if not losses:
@@ -123,9 +124,9 @@ def compact(path: str | Path, out: str | Path, *, losses: bool = True) -> None:
     try:
         data = encode(segments, losses)
     except Damage as damage:
-        raise InputError(f"{path} cannot be made compact: it has {damage}") from None
+        raise InputError(f"{path} cannot be compacted: it has {damage}") from None
     if not _same(segments, decode(data).segments):
-        raise RuntimeError(f"{path}: its compact form is not the same")
+        raise RuntimeError(f"{path}: the compact form differs from the log")
     save(out, data)
 
 
@@ -142,15 +143,15 @@ class _Reader:
         self.data, self.at = data, 0
         self.segments: list[tuple[dict[str, Any], int, int]] = []  # header, first byte, steps
         self.ends: list[int] = []
-        self.step = 0  # the number of the next record's
+        self.step = 0  # number of the step that the next record belongs to
 
     def run(self) -> int:
-        """Reads to the end; returns the bytes that an unfinished segment or record leaves."""
+        """Read to the end, and return the number of bytes of an unfinished segment or record."""
         while self.at < len(self.data):
             if self.data.startswith(MAGIC, self.at):
                 done = self.segment()
             elif MAGIC.startswith(self.data[self.at : self.at + len(MAGIC)]):
-                done = False  # the first bytes of a magic
+                done = False  # only the first bytes of a magic number are there
             else:
                 done = self.records()
             if not done:
@@ -182,7 +183,7 @@ class _Reader:
         return True
 
     def records(self) -> bool:
-        """All records up to the next segment, or to what is no whole record."""
+        """Read all records up to the next segment; return False at an unfinished record."""
         header, first, _ = self.segments[-1]
         size, steps = layout(header).itemsize, len(self.ends)
         try:
@@ -201,15 +202,15 @@ class _Reader:
         return True
 
     def columns(self) -> list[Segment]:
-        found = []
+        segments = []
         for header, first, steps in self.segments:
             rows = np.frombuffer(self.data, layout(header), steps, first)
-            found.append(Segment(header, rows["grads"], rows["loss"], rows["lrs"]))
-        return found
+            segments.append(Segment(header, rows["grads"], rows["loss"], rows["lrs"]))
+        return segments
 
 
 def _check_cut(text: bytes, length: int) -> None:
-    """Damage if what the end of the file seems to cut off is whole, and its length is wrong."""
+    """Raise Damage if a header that seems cut off is in fact whole, so that its length is wrong."""
     try:
         _, end = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
     except (ValueError, RecursionError):

@@ -2,12 +2,13 @@
 
     file    = segment, segment, ...
     segment = magic (8 bytes), length (u32), header (JSON), CRC-32 of the header (u32), records
-    record  = projected_grad (f64) a probe, loss (f32), [lr (f64) a group], CRC-32 (u32)
+    record  = projected_grad (f64) per probe, loss (f32), [lr (f64) per group], CRC-32 (u32)
 
-Little-endian, append-only. 16 bytes a step for plain MeZO. Records have no tag: the segment's
-header says how they look, and a new segment begins where a setting changes (a resumed run, another
-eps, a learning rate that starts to move). docs/trajectory.md is the specification. compact.py has
-the other form of a log, a third as long, to which nothing can be appended; files.py reads both.
+The file is little-endian and append-only; plain MeZO takes 16 bytes per step. Records carry no tag:
+the segment's header defines their layout, and a new segment begins where a setting changes (a
+resumed run, another eps, a learning rate that starts to move). docs/trajectory.md is the
+specification. compact.py has the other form of a log, a third as long, to which nothing can be
+appended; files.py reads both.
 """
 
 import struct
@@ -31,23 +32,23 @@ MAGIC, COMPACT = b"\x89MEZO\r\n\x1a", b"\x89MEZC\r\n\x1a"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a run: what was measured, and the settings in force."""
+    """One step of a run: what was measured, and the settings that were in force."""
 
     record: Record
     eps: float
-    lrs: tuple[float, ...]  # one a parameter group
+    lrs: tuple[float, ...]  # one per parameter group
     weight_decays: tuple[float, ...]
-    written: bool = False  # low-rank updates were written to the matrices before it
+    written: bool = False  # whether low-rank updates were written to the matrices just before it
 
 
 @dataclass(frozen=True)
 class Segment:
     """Successive records under one header, as columns."""
 
-    header: dict[str, Any]  # the whole one in the first segment; else the settings alone
+    header: dict[str, Any]  # complete in the first segment, only the settings in later ones
     grads: np.ndarray  # (steps, probes), float64
-    losses: np.ndarray  # (steps,), float32; NaN where they were left out
-    lrs: np.ndarray  # (steps, parameter groups), float64; (steps, 0) where the header has them
+    losses: np.ndarray  # (steps,), float32; NaN if they were left out
+    lrs: np.ndarray  # (steps, parameter groups), float64; (steps, 0) if the header has them
 
     @property
     def start(self) -> int:
@@ -59,21 +60,21 @@ class Segment:
 
     @property
     def refused(self) -> int:
-        """The number of steps that applied nothing: a projected_grad was not finite."""
+        """The number of steps that applied nothing, since a projected_grad was not finite."""
         return int((~np.isfinite(self.grads).all(1)).sum())
 
     def step(self, i: int) -> Step:
-        """Its i-th step."""
+        """Return the i-th step of the segment, counted from 0."""
         header = self.header
         grads, cycles = tuple(self.grads[i].tolist()), tuple(header["cycles"])
-        seen = Record(self.start + i, grads, float(self.losses[i]), cycles)
+        record = Record(self.start + i, grads, float(self.losses[i]), cycles)
         lrs = tuple(self.lrs[i].tolist()) or tuple(header["lr"])
         written = i == 0 and header.get("written", False)
-        return Step(seen, header["eps"], lrs, tuple(header["weight_decay"]), written)
+        return Step(record, header["eps"], lrs, tuple(header["weight_decay"]), written)
 
 
 class Steps(Sequence[Step]):
-    """The steps of all segments, each made when it is asked for: a log may have millions."""
+    """The steps of all segments, created on access, since a log may have millions."""
 
     def __init__(self, segments: Sequence[Segment]):
         self._segments = segments
@@ -91,7 +92,7 @@ class Steps(Sequence[Step]):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        i = range(len(self))[i]  # an IndexError or a negative index, as of a list
+        i = range(len(self))[i]  # negative indices and IndexError work as for a list
         segment = self._segments[bisect_right(self._ends, i)]
         return segment.step(self._segments[0].start + i - segment.start)
 
@@ -106,24 +107,24 @@ class Log:
     """A log in memory. Steps are counted from `start`: steps[0] is step number `start`."""
 
     segments: list[Segment]
-    torn: int  # bytes of an unfinished record at the end, as a killed run leaves them
-    compact: bool = False  # it is complete: nothing can be appended to the file
-    ends: list[int] = field(default_factory=list)  # byte where each record ends; not of a compact
-    first_record: int = 0  # byte where the first record begins; not of a compact log
+    torn: int  # bytes of an unfinished record that a killed run left at the end
+    compact: bool = False  # whether it was read from the compact form, which cannot be appended to
+    ends: list[int] = field(default_factory=list)  # end of each record in bytes; empty if compact
+    first_record: int = 0  # byte at which the first record begins; 0 if compact
 
     @property
     def header(self) -> dict[str, Any]:
-        """The first segment's: seed, distribution, tensors, config, versions."""
+        """The first segment's header: seed, distribution, tensors, config, versions."""
         return self.segments[0].header
 
     @property
     def start(self) -> int:
-        """The number of the first step; not 0 in the log of a run that was resumed without one."""
+        """The number of the first step; above 0 if the run was resumed without its earlier log."""
         return self.segments[0].start
 
     @property
     def end(self) -> int:
-        """The number of the step after the last."""
+        """One more than the number of the last step."""
         return self.segments[-1].end
 
     @cached_property
@@ -132,7 +133,7 @@ class Log:
 
 
 def layout(settings: dict[str, Any]) -> np.dtype:
-    """A record as the header `settings` describes it, the checksum included."""
+    """Return the dtype of a record under the header `settings`, including the checksum."""
     probes, groups = len(settings["cycles"]), len(settings["lr"]) * settings["lr_in_records"]
     columns = [("grads", "<f8", (probes,)), ("loss", "<f4"), ("lrs", "<f8", (groups,))]
     return np.dtype([*columns, ("crc", "<u4")])
@@ -143,13 +144,16 @@ def checksum(data: bytes, step: int) -> int:
 
 
 def frame(header: dict[str, Any]) -> bytes:
-    """A segment's first bytes. Raises Damage for what JSON or a header cannot hold."""
+    """Return the bytes with which a segment begins: magic number, length, header and checksum.
+
+    Raises Damage if JSON cannot hold the header.
+    """
     text = text_of(header)
     return MAGIC + struct.pack("<I", len(text)) + text + struct.pack("<I", zlib.crc32(text))
 
 
 def encode(segments: Sequence[Segment]) -> bytes:
-    """A log's file, from its segments."""
+    """Return the bytes of the log file that consists of these segments."""
     parts = []
     for segment in segments:
         parts.append(frame(segment.header))

@@ -1,4 +1,4 @@
-"""Joining the logs of one run, each of a range of its steps."""
+"""Join the logs of one run, each of which covers a range of its steps."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,14 +17,15 @@ _OF_A_SEGMENT = ("start", "eps", "lr", "weight_decay", "cycles", "lr_in_records"
 
 
 def merge(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Write to a new file the log of all steps that the logs of one run have together.
+    """Write one log, with all the steps that the logs of one run hold, to a new file.
 
-    They may overlap where they say the same. What was refused at the end of one, as an interrupted
-    step is, gives way to what another says of those steps. `out` can be appended to, whatever the
-    form of the others: of one compact log it is the long form.
+    The logs may overlap where they agree. Refused steps at the end of one log, such as an
+    interrupted step, are replaced by another log's records of the same steps. `out` is in the long
+    form, which can be appended to, even if the logs are compact; `paths` may be a single log.
 
-    Raises InputError, naming file and step, if steps are missing between two logs or are told in
-    two ways, if they are not of one run, if one cannot be read, or if `out` exists or has no room.
+    Raises InputError, naming file and step, if steps between two logs are missing, if two logs
+    disagree about a step, if the logs are not of one run, if one cannot be read, or if `out` exists
+    or cannot be written.
     """
     logs = [(path, read(path)) for path in paths]
     if not logs:
@@ -32,7 +33,7 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> None:
     frozen = {log.header["frozen"] for _, log in logs} - {None}
     if len(frozen) > 1:
         names = ", ".join(str(path) for path, _ in logs)
-        raise InputError(f"{names}: the weights kept frozen differ, this is not one run")
+        raise InputError(f"{names} are not logs of one run: their frozen weights differ")
     logs.sort(key=lambda row: (row[1].start, not _has_losses(row[1])))
     (first, log), *rest = logs
     segments, end, last = list(log.segments), log.end, first
@@ -68,47 +69,48 @@ def _has_losses(log: Log) -> bool:
 
 
 def _check_run(path: str | Path, log: Log, other_path: str | Path, other: Log) -> None:
-    """InputError unless both are logs of one run, as far as their first headers tell."""
-    one, two, told = log.header, other.header, f"{path} and {other_path} are not logs of one run: "
+    """Raise InputError unless both logs are of one run, as far as their first headers show."""
+    left, right = log.header, other.header
+    problem = f"{path} and {other_path} are not logs of one run: "
     for key in IDENTITY:
-        if one.get(key) != two.get(key):
-            raise InputError(f"{told}their {key} is {one.get(key)} and {two.get(key)}")
-    if places(one["tensors"]) != places(two["tensors"]):
-        raise InputError(f"{told}their tensors differ")
+        if left.get(key) != right.get(key):
+            raise InputError(f"{problem}their {key} is {left.get(key)} and {right.get(key)}")
+    if places(left["tensors"]) != places(right["tensors"]):
+        raise InputError(f"{problem}their tensors differ")
     if log.start == other.start:
-        digests = {entry["name"]: entry["sha256"] for entry in two["tensors"]}
-        for entry in one["tensors"]:
+        digests = {entry["name"]: entry["sha256"] for entry in right["tensors"]}
+        for entry in left["tensors"]:
             if entry["sha256"] != digests[entry["name"]]:
-                raise InputError(f"{told}{entry['name']} differs at step {log.start}")
+                raise InputError(f"{problem}{entry['name']} differs at step {log.start}")
 
 
 def _first_difference(segments: list[Segment], other: Log) -> int | None:
-    """The first step that `segments` and another log tell in two ways. None: there is none."""
+    """Return the first step whose records differ between `segments` and `other`, or None."""
     steps, losses = Steps(segments), _has_losses(other) and _has_losses(Log(segments, torn=0))
     for step in range(other.start, min(segments[-1].end, other.end)):
         left, right = steps[step - segments[0].start], other.steps[step - other.start]
-        if _told(left, losses) != _told(right, losses):
+        if _comparable(left, losses) != _comparable(right, losses):
             return step
     return None
 
 
-def _told(step: Step, losses: bool) -> tuple[Any, ...]:
-    """What is to be the same: bits (0 has a sign), but of a NaN not its payload."""
-    seen = step.record
-    numbers = [*seen.projected_grads, *step.lrs, *step.weight_decays, step.eps]
-    numbers += [seen.loss] if losses else []
-    return seen.cycles, step.written, [float(x).hex() for x in numbers]
+def _comparable(step: Step, losses: bool) -> tuple[Any, ...]:
+    """Return what must agree: the bits of all numbers (0 has a sign), but not a NaN's payload."""
+    record = step.record
+    numbers = [*record.projected_grads, *step.lrs, *step.weight_decays, step.eps]
+    numbers += [record.loss] if losses else []
+    return record.cycles, step.written, [float(x).hex() for x in numbers]
 
 
 def _before(segments: list[Segment], step: int) -> list[Segment]:
-    """What the segments have before a step; of the first one, at least the header."""
+    """Return the segments up to a step, exclusive; the first keeps its header even if empty."""
     first = segments[0]
     kept = [s for s in segments if s is first or s.start < step]
     return [Segment(s.header, *(c[: step - s.start] for c in _columns(s))) for s in kept]
 
 
 def _from(segment: Segment, step: int) -> Segment:
-    """What the segment has from a step on, under a header that is not a file's first."""
+    """Return the segment from a step on, under the short header of a file's later segments."""
     header, skipped = {key: segment.header[key] for key in _OF_A_SEGMENT}, step - segment.start
     if skipped <= 0:
         header |= {key: segment.header[key] for key in {"written"} & segment.header.keys()}

@@ -1,4 +1,4 @@
-"""What a run did to its weights, as moves that need neither data nor losses."""
+"""What a run did to its weights, as a program of moves that needs neither data nor losses."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,26 +22,26 @@ from mezo.record import Applied
 from mezo.rules import RULES, Rule
 from mezo.trajectory.format import Step
 
-MAX_WALKS = 2**25  # 3 moves each, of 28 bytes
+MAX_WALKS = 2**25  # of 3 moves each, and 28 bytes per move
 
 
 @dataclass(frozen=True)
 class Write:
-    """After the step of that number, low-rank updates are written to the matrix."""
+    """Write the accumulated low-rank updates to the matrix, after step number `step`."""
 
     step: int
 
 
-Action = np.ndarray | Update | Write  # a table of moves, an update that is more than moves, a write
+Action = np.ndarray | Update | Write  # a table of moves, an update that moves cannot express, ...
 
 
 @dataclass(frozen=True)
 class Program:
-    """All that steps do to a weight of one parameter group."""
+    """Everything that the steps do to a weight of one parameter group."""
 
     actions: list[Action]
-    past: list[Applied] = field(default_factory=list)  # the steps applied, and those before
-    number: int = 0  # of steps applied since the run began
+    past: list[Applied] = field(default_factory=list)  # applied steps, including earlier ones
+    number: int = 0  # number of steps applied since the run began
 
 
 def program_of(
@@ -54,20 +54,30 @@ def program_of(
     number: int = 0,
     known: Mapping[str, type[Rule]] = RULES,
 ) -> Program:
-    """What `steps` do to a weight of parameter group number `group`.
+    """Return the program of what `steps` do to a weight of parameter group number `group`.
 
-    In place, the walks are repeated too: theta + eps z - 2 eps z + eps z is not quite theta.
-    Low-rank updates are written at the end of an interval, where the run wrote them within one, and
-    with `finish` after the last step: else they stay in the state, as in the run. `past` and
-    `number` are the first group's after the steps before. `known` are the rules by name.
-    Raises InputError if they are too many for a replay.
+    The walks of an in-place run are part of it, because theta + eps z - 2 eps z + eps z is rounded
+    and so not quite theta. Low-rank updates are written at the end of each interval and where the
+    run wrote them early.
+
+    Args:
+        header: The header of the log's first segment.
+        steps: The steps to repeat, in order.
+        group: The number of the parameter group.
+        finish: Whether to write low-rank updates after the last step. Without it they stay in the
+            state, as they do in the run.
+        past: `Memory.past` before the first of `steps`.
+        number: `Memory.number` before the first of `steps`.
+        known: The rules by name.
+
+    Raises InputError if the rule is unknown or the walks are too many for a replay's memory.
     """
     actions: list[Action] = []
-    moves: list[Move] = []  # that are in no table yet: it holds them in a fifth of the memory
+    moves: list[Move] = []  # not in a table yet; a table holds them in a fifth of the memory
     walked = MeZO.forms[header["perturbation"]].moves_weights
     walks = sum(sum(step.record.cycles) for step in steps) if walked else 0
     if walks > MAX_WALKS:
-        raise InputError(f"the log has {walks} walks: a replay holds at most {MAX_WALKS} in memory")
+        raise InputError(f"the log has {walks} walks; a replay holds at most {MAX_WALKS} in memory")
     interval = header["interval"] if header["perturbation"] == "low_rank" else 0
     rule, sides = rule_of(header, known), sides_of(header.get("estimator", "two_point"))
     legs = LEGS[header.get("sides", sides)]
@@ -82,40 +92,43 @@ def program_of(
     for step in steps:
         if len(moves) > 2**16:
             then()
-        seen, grads = step.record, step.record.projected_grads
+        record, grads = step.record, step.record.projected_grads
         if step.written:
-            then(Write(seen.step - 1))
+            then(Write(record.step - 1))
         if walked:
-            for probe, cycles in enumerate(seen.cycles):
-                moves += [Move(seen.step, probe, 1.0, leg * step.eps) for leg in legs] * cycles
+            for probe, cycles in enumerate(record.cycles):
+                moves += [Move(record.step, probe, 1.0, leg * step.eps) for leg in legs] * cycles
         if all(map(math.isfinite, grads)):
-            history.append((seen.step, grads))
+            history.append((record.step, grads))
             number += 1
             how = step.lrs[group], step.weight_decays[group], history, len(history), number
-            update = Update(rule, seen.step, *how)
+            update = Update(rule, record.step, *how)
             if rule.linear and not scaled:
                 moves += sgd(update, header["rounding"])
             else:
                 then(update)
-        if interval and (seen.step + 1) % interval == 0:
-            then(Write(seen.step))
+        if interval and (record.step + 1) % interval == 0:
+            then(Write(record.step))
     then(*([Write(steps[-1].record.step)] if interval and finish and steps else []))
     return Program(actions, history, number)
 
 
 def rule_of(header: dict[str, Any], known: Mapping[str, type[Rule]]) -> Rule:
-    """The rule that a log names. InputError for one that is not known: a file imports no code."""
+    """Return the rule that a log names.
+
+    Raises InputError for a rule that is not in `known`: a log must never cause code to be imported.
+    """
     name = header["rule"]
     if name not in known:
         raise InputError(
-            f"the log's rule {name} is not one of mezo's: give it, rules=[{name.split(':')[-1]}], "
-            f"or --rule {name} on the command line"
+            f"the log's rule {name} is not built in: pass rules=[{name.split(':')[-1]}], or --rule "
+            f"{name} on the command line"
         )
     return rules.rule_of({"name": name} | header.get("rule_options", {}), known)
 
 
 def split_at_writing(actions: Sequence[Action]) -> tuple[list[Action], list[np.ndarray]]:
-    """A program up to the last writing of a matrix, and the tables of what it sums up after."""
+    """Split a program after its last `Write`; of what follows, return only the tables of moves."""
     ends = [i + 1 for i, action in enumerate(actions) if isinstance(action, Write)]
     end = ends[-1] if ends else 0
     return list(actions[:end]), [x for x in actions[end:] if isinstance(x, np.ndarray)]
@@ -128,16 +141,16 @@ def make_(
     program: Program,
     state: dict[str, Any],
 ) -> None:
-    """Run a program on the tensor that a log's `entry` names: in one pass over it, where it can be.
+    """Run a program on the tensor that a log's `entry` names, in one pass over it if possible.
 
-    `state` holds the buffers of a rule and of compensated or master rounding, and the sum of
-    low-rank updates, as in the optimizer.
+    `state` is the tensor's optimizer state: the buffers of a rule and of compensated or master
+    rounding, and the accumulated low-rank updates.
     """
     modified, threshold = header.get("modified", "variance"), entry.get("threshold")
     scale, name = TensorScale(entry.get("scale", 1.0), modified, threshold), entry["name"]
     factored = is_factored(tensor, header)
     each_step = ROUNDINGS[header["rounding"]].each_step
-    tables: list[np.ndarray] = []  # moves that are made in one pass
+    tables: list[np.ndarray] = []  # moves to apply in one pass
 
     def move() -> None:
         if not tables:
@@ -164,7 +177,7 @@ def make_(
 
 
 def _over(walks: np.ndarray, scale: float) -> np.ndarray:
-    """The walks of a tensor with a scale: no table has updates where a tensor has one."""
+    """Divide walks by the tensor's scale; tables hold only walks if any tensor has a scale."""
     if scale == 1.0:
         return walks
     walks = walks.copy()

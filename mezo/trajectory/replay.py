@@ -1,8 +1,8 @@
-"""Replay: the weights of a run from its base model and its log, without data or forward passes.
+"""Replay: rebuild a run's weights from its base model and its log, without data or forward passes.
 
-There is no way back. theta + c z is rounded, two numbers often become one, and the log does not say
-which it was: to get the weights of step N, replay from the base model until N, at the cost of N
-steps' additions.
+Steps cannot be undone. theta + c z is rounded, so that different weights often become equal, and
+the log does not say what they were before. To get the weights of step N, replay from the base model
+until N, at the cost of the additions of N steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,15 +33,22 @@ def replay(
     rules: Sequence[type[Rule]] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> torch.nn.Module:
-    """Rebuild the trained weights in place: `model` is the base model, the result is the run's.
+    """Turn the base model into the trained model, in place and to the bit, and return it.
 
-    Bitwise: the same additions in the same order, without data or forward passes, one tensor at a
-    time. Values of the start that the log holds (start_values.py) take the place of the model's.
-    `until` stops before that step of the run. `rules` are classes of your own that the run was made
-    with: a log names them, and no code is imported for it. `progress(done, total)` is told of each
-    tensor.
-    Raises InputError if a tensor is missing or (with `verify`) is not what the run started from,
-    trained or frozen.
+    The replay makes the run's additions in the same order, one tensor at a time, without data or
+    forward passes. Start values that the log holds (start_values.py) replace the model's.
+
+    Args:
+        path: The run log.
+        model: The base model; its weights are overwritten.
+        until: Stop before this step of the run; None replays all steps.
+        verify: Compare the weights, trained and frozen, with the log's fingerprints first.
+        rules: Your own rule classes that the run used. A log only names them, and no code is
+            imported because of it.
+        progress: Called as `progress(done, total)` after each tensor.
+
+    Raises InputError if the log cannot be read, if `until` is not in it, if a tensor is missing, or
+    (with `verify`) if the model is not what the run started from.
     """
     log, known = read(path), known_rules(rules)
     steps = steps_until(path, log, until)
@@ -69,7 +76,11 @@ def replay(
 
 
 def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
-    """The steps up to that number of the run's; None: all. InputError if the log has them not."""
+    """Return the steps before step number `until`, or all of them for None.
+
+    Raises InputError if `until` is outside the log, or if the log lacks steps that the rule or the
+    rounding needs.
+    """
     if until is not None and not log.start <= until <= log.end:
         raise InputError(
             f"{path} has {len(log.steps)} steps, until must be from {log.start} to {log.end}, "
@@ -85,7 +96,10 @@ def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
 
 
 def kept_by(header: dict) -> str | None:
-    """What keeps buffers, or looks back at earlier steps: a replay then begins with the first."""
+    """Name the rule or rounding that depends on earlier steps, so that a replay needs them all.
+
+    Returns None if nothing keeps buffers or looks back.
+    """
     if header["rule"] not in RULES or RULES[header["rule"]].buffers:
         return f"rule {header['rule']}"
     half = {entry["dtype"] for entry in header["tensors"]} & {"bfloat16", "float16"}
@@ -94,13 +108,16 @@ def kept_by(header: dict) -> str | None:
 
 
 def match(path, entry: dict, tensor: torch.Tensor | None, verify: bool) -> None:
-    """InputError unless it is there and, with `verify`, what the run started from."""
+    """Raise InputError if the tensor is missing or, with `verify`, not what the run started from.
+
+    `entry` is the log's description of the tensor; `path` is named in the error.
+    """
     if tensor is None:
         raise InputError(f"{path}: the base model has no parameter {entry['name']}")
-    found = entry_of(entry["name"], tensor) if verify else entry
+    actual = entry_of(entry["name"], tensor) if verify else entry
     for what in ("shape", "dtype", "sha256"):
-        if found[what] != entry[what]:
+        if actual[what] != entry[what]:
             raise InputError(
                 f"{path} starts from another base model: {what} of {entry['name']} is "
-                f"{found[what]}, the log has {entry[what]}"
+                f"{actual[what]}, the log has {entry[what]}"
             )

@@ -1,9 +1,9 @@
-"""Replay onto a checkpoint's files, tensor by tensor: any model in the memory of one tensor.
+"""Replay from checkpoint files to checkpoint files, in the memory of one tensor.
 
     trajectory.replay_checkpoint("run.mezo", "opt-66b/", "tuned/")
 
-The files that come out have the names, keys and order of those that went in. A parameter that is
-not one tensor of the files (experts that loading merges, a new head) cannot be rebuilt so.
+The new files have the names, keys and order of the old ones. A parameter that does not correspond
+to one stored tensor (experts that loading merges, a new head) cannot be rebuilt this way.
 """
 
 import hashlib
@@ -41,27 +41,29 @@ def replay_checkpoint(
 
         trajectory.replay_checkpoint("run.mezo", "llama-3-70b/", "tuned/")
 
-    Bitwise what `replay` of the loaded model gives. Memory: the largest tensor and, for 16-bit
-    weights, the buffer of their rounding. What was not trained is copied, config and tokenizer too.
-    If the run loaded the model in another dtype, the result has that dtype. Nothing in `output_dir`
-    looks finished before all is.
+    The result equals, to the bit, what `replay` gives on the loaded model. The memory needed is
+    that of the largest tensor and, for 16-bit weights, of its rounding buffer. Untrained tensors,
+    config and tokenizer are copied. If the run loaded the model in another dtype, the result has
+    that dtype. An interrupted call never leaves an `output_dir` that looks complete.
 
     Args:
-        source_dir: a local folder with model.safetensors, or with shards and their index.
-        output_dir: another folder; files of the same names in it are replaced.
-        until: stop at that step of the run.
-        verify: first read everything once and compare fingerprints with the log's.
-        rules: classes of your own that the run was made with.
-        progress: `progress(done, total)` is told of each trained tensor.
+        log: The run log.
+        source_dir: A local folder with model.safetensors, or with shards and their index.
+        output_dir: Another folder; files of the same names in it are replaced.
+        until: Stop before this step of the run; None replays all steps.
+        verify: First read all tensors once and compare their fingerprints with the log's.
+        rules: Your own rule classes that the run used.
+        progress: Called as `progress(done, total)` after each trained tensor.
 
-    Returns the number of steps. Raises InputError if the log is an adapter's or starts from another
-    base, or if a trained parameter is not a tensor of the files: `replay` the loaded model then.
+    Returns the number of steps replayed. Raises InputError if the log is of an adapter or starts
+    from another base model, or if a trained parameter is not a tensor of the files; use `replay` on
+    the loaded model for those.
     """
-    found, output = read(log), Path(output_dir)
-    steps, checkpoint = steps_until(log, found, until), Checkpoint(Path(source_dir))
+    run, output = read(log), Path(output_dir)
+    steps, checkpoint = steps_until(log, run, until), Checkpoint(Path(source_dir))
     if output.resolve() == checkpoint.folder.resolve():
         raise InputError(f"output_dir {output} is the base model's own folder")
-    plan = _Plan(log, found.header, checkpoint, known(rules))
+    plan = _Plan(log, run.header, checkpoint, known(rules))
     if verify:
         plan.verify()
     write(checkpoint, output, plan.replaying(steps, progress), plan.dtypes())
@@ -69,7 +71,7 @@ def replay_checkpoint(
 
 
 class _Plan:
-    """What becomes of each tensor of a checkpoint. Raises InputError if the log is not for it."""
+    """What happens to each tensor of a checkpoint. Raises InputError if the log does not fit it."""
 
     def __init__(
         self,
@@ -95,20 +97,20 @@ class _Plan:
                     f"{log} starts from another base model: {place.key} in {place.file} is {kind} "
                     f"of shape {shape}, the log has {entry['dtype']} of shape {entry['shape']}"
                 )
-        # the dtype in which the run loaded the model, if not the files': that of the rest, too
+        # a run that loaded the model in another dtype gives that dtype to untrained tensors, too
         dtypes = {entry["dtype"] for entry in entries.values()}
         cast = any(checkpoint.dtype(place) != e["dtype"] for place, e in self.trained.items())
         self.only = dtypes.pop() if len(dtypes) == 1 else None
         self.rest = self.only if cast else None
 
     def dtypes(self) -> dict[Place, str]:
-        """What is cast, or may be: the dtype of each tensor of numbers."""
-        known = {place: self.checkpoint.dtype(place) for place in self.checkpoint.tensors}
-        floats = {place: self.rest or dtype for place, dtype in known.items() if dtype is not None}
+        """Return the dtype that each floating-point tensor has in the result."""
+        stored = {place: self.checkpoint.dtype(place) for place in self.checkpoint.tensors}
+        floats = {place: self.rest or dtype for place, dtype in stored.items() if dtype is not None}
         return floats | {place: entry["dtype"] for place, entry in self.trained.items()}
 
     def verify(self) -> None:
-        """InputError unless the weights are those that the run began with."""
+        """Raise InputError unless the weights are those that the run started from."""
         for place, entry in self.trained.items():
             match(self.log, entry, _cast(self.checkpoint.read(place), entry["dtype"]), True)
         expected = self.header["frozen"]
@@ -118,8 +120,8 @@ class _Plan:
         if frozen is None:
             logger = logging.getLogger("mezo")
             logger.warning(
-                "%s: the files do not tell the order of the weights that the run kept "
-                "frozen: they are not checked",
+                "%s: the frozen weights are not verified, because the files do not determine "
+                "their order",
                 self.log,
             )
             return
@@ -131,7 +133,7 @@ class _Plan:
         raise InputError(FROZEN_DIFFER.format(self.log))
 
     def replaying(self, steps: Sequence[Step], progress: Progress | None):
-        """A function from a place to its tensor after `steps`."""
+        """Return a function that gives the tensor of a place after `steps`."""
         groups = {entry["group"] for entry in self.header["tensors"]}
         programs = {
             group: program_of(self.header, steps, group, known=self.rules) for group in groups
@@ -153,12 +155,12 @@ class _Plan:
 
 
 def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
-    """As loading does it."""
+    """Cast as loading a model does; None leaves the tensor as it is."""
     return tensor if dtype is None else tensor.to(getattr(torch, dtype))
 
 
 def _frozen(layout: Layout, trained: set[str]) -> list[Place] | None:
-    """The tensors that were not trained, in the model's order; None: that is not known."""
+    """Return the untrained tensors in the model's order, or None if that order is unknown."""
     if layout.order is None or not trained <= set(layout.order):
         return None
     places = [layout.places[name][:1] for name in layout.order if name not in trained]
@@ -168,10 +170,10 @@ def _frozen(layout: Layout, trained: set[str]) -> list[Place] | None:
 def _missing(log: str | Path, name: str, checkpoint: Checkpoint) -> str:
     if name.startswith(("base_model.", "prompt_encoder.")):  # in peft's wrapper
         return (
-            f"{log}: the run trained an adapter ({name}): its base stays as it is; "
+            f"{log}: the run trained an adapter ({name}), and its base model is unchanged; "
             "mezo replay --onto_adapter writes the adapter"
         )
     return (
-        f"{log}: {checkpoint.folder} has no tensor for {name}, which loading makes of others, or "
-        "anew: replay it on the loaded model (mezo replay without --by_tensor)"
+        f"{log}: {checkpoint.folder} has no tensor for {name}, which loading creates; replay on "
+        "the loaded model instead (mezo replay without --by_tensor)"
     )

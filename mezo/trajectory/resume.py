@@ -1,4 +1,4 @@
-"""Going on with a run from its log: the weights are brought to its end without forward passes."""
+"""Resume a run from its log: bring the weights to the log's end without forward passes."""
 
 import math
 from collections.abc import Mapping
@@ -15,14 +15,19 @@ from mezo.trajectory.writer import check_identity, entry_of
 
 
 def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> int:
-    """Bring the optimizer's weights from its step to the log's end; returns the steps made.
+    """Bring the optimizer's weights from its step to the log's end; return the steps replayed.
 
-    The weights, buffers and step are then those of the run, to the bit: from the base model, or
-    from any checkpoint of the run. An unfinished record at the end is left out. `until` stops after
-    that step of the run. Go on with `record(optimizer, path, resume=True)`.
+    Afterwards the weights, buffers and step count are those of the run, to the bit, whether the
+    optimizer began at the base model or at a checkpoint of the run. An unfinished record at the
+    log's end is ignored. Continue with `record(optimizer, path, resume=True)`.
 
-    Raises InputError if the log is another run's, or begins or ends elsewhere, or if an option
-    remembers what the log does not hold (`forgotten`).
+    Args:
+        path: The run log.
+        optimizer: An optimizer with the run's options, on the base model or a checkpoint's weights.
+        until: The largest step count to bring the optimizer to; None goes to the log's end.
+
+    Raises InputError if the log is of another run or starts after the optimizer's step, or if an
+    option depends on values that no log holds (`forgotten`).
     """
     log, first = read(path), optimizer.param_groups[0]
     end = resumable(log) if until is None else min(until, resumable(log))
@@ -31,9 +36,9 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
     steps = log.steps[first["step"] - log.start : max(end - log.start, 0)]
     if not steps:
         return 0
-    own = optimizer.estimator.looks_back and f"estimator {first['estimator']}"
-    if option := forgotten(first) or own:
-        raise InputError(f"{path}: with {option} a run goes on from a checkpoint alone")
+    looking_back = optimizer.estimator.looks_back and f"estimator {first['estimator']}"
+    if option := forgotten(first) or looking_back:
+        raise InputError(f"{path}: a run with {option} can only resume from a checkpoint")
     _check(path, log, optimizer)
     where: dict[int, int] = {id(g): i for i, g in enumerate(optimizer.param_groups)}
     memory = optimizer.memory
@@ -54,20 +59,24 @@ def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> 
 
 
 def forgotten(settings: Mapping[str, Any]) -> str | None:
-    """The option of MeZO or MeZOConfig whose memory of the steps before no log holds, if one is."""
+    """Return the option that depends on values of earlier steps which no log holds, or None.
+
+    `settings` are the options of MeZO or of MeZOConfig.
+    """
     rule = settings["rule"]
-    found = {
+    options = {
         "clip_quantile": settings["clip_quantile"] is not None,
         "estimator one_point": settings["estimator"] == "one_point",
         "rule scalar_adam": "scalar_adam" in (rule, rule["name"] if type(rule) is dict else ""),
     }
-    return next((option for option, remembers in found.items() if remembers), None)
+    return next((option for option, remembers in options.items() if remembers), None)
 
 
 def resumable(log: Log) -> int:
-    """The step to go on at: before those refused at the end, where an interrupt may be why.
+    """Return the step at which to resume: before any refused steps at the log's end.
 
-    They are made again, and refused again if it was the loss.
+    An interrupt may be why they were refused, so they are repeated; if the loss was the reason,
+    they are refused again.
     """
     steps = len(log.steps)
     while steps and not all(map(math.isfinite, log.steps[steps - 1].record.projected_grads)):

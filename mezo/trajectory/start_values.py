@@ -1,10 +1,10 @@
-"""What a log has of a run's start: the values that the base model and the seed do not give again.
+"""Start values in a log: those that the base model and the seed do not reproduce everywhere.
 
-A run starts from the base model, and from an adapter that the seed draws. Where a float forward
-pass or torch's own generator decides values, as the keys and values of a prefix, another processor
-or another number of threads may round otherwise, and the run could be replayed on machines of one
-kind alone. The header of such a log holds the values themselves, so that the log and the base model
-are enough anywhere:
+A run starts from the base model, and from an adapter that the seed draws. Some start values depend
+on a floating-point forward pass or on torch's generator, such as the keys and values of a prefix.
+Another processor or number of threads may round them differently, and the run could then be
+replayed only on one kind of machine. The header of such a log holds the values themselves, so that
+the log and the base model suffice anywhere:
 
     "start_values": {"prompt_encoder.default.embedding.weight": base64 of the elements' bytes}
 """
@@ -24,21 +24,21 @@ KEY = "start_values"
 
 
 def encoded(model: torch.nn.Module | None, named: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return what a header gains: the values to be kept of the trained tensors; {} for none.
+    """Return the header's entry with the start values that must be kept; {} if there are none.
 
     `named` are the trained tensors by canonical name, with their values at the start.
     """
-    found = {
+    values = {
         name: base64.b64encode(_bytes_of(named[name])).decode() for name in kept_start(model, named)
     }
-    return {KEY: found} if found else {}
+    return {KEY: values} if values else {}
 
 
 def put_(header: Mapping[str, Any], named: Mapping[str, torch.Tensor]) -> None:
-    """Give the tensors the values with which the run of a header started, as far as it has them.
+    """Copy the start values that a header holds into the tensors, given by canonical name.
 
-    `header` was checked, and a tensor of another shape or type is left for the comparison of
-    fingerprints to refuse.
+    `header` must have been checked. A tensor of another shape or dtype is left alone; the
+    comparison of fingerprints refuses it later.
     """
     for entry in header["tensors"]:
         tensor = named.get(entry["name"])
@@ -53,7 +53,7 @@ def put_(header: Mapping[str, Any], named: Mapping[str, torch.Tensor]) -> None:
 
 
 def problem_of(header: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with the values that a header has; None if nothing is."""
+    """Say what is wrong with the start values in a header, or return None."""
     values = header.get(KEY, {})
     if not isinstance(values, dict):
         return "not an object"
@@ -83,6 +83,9 @@ def _copy_(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:
-    """The elements' bytes, row-major; of a DTensor the whole: every process must call it."""
+    """Return the elements' bytes, row-major.
+
+    For a DTensor they are those of the whole tensor, and every process must call this.
+    """
     whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

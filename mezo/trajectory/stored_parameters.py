@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint's files are which parameters of the model, without loading it.
+"""Which stored tensors of a checkpoint are which parameters of its model, without loading weights.
 
-The model is made without weights, on torch's meta device; transformers says how loading renames and
-merges what the files hold, and which parameters are one (tied).
+The model is created on torch's meta device. transformers says how loading renames and merges the
+stored tensors, and which parameters are tied.
 """
 
 import logging
@@ -20,37 +20,40 @@ from mezo.trajectory.writer import fingerprint
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each parameter is stored, if it is: twice, if it is tied and both names are there."""
+    """Where each parameter is stored; a tied parameter can be stored under both of its names."""
 
     places: dict[str, list[Place]]
-    order: list[str] | None  # names as named_parameters has them; None: the model is not known
-    prefix: str = ""  # of the base model's parameters in a model with a head
+    order: list[str] | None  # names in the order of named_parameters; None if the model is unknown
+    prefix: str = ""  # prefix of the base model's parameters in a model with a head
 
     def find(self, name: str) -> list[Place]:
-        """The run may have had the base model where the files have a head on it, or reversed."""
+        """Return where a parameter is stored; [] if it is not.
+
+        The run may have used the base model of files that have a head, or the other way round.
+        """
         spellings = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."))
-        return next((self.places[one] for one in spellings if self.places.get(one)), [])
+        return next((self.places[key] for key in spellings if self.places.get(key)), [])
 
 
 def layout_of(checkpoint: Checkpoint, trained: set[str]) -> Layout:
-    """The layout for the model that has all parameters in `trained`, if transformers knows one.
+    """Return the layout for the model that has all parameters in `trained`.
 
-    Without it, keys are taken for names.
+    If transformers knows no such model, the stored keys are taken for the parameters' names.
     """
-    found = None
+    layout = None
     try:
         for model in _skeletons(checkpoint.folder):
-            found = _layout(model, checkpoint)
-            if trained <= set(found.order or []):
-                return found
-    except Exception as error:  # a config can be wrong in any way, or of a model made elsewhere
+            layout = _layout(model, checkpoint)
+            if trained <= set(layout.order or []):
+                return layout
+    except Exception as error:  # a config can be wrong in any way, or of an unknown model
         log = logging.getLogger("mezo")
         log.info("%s: keys are taken for names: %s", checkpoint.folder, error)
-    return found or Layout({noise.canonical_name(p.key): [p] for p in checkpoint.tensors}, None)
+    return layout or Layout({noise.canonical_name(p.key): [p] for p in checkpoint.tensors}, None)
 
 
 def _skeletons(folder: Path) -> Iterator[Any]:
-    """Models without weights: as `models.load` makes them, and as the config names them."""
+    """Yield models without weights: the one that `models.load` makes, then the config's own."""
     if not (folder / "config.json").is_file():
         return
     import transformers
@@ -66,12 +69,12 @@ def _skeletons(folder: Path) -> Iterator[Any]:
 def _layout(model: Any, checkpoint: Checkpoint) -> Layout:
     stored = _stored(model, checkpoint)
     places: dict[str, list[Place]] = {}
-    firsts: dict[int, str] = {}  # of tied parameters, the one that named_parameters names
+    firsts: dict[int, str] = {}  # for tied parameters, the name that named_parameters gives
     for name, p in model.named_parameters(remove_duplicate=False):
         here, first = stored.get(name, []), firsts.setdefault(id(p), noise.canonical_name(name))
         name = noise.canonical_name(name)
         if here and places.get(first) and not _equal(checkpoint, here[0], places[first][0]):
-            first = name  # loading does not tie what is stored with two values
+            first = name  # loading does not tie parameters that are stored with different values
         places.setdefault(first, []).extend(here)
     return Layout(places, list(places), model.base_model_prefix)
 
@@ -81,7 +84,10 @@ def _equal(checkpoint: Checkpoint, *places: Place) -> bool:
 
 
 def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, list[Place]]:
-    """The tensors that loading puts into each parameter as they are, in transformers' own way."""
+    """Return the stored tensors that loading copies unchanged into each parameter.
+
+    The renaming is done by transformers' own functions.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -93,12 +99,12 @@ def _stored(model: Any, checkpoint: Checkpoint) -> dict[str, list[Place]]:
     state, changes = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     mergers = [change for change in changes if isinstance(change, WeightConverter)]
-    found: dict[str, list[Place]] = {}
+    stored: dict[str, list[Place]] = {}
     for place in sorted(checkpoint.tensors, key=lambda place: dot_natural_key(place.key)):
         key, where = place.key, (model.base_model_prefix, state)
         name, merged = rename_source_key(key, renamings, mergers, *where)
         if name not in state and key in state:
             name, merged = rename_source_key(key, [], [], *where)
         if merged is None:
-            found.setdefault(name, []).append(place)
-    return found
+            stored.setdefault(name, []).append(place)
+    return stored

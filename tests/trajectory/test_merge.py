@@ -176,7 +176,7 @@ def test_logs_of_two_runs_are_not_merged(tmp_path, parts, options, message):
 
 def test_logs_that_begin_with_other_weights_are_not_merged(tmp_path, parts):
     """At the same step; or with other frozen weights, at any."""
-    for tensor, message in (("bias", "bias differs at step 0"), ("last", "kept frozen differ")):
+    for tensor, message in (("bias", "bias differs at step 0"), ("last", "frozen weights differ")):
         for start, name in ((0, "a"), (1, "b")):
             model = Regression(torch.float32)
             model.last.requires_grad_(tensor != "last")
