@@ -1,14 +1,14 @@
-"""Estimates beside the two-point one of mezo.py, and what becomes of a step's estimates.
+"""Gradient estimators other than the two-point one of mezo.py, and how estimates are combined.
 
-    two_point    (L(theta + eps z) - L(theta - eps z)) / 2 eps      2 forward passes a direction
-    one_sided    (L(theta + eps z) - L(theta)) / eps                1, and 1 for all of a batch
-    one_point    (L(theta + eps z) - the last step's) / eps         1: Definition 8
+    two_point    (L(theta + eps z) - L(theta - eps z)) / 2 eps      2 forward passes per direction
+    one_sided    (L(theta + eps z) - L(theta)) / eps                1, and 1 more per batch
+    one_point    (L(theta + eps z) - the last step's loss) / eps    1 (Definition 8)
 
-`shaping` turns the losses of several directions into the numbers that are applied: None leaves the
-estimates; "z_scores" divides by the standard deviation of the step's losses (FZOO,
-arXiv:2506.09034: one_sided, rademacher, 8 directions), "ranks" replaces losses by their centred
-ranks (evolution strategies). With either, lr is about the size of a weight's step, eps cancels, and
-a population of one is left as it is.
+`shaping` turns the losses of several directions into the numbers that are applied. None leaves the
+estimates as they are. "z_scores" divides by the standard deviation of the step's losses (FZOO,
+arXiv:2506.09034, which uses one_sided, rademacher and 8 directions). "ranks" replaces losses by
+their centred ranks (evolution strategies). With either, eps cancels and lr is about the size of a
+weight's step. A single direction is not shaped.
 """
 
 import math
@@ -23,17 +23,17 @@ from mezo.record import Memory
 from mezo.rules import Rule
 
 SHAPINGS = (None, "z_scores", "ranks")
-_HISTORY, _ENOUGH = 100, 10  # projected gradients that a quantile is taken of
+_HISTORY, _ENOUGH = 100, 10  # most and fewest projected gradients that a quantile is taken of
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The gradient is about `projected_grad` * z."""
+    """An estimate along one direction z: the gradient is about `projected_grad` * z."""
 
-    projected_grad: float  # change of the loss a unit of z
-    loss: float  # at theta: for two points (loss_plus + loss_minus) / 2 = L(theta) + O(eps^2)
-    losses: tuple[float, ...] = ()  # (loss_plus, loss_minus), or loss_plus alone
-    examples: float = 1.0  # its weight among the estimates of one direction
+    projected_grad: float  # change of the loss per unit of z
+    loss: float  # at theta; for two points (loss_plus + loss_minus) / 2 = L(theta) + O(eps^2)
+    losses: tuple[float, ...] = ()  # (loss_plus, loss_minus), or (loss_plus,)
+    examples: float = 1.0  # the weight of this estimate among those of the same direction
 
 
 FAILED = Estimate(math.nan, math.nan, (math.nan, math.nan))
@@ -41,20 +41,21 @@ FAILED = Estimate(math.nan, math.nan, (math.nan, math.nan))
 
 @dataclass(frozen=True)
 class Estimator:
-    """How the projected gradient along a direction is measured: a value for `MeZO(estimator=...)`.
+    """How the projected gradient along a direction is measured, for `MeZO(estimator=...)`.
 
-    A function `(closure, direction) -> Estimate` will do in its place. `closure()` is the loss as a
-    float; `with direction.at(+1):`, `at(-1)` and `home()` say at which weights, in this order, each
-    at most once; the result may depend on nothing else.
+    A plain function `(closure, direction) -> Estimate` can be passed instead. `closure()` returns
+    the loss as a float. The contexts `direction.at(+1)`, `direction.at(-1)` and `direction.home()`
+    choose the weights; enter them in this order, and each at most once. The estimate may depend on
+    nothing else.
 
     Args:
-        measure: the function.
-        sides: 2 if it visits theta - eps z, 1 if not. In place, weights then walk home by two moves
-            instead of three.
-        at_home: whether it calls `direction.loss_at_home(closure)`, which is one forward pass more
-            for all directions of a batch.
-        looks_back: whether it reads `direction.before`. Such a run resumes from checkpoints alone,
-            as no log has these losses.
+        measure: The function `(closure, direction) -> Estimate`.
+        sides: 2 if it visits theta - eps z, otherwise 1. With 1, in-place perturbation takes two
+            moves instead of three.
+        at_home: Whether it calls `direction.loss_at_home(closure)`, which costs one more forward
+            pass per batch, shared by all directions.
+        looks_back: Whether it reads `direction.before`. Such a run can resume only from a
+            checkpoint, since no log holds these losses.
     """
 
     measure: Callable[[Any, Any], Estimate]
@@ -66,15 +67,15 @@ class Estimator:
         return self.measure(closure, direction)
 
     def passes(self, num_samples: int) -> int:
-        """Forward passes a step, on one batch."""
+        """Return the number of forward passes per step on one batch."""
         return self.sides * num_samples + self.at_home
 
 
 def one_sided(closure: Any, direction: Any) -> Estimate:
-    """A forward difference: biased by eps/2 z'Hz, which two points cancel; half the passes.
+    """Estimate by a forward difference, with about half the forward passes of two points.
 
-    Its variance is that of two points. As L(theta) is measured once, n directions cost n + 1
-    forward passes.
+    Its variance is that of the two-point estimate, but it has a bias of eps/2 z'Hz, which cancels
+    for two points. L(theta) is measured once, so that n directions cost n + 1 forward passes.
     """
     clean = direction.loss_at_home(closure)
     with direction.at(+1):
@@ -83,15 +84,17 @@ def one_sided(closure: Any, direction: Any) -> Estimate:
 
 
 def one_point(closure: Any, direction: Any) -> Estimate:
-    """Residual feedback: L(theta + eps z) less that of the step before, of its own z and batch.
+    """Estimate from L(theta + eps z) and the same loss of the previous step (Definition 8).
 
-    One forward pass; in a run's first step, 0. The expectation is the two-point estimate's, the
-    variance that of two losses: of two batches, and over eps (Appendix B.5).
+    This is residual feedback, with one forward pass per direction; in a run's first step the
+    estimate is 0. It has the expectation of the two-point estimate. Its variance is much larger,
+    since it is that of two losses on different batches, divided by eps (Appendix B.5).
     """
     with direction.at(+1):
         plus = closure()
-    known = direction.before is not None
-    return Estimate((plus - direction.before) / direction.eps if known else 0.0, plus, (plus,))
+    has_previous = direction.before is not None
+    grad = (plus - direction.before) / direction.eps if has_previous else 0.0
+    return Estimate(grad, plus, (plus,))
 
 
 ONE_WAY = {
@@ -99,21 +102,21 @@ ONE_WAY = {
     "one_point": Estimator(one_point, sides=1, looks_back=True),
 }
 ESTIMATORS = ("two_point", *ONE_WAY)  # the first is mezo.spsa
-_TWO_POINT = Estimator(one_sided)  # for its numbers
+_TWO_POINT = Estimator(one_sided)  # only its counts are used, never its function
 
 
 def passes_of(estimator: str, num_samples: int) -> int:
-    """Forward passes a step, on one batch, of the estimator of that name."""
+    """Return the number of forward passes per step on one batch, for an estimator by name."""
     return ONE_WAY.get(estimator, _TWO_POINT).passes(num_samples)
 
 
 def sides_of(estimator: str) -> int:
-    """How many of theta + eps z and theta - eps z the estimator of that name looks at."""
+    """Return 2 if the estimator of that name visits theta - eps z, otherwise 1."""
     return ONE_WAY.get(estimator, _TWO_POINT).sides
 
 
 def name_of(estimator: Callable[[Any, Any], Estimate]) -> str:
-    """The name in options and logs of an estimator that is not of this file: "module:name"."""
+    """Return the name "module:name" of a user's estimator, as options and logs hold it."""
     measure = estimator.measure if isinstance(estimator, Estimator) else estimator
     kind = measure if hasattr(measure, "__qualname__") else type(measure)
     return f"{kind.__module__}:{kind.__qualname__}"
@@ -121,12 +124,12 @@ def name_of(estimator: Callable[[Any, Any], Estimate]) -> str:
 
 @dataclass(frozen=True)
 class Combined:
-    """What a step applies, from all its estimates."""
+    """What a step applies, combined from all its estimates."""
 
-    grads: dict[int, float]  # by probe
+    grads: dict[int, float]  # projected gradients by probe
     loss: float
-    finite: bool  # else nothing is applied
-    cycles: tuple[int, ...] = ()  # walks a probe
+    finite: bool  # if False, nothing is applied
+    cycles: tuple[int, ...] = ()  # walks per probe
 
 
 def combined(
@@ -136,10 +139,15 @@ def combined(
     rule: Rule,
     looks_back: bool = False,
 ) -> Combined:
-    """The projected gradients of a step's directions, as they are applied.
+    """Combine a step's estimates into the projected gradients that are applied.
 
-    The estimates of one direction are averaged (`merged`). `settings` has the shaping and bounds;
-    `memory` what these and the rule remember, which a step that is not finite leaves as it was.
+    Args:
+        seen: The estimates of each direction, by probe; they are averaged (`merged`).
+        settings: The options, of which shaping and clipping are used.
+        memory: What clipping, the rule and the estimator remember; updated in place, unless an
+            estimate is not finite.
+        rule: The rule, which may scale the gradients.
+        looks_back: Whether the estimator reads the losses of the previous step.
     """
     means = {i: merged(es) for i, es in seen.items()}
     grads = {i: e.projected_grad for i, e in means.items()}
@@ -171,8 +179,10 @@ def merged(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def shaped(means: Mapping[int, Estimate], kind: str, eps: float) -> dict[int, float]:
-    """Projected gradients of a population, one estimate a direction; 0 where all losses are the
-    same."""
+    """Return the shaped projected gradients, from one estimate per direction.
+
+    `kind` is "z_scores" or "ranks". The gradients are 0 if all losses are equal.
+    """
     flat = torch.tensor([x for e in means.values() for x in e.losses], dtype=torch.float64)
     if kind == "z_scores":
         spread = float(flat.std())
@@ -184,7 +194,7 @@ def shaped(means: Mapping[int, Estimate], kind: str, eps: float) -> dict[int, fl
 
 
 def _ranks(values: torch.Tensor) -> list[float]:
-    """From -1/2 for the lowest to 1/2 for the highest; equal values share the mean of theirs."""
+    """Return ranks from -1/2 (lowest) to 1/2 (highest); equal values share their mean rank."""
     below = (values[None] < values[:, None]).sum(1).double()
     equal = (values[None] == values[:, None]).sum(1).double()
     return ((below + (equal - 1) / 2) / (len(values) - 1) - 0.5).tolist()
@@ -193,9 +203,10 @@ def _ranks(values: torch.Tensor) -> list[float]:
 def clipped(
     grads: dict[int, float], settings: Mapping[str, Any], history: tuple[float, ...] = ()
 ) -> tuple[dict[int, float], tuple[float, ...]]:
-    """projected_grads within the bounds that are set, and the history for the next step.
+    """Return the clipped projected gradients, and the history for the next step.
 
-    The history is of the sizes measured, not of those applied: a bound does not tighten itself.
+    The history holds magnitudes as measured, not as clipped, so that a bound does not tighten
+    itself.
     """
     if settings["clip"] is None and settings["clip_quantile"] is None:
         return grads, history

@@ -1,8 +1,8 @@
-"""Where per-tensor scales and masks come from: norms of layers, and the smallest weights.
+"""Compute per-tensor scales and masks from a model: norms of layers, and the smallest weights.
 
 named = list(model.named_parameters())
 MeZO(named, layers=expectation_modified(parameter_norms(named)))
-MeZO(named, layers=small(named, 0.5), perturbation="scratch")     # the smaller half of each
+MeZO(named, layers=small(named, 0.5), perturbation="scratch")     # train each tensor's smaller half
 """
 
 import math
@@ -20,9 +20,10 @@ Named = Iterable[tuple[str, torch.Tensor]]
 
 
 def parameter_norms(named: Named) -> dict[str, float]:
-    """d = the norm of a layer's weights, by tensor; a layer is a block.
+    """Return d by tensor name: the norm of the weights of the tensor's layer, which is a block.
 
-    Scaled so that the perturbation is as long as without scales. InputError for a layer of zeros.
+    The norms are scaled so that the perturbation is as long as without scales. Raises InputError
+    for a layer whose norm is 0 or not finite.
     """
     rows = [(noise.canonical_name(n), p.detach()) for n, p in named if p.requires_grad]
     squares = {n: float(p.double().square().sum()) for n, p in rows}
@@ -38,12 +39,21 @@ def gradient_norms(
     num_samples: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """d = the norm of a layer's gradient, estimated by forward passes alone (Proposition 1).
+    """Return d by tensor name: the norm of the layer's gradient, from forward passes alone.
 
-    A layer alone is perturbed: |L(theta + eps z_l) - L(theta - eps z_l)| / 2 eps is |grad_l . z_l|,
-    whose root mean square is |grad_l|. Costs 2 num_samples forward passes a layer; `num_samples`
-    of 4 know it to a third. In scratch, so that the weights stay as they are; scaled as
-    `parameter_norms`. `named` and `closure` are what the optimizer will be given.
+    One layer at a time is perturbed: |L(theta + eps z_l) - L(theta - eps z_l)| / 2 eps is
+    |grad_l . z_l|, whose root mean square is |grad_l| (Proposition 1). The weights stay as they
+    are, and the norms are scaled as those of `parameter_norms`.
+
+    Args:
+        named: The named parameters that the optimizer will be given.
+        closure: Returns the loss of a batch, without side effects.
+        eps: Size of the perturbation.
+        num_samples: Directions per layer, each of which costs two forward passes. With 4 the
+            relative error is about a third.
+        seed: Seed of the directions.
+
+    Raises InputError for a layer whose norm is 0 or not finite.
     """
     rows = [(noise.canonical_name(n), p) for n, p in named if p.requires_grad]
     settings = {"eps": eps, "step": 0, "distribution": "gaussian"}
@@ -62,24 +72,30 @@ def gradient_norms(
 
 
 def small(named: Named, keep: float) -> dict[str, Any]:
-    """Train where |theta| is among the smallest `keep` of its tensor, as it was at the start.
+    """Return `layers` that train only the smallest weights of each tensor (Sparse-MeZO).
 
-    Sparse-MeZO's mask (arXiv:2402.15751) is a comparison with one number a tensor, made wherever it
-    is needed and never stored. A weight that is moved beyond the threshold stays there.
+    The mask of arXiv:2402.15751 compares |theta| with one threshold per tensor whenever it is
+    needed, and is never stored. A weight that moves beyond the threshold is trained no more.
+
+    Args:
+        named: The named parameters; thresholds are computed from their present values.
+        keep: The fraction of each tensor to train, above 0 and at most 1.
+
+    Raises InputError if `keep` is out of range.
     """
     if not 0 < keep <= 1:
         raise InputError(f"keep must be above 0 and at most 1, got {keep}")
-    found: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
     for name, p in named:
         if p.requires_grad:
             sizes = p.detach().abs().double().flatten()
             place = max(1, math.ceil(keep * sizes.numel()))
-            found[noise.canonical_name(name)] = float(sizes.kthvalue(place).values)
-    return {"thresholds": found}
+            thresholds[noise.canonical_name(name)] = float(sizes.kthvalue(place).values)
+    return {"thresholds": thresholds}
 
 
 def layer_of(name: str) -> str:
-    """The block that a parameter is in: "model.layers.3"; outside of blocks, its module."""
+    """Return the block of a parameter, such as "model.layers.3", or its module if it has none."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit():

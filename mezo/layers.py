@@ -3,8 +3,8 @@
     named = list(model.named_parameters())
     MeZO(named, layers=expectation_modified(parameter_norms(named)))
 
-`layers` is a dict of plain numbers, which the run log keeps; `|` joins two. layer_norms.py has the
-numbers of a model: norms of its layers, thresholds of the smallest weights.
+`layers` is a dict of plain numbers, which the run log keeps; `|` joins two of them. layer_norms.py
+computes the numbers of a model: the norms of its layers and the thresholds of its smallest weights.
 """
 
 import math
@@ -22,15 +22,15 @@ MODIFIED = ("variance", "expectation")
 
 @dataclass(frozen=True)
 class TensorScale:
-    """What sets one tensor apart from the others: the scale of its perturbation, and its mask."""
+    """One tensor's scale (d of Definitions 6 and 7) and mask."""
 
-    scale: float = 1.0  # d: it is perturbed by eps z / d
-    modified: str = "variance"  # or "expectation": whether the estimate is along d z, or along z
-    threshold: float | None = None  # it is trained only where |theta| is at most this
+    scale: float = 1.0  # d: the tensor is perturbed by eps z / d
+    modified: str = "variance"  # the update is along d z, or along z with "expectation"
+    threshold: float | None = None  # if set, only weights with |theta| <= threshold are trained
 
     @property
     def factor(self) -> float:
-        """What lr is multiplied by for this tensor."""
+        """The factor by which lr is multiplied for this tensor."""
         return self.scale if self.modified == "variance" else 1.0
 
     @property
@@ -38,7 +38,7 @@ class TensorScale:
         return self.threshold is not None
 
     def walk(self, moves: Sequence[Move]) -> list[Move]:
-        """The moves of a perturbation, over d."""
+        """Return the moves of a perturbation, divided by d."""
         if self.scale == 1.0:
             return [*moves]
         return [move._replace(coefficient=move.coefficient / self.scale) for move in moves]
@@ -48,7 +48,7 @@ PLAIN = TensorScale()
 
 
 def scales_of(layers: Mapping[str, Any] | None) -> dict[str, TensorScale]:
-    """By tensor name, from MeZO's option; a name that is missing is PLAIN."""
+    """Return the scales by tensor name, from the option `layers`; a missing name is PLAIN."""
     layers = layers or {}
     scales, thresholds = layers.get("scales", {}), layers.get("thresholds", {})
     modified = layers.get("modified", "variance")
@@ -59,7 +59,10 @@ def scales_of(layers: Mapping[str, Any] | None) -> dict[str, TensorScale]:
 
 
 def check_layers(layers: Mapping[str, Any] | None, form: Any, known: set[str]) -> None:
-    """InputError for what a form (forms.Direction) cannot do; `known` are the trained tensors."""
+    """Raise InputError if `layers` is malformed or the form (forms.Direction) cannot use it.
+
+    `known` are the names of the trained tensors.
+    """
     if not layers:
         return
     if unknown := layers.keys() - {"scales", "modified", "thresholds"}:
@@ -67,9 +70,9 @@ def check_layers(layers: Mapping[str, Any] | None, form: Any, known: set[str]) -
     if layers.get("modified", "variance") not in MODIFIED:
         raise InputError(f"modified must be {' or '.join(MODIFIED)}, got {layers['modified']!r}")
     if form.factored:
-        raise InputError("layers does not go with low_rank: perturb in scratch or in place")
+        raise InputError("layers cannot be used with low_rank: perturb in scratch or in place")
     if layers.get("thresholds") and form.moves_weights:
-        raise InputError("a mask is read off the weights: perturb in scratch, which leaves them")
+        raise InputError("a mask depends on the weights, which must not move: perturb in scratch")
     for kind, least in (("scales", 0.0), ("thresholds", -1.0)):
         for name, value in layers.get(kind, {}).items():
             if name not in known:
@@ -79,15 +82,22 @@ def check_layers(layers: Mapping[str, Any] | None, form: Any, known: set[str]) -
 
 
 def variance_modified(scales: Mapping[str, float]) -> dict[str, Any]:
-    """Definition 6: theta is moved by eps z / d, the estimate goes along d z. Unbiased."""
+    """Return `layers` for Definition 6: perturb by eps z / d and update along d z.
+
+    The estimate is unbiased. `scales` are d by tensor name, all positive.
+    """
     return {"scales": dict(scales), "modified": "variance"}
 
 
 def expectation_modified(scales: Mapping[str, float]) -> dict[str, Any]:
-    """Definition 7: the estimate goes along z, so that its mean is the gradient over d."""
+    """Return `layers` for Definition 7: perturb by eps z / d and update along z.
+
+    The mean of the estimate is the gradient divided by d. `scales` are d by tensor name, all
+    positive.
+    """
     return {"scales": dict(scales), "modified": "expectation"}
 
 
 def within(x: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Where the mask lets x be trained; in float64, so that every form of a run agrees."""
+    """Return where |x| <= threshold, compared in float64 so that all forms agree."""
     return x.abs().double() <= threshold

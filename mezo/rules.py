@@ -1,18 +1,18 @@
-"""What is done with G = projected_grad * z, averaged over the directions: a rule.
+"""Update rules: how G = projected_grad * z, averaged over the directions, changes the weights.
 
     sgd          theta <- theta - lr G
     momentum     buf <- momentum buf + G;  theta <- theta - lr buf
     adam         moments of G and of its square, for each weight
     sign         theta <- theta - lr sign(G)
-    scalar_adam  one second moment for all weights: it scales the step, and costs nothing
+    scalar_adam  one second moment for all weights, which scales the step and costs nothing
 
-A rule is a value: a frozen dataclass of plain numbers, which the run log keeps, with the function
-`direction` that turns G into what lr multiplies. `MeZO(..., rule=...)` takes one, or the name of
-one here, which stands for its defaults; docs/extending.md shows how to write your own.
+A rule is a value: a frozen dataclass of plain numbers, which the run log keeps, with a method
+`direction` that turns G into what lr multiplies. `MeZO(..., rule=...)` takes a rule or the name of
+a built-in one, which stands for its defaults; docs/extending.md shows how to write your own.
 
-Momentum and Adam keep their moments in buffers of the weights' size, or, with a `window`, keep
-none: a run's history is its projected gradients, and from those the moments of one small piece of a
-tensor at a time are made again, used, and dropped (Appendix B.2 of the paper).
+Momentum and Adam keep their moments in buffers of the weights' size. With a `window` they keep no
+buffers: a run's projected gradients are its history, from which the moments of one small piece of a
+tensor at a time are recomputed, used and dropped (Appendix B.2 of the paper).
 """
 
 import json
@@ -30,36 +30,36 @@ from mezo.record import Memory
 
 
 class Gradient(Protocol):
-    """G for the piece of a tensor that a rule is asked about; drawn when it is asked for."""
+    """G for one piece of a tensor; it is drawn when one of the methods is called."""
 
-    number: int  # of steps applied since the run began, this one included
+    number: int  # number of steps applied since the run began, including this one
     began: bool  # whether the buffers hold an earlier step's values; at first they are zeros
-    steps: int  # that the history has within the rule's window, this one included
+    steps: int  # number of steps in the history within the rule's window, including this one
     weight_decay: float
 
     def now(self) -> torch.Tensor:
-        """G of this step."""
+        """Return G of this step."""
 
     def weighted(self, weights: Sequence[float]) -> torch.Tensor:
-        """The sum of weight * G over the last `steps` steps, the oldest first."""
+        """Return the sum of weight * G over the last `steps` steps, from the oldest on."""
 
     def squares(self, weights: Sequence[float]) -> torch.Tensor:
-        """The sum of weight * G * G over them."""
+        """Return the sum of weight * G * G over the last `steps` steps, from the oldest on."""
 
 
 class Rule:
-    """The base of every rule: subclass it as a frozen dataclass whose fields JSON can hold.
+    """The base class of rules: subclass it as a frozen dataclass whose fields JSON can hold.
 
     Attributes:
-        buffers: names of the tensors of a weight's size that it keeps, zeros at first.
-        window: how many past steps `Gradient.weighted` sees ("all", or a number), for a rule that
-            keeps no buffers then; None is this step alone, with buffers.
-        linear: theta only ever moves by multiples of this step's z, so that the moves themselves
-            are the update (sgd).
-        additive: `direction` is linear in the gradients, and so may be applied to a low-rank
-            factor in the place of its matrix.
-        decoupled_weight_decay: theta is multiplied by 1 - lr weight_decay before the update. Else
-            `direction` sees to decay itself.
+        buffers: Names of the buffers of a weight's size that the rule keeps; they start as zeros.
+        window: The number of past steps that `Gradient.weighted` covers, or "all"; the rule then
+            keeps no buffers. None covers this step alone, and the rule keeps its buffers.
+        linear: Whether theta only moves by multiples of this step's z, as for sgd, so that the
+            moves themselves are the update.
+        additive: Whether `direction` is linear in the gradients, so that it can be applied to a
+            low-rank factor instead of its matrix.
+        decoupled_weight_decay: Whether theta is multiplied by 1 - lr weight_decay before the
+            update. If not, `direction` must apply the decay itself.
     """
 
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -71,36 +71,39 @@ class Rule:
     def direction(
         self, theta: torch.Tensor, gradient: Gradient, kept: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        """What lr multiplies, and the buffers' new values, for a piece of one tensor.
+        """Return what lr multiplies and the buffers' new values, for one piece of a tensor.
 
-        `theta`, the buffers `kept` and what is returned have one shape, in float32 (float64 for a
-        float64 weight). Nothing is changed in place. A replay calls it again: the same numbers must
-        give the same bits on every device, so take operations that IEEE 754 rounds alike
-        everywhere (+, -, *, /, comparisons, sign), and of roots those of float64.
+        `theta`, the buffers `kept` and all results have the same shape, in float32 (float64 for a
+        float64 weight). Change nothing in place. A replay calls this method again, and equal inputs
+        must give equal bits on every device. Use only operations that IEEE 754 rounds identically
+        everywhere (+, -, *, /, comparisons, sign), and take square roots in float64.
         """
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raise InputError, naming the option, for values that cannot work."""
+        """Raise InputError, naming the option, if an option's value is invalid."""
 
     def scaled(self, grads: dict[int, float], memory: Memory) -> dict[int, float]:
-        """The projected gradients as they are applied and recorded."""
+        """Return the projected gradients as they are to be applied and recorded."""
         return grads
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The buffers that it keeps as it is set."""
+        """The buffers that the rule keeps with its present options."""
         return self.buffers if self.window is None else ()
 
     @property
     def replayed(self) -> "Rule":
-        """The rule that repeats what the records hold."""
+        """The rule that a replay applies to the recorded gradients."""
         return self
 
 
 @dataclass(frozen=True)
 class SGD(Rule):
-    """theta <- (1 - lr weight_decay) theta - lr G. No memory; the paper's, and the default."""
+    """The paper's rule and the default: theta <- (1 - lr weight_decay) theta - lr G.
+
+    It keeps no memory.
+    """
 
     linear = additive = True
 
@@ -110,17 +113,19 @@ class SGD(Rule):
 
 @dataclass(frozen=True)
 class Momentum(Rule):
-    """torch.optim.SGD's momentum, of G.
+    """Momentum as in torch.optim.SGD, applied to G.
 
     Args:
-        momentum, dampening, nesterov: as torch.optim.SGD has them.
-        window: None keeps a buffer of 4 bytes a weight (8 for float64). A number of steps, or
-            "all", keeps none: the buffer is summed up anew from the last `window` projected
-            gradients, at the cost of as many draws of z a step. What an older step would add is
-            left out: at most momentum^window / (1 - momentum) of the largest |G|; 150 steps at 0.9
-            leave out 1.4e-6 of it.
-        decoupled_weight_decay: False adds weight_decay * theta to G, as torch.optim.SGD does; not
-            with a window, as the history has no theta.
+        momentum, dampening, nesterov: As in torch.optim.SGD.
+        window: None keeps a buffer of 4 bytes per weight (8 for float64). A number of steps, or
+            "all", keeps no buffer: momentum is summed anew from the last `window` projected
+            gradients, at the cost of that many draws of z per step. The contribution of older steps
+            is left out: at most momentum^window / (1 - momentum) times the largest |G|, which is
+            1.4e-6 for 150 steps at 0.9.
+        decoupled_weight_decay: False adds weight_decay * theta to G, as torch.optim.SGD does. It
+            cannot be combined with a window, since the history does not contain theta.
+
+    Raises InputError (from `check`) if an option is out of range.
     """
 
     momentum: float = 0.9
@@ -158,20 +163,23 @@ class Momentum(Rule):
 
 @dataclass(frozen=True)
 class Adam(Rule):
-    """Adam, or with its default of decoupled weight decay AdamW, of G.
+    """Adam applied to G; with decoupled weight decay, the default, it is AdamW.
+
+    With one direction per step, G / sqrt(v) depends little on the weight, so expect no gain over a
+    tuned sgd (arXiv:2605.03869). The rule is meant for comparisons.
 
     Args:
-        betas, eps: as torch.optim.Adam has them.
-        window: None keeps two buffers, 8 bytes a weight (16 for float64). A number of steps, or
-            "all", keeps none: both moments are computed anew from the last `window` projected
-            gradients, with weights that sum to 1, at the cost of as many draws of z a step. A
-            moment is then off by at most 2 beta^window of the largest |G| (or G^2): 0.999 needs
-            6,900 steps for 1e-3. With Rademacher directions, one a step, the second moment needs no
-            draw.
-        decoupled_weight_decay: False adds weight_decay * theta to G; not with a window.
+        betas, eps: As in torch.optim.Adam.
+        window: None keeps two buffers, 8 bytes per weight (16 for float64). A number of steps, or
+            "all", keeps no buffers: both moments are recomputed from the last `window` projected
+            gradients, with weights that sum to 1, at the cost of that many draws of z per step. The
+            error of a moment is at most 2 beta^window times the largest |G| (or G^2); with 0.999 it
+            takes 6,900 steps to reach 1e-3. With one Rademacher direction per step, the second
+            moment needs no draw.
+        decoupled_weight_decay: False adds weight_decay * theta to G. It cannot be combined with a
+            window.
 
-    With one direction a step, G / sqrt(v) depends little on the weight: expect no gain over a tuned
-    sgd (arXiv:2605.03869); it is here to compare with.
+    Raises InputError (from `check`) if an option is out of range.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -199,13 +207,13 @@ class Adam(Rule):
             v = gradient.squares([w * (1 - beta2) for w in _powers(beta2, used)])
         m = m * (1 / (1 - _power(beta1, used)))
         v = v * (1 / (1 - _power(beta2, used)))
-        root = v.double().sqrt().to(v.dtype)  # float32's square root is not IEEE 754's everywhere
+        root = v.double().sqrt().to(v.dtype)  # not every device rounds float32 roots as IEEE 754
         return m / (root + self.eps), after
 
 
 @dataclass(frozen=True)
 class Sign(Rule):
-    """theta <- theta - lr sign(G). No memory. lr is the size of every weight's step."""
+    """theta <- theta - lr sign(G): every weight moves by lr. It keeps no memory."""
 
     def direction(self, theta, gradient, kept):
         return gradient.now().sign(), {}
@@ -213,10 +221,11 @@ class Sign(Rule):
 
 @dataclass(frozen=True)
 class ScalarAdam(Rule):
-    """sgd with lr / (sqrt(v) + eps), v the bias-corrected mean of projected_grad^2.
+    """sgd with lr / (sqrt(v) + eps), where v is the bias-corrected mean of projected_grad^2.
 
-    One number for all weights (MEAZO, arXiv:2605.03869): lr is then about the size of a weight's
-    step, whatever the loss's scale. What the run log holds are projected gradients so scaled.
+    v is one number for all weights (MEAZO, arXiv:2605.03869). lr is then about the size of a
+    weight's step, whatever the scale of the loss. The run log holds the scaled projected gradients,
+    and a run can resume only from a checkpoint, since the log does not hold v.
     """
 
     beta: float = 0.99
@@ -232,7 +241,7 @@ class ScalarAdam(Rule):
         return gradient.now(), {}
 
     def scaled(self, grads, memory):
-        """Over the root of the mean square of all projected gradients up to now."""
+        """Divide by the root of the running mean square of all projected gradients so far."""
         mean, weight = memory.second_moment
         square = sum([g * g for g in grads.values()]) / len(grads)
         mean = mean * self.beta + square * (1 - self.beta)
@@ -256,19 +265,22 @@ _NAMES = {kind: name for name, kind in RULES.items()}
 
 
 def name_of(kind: type[Rule]) -> str:
-    """A rule's name in options and logs; of one that is not of this file, "module:Name"."""
+    """Return a rule's name in options and logs; for a user's rule it is "module:Name"."""
     return _NAMES.get(kind) or f"{kind.__module__}:{kind.__qualname__}"
 
 
 def known(rules: Iterable[type[Rule]]) -> dict[str, type[Rule]]:
-    """By name: those of this file, and `rules`."""
+    """Return the built-in rules and `rules`, by name."""
     return RULES | {name_of(kind): kind for kind in rules}
 
 
 def options(
     rule: Rule | str | dict[str, Any], rules: Mapping[str, type[Rule]] = RULES
 ) -> dict[str, Any]:
-    """The rule as JSON holds it, {"name": ...} and its options. InputError for what is none."""
+    """Return a rule as JSON holds it: {"name": ...} and its options.
+
+    Raises InputError if it is not a rule, if an option is invalid, or if JSON cannot hold one.
+    """
     if isinstance(rule, str | dict):
         return options(rule_of({"name": rule} if isinstance(rule, str) else rule, rules), rules)
     if not isinstance(rule, Rule):
@@ -286,7 +298,10 @@ def options(
 
 
 def rule_of(given: Mapping[str, Any], rules: Mapping[str, type[Rule]] = RULES) -> Rule:
-    """The value that `options` has as a dict. InputError for an unknown name or option."""
+    """Return the rule that a dict of `options` describes.
+
+    Raises InputError for an unknown name or option.
+    """
     name = given.get("name")
     if not isinstance(name, str) or name not in rules:
         hint = f"; pass rules=[{str(name).split(':')[-1]}]" if ":" in str(name) else ""
@@ -300,11 +315,14 @@ def rule_of(given: Mapping[str, Any], rules: Mapping[str, type[Rule]] = RULES) -
 
 
 def rule_class(text: str) -> type[Rule]:
-    """The class that the user names, "module:Name" or "file.py:Name"; InputError for no rule."""
-    found = imported(text, "rule")
-    if not (isinstance(found, type) and issubclass(found, Rule) and is_dataclass(found)):
+    """Import the rule class that a user names as "module:Name" or "file.py:Name".
+
+    Raises InputError if it is not a dataclass that subclasses `Rule`.
+    """
+    kind = imported(text, "rule")
+    if not (isinstance(kind, type) and issubclass(kind, Rule) and is_dataclass(kind)):
         raise InputError(f"rule {text} is not a dataclass that subclasses mezo.rules.Rule")
-    return found
+    return kind
 
 
 def _check_betas(name: str, betas: Sequence[Any], count: int = 1) -> None:
@@ -322,28 +340,28 @@ def _check_window(name: str, rule: Rule) -> None:
     window = rule.window
     if window not in (None, "all") and not (type(window) is int and window >= 1):
         raise InputError(
-            f'rule {name}: window is a number of steps, "all", or None: got {window!r}'
+            f'rule {name}: window must be a number of steps, "all" or None, got {window!r}'
         )
     if window is not None and not rule.decoupled_weight_decay:
         raise InputError(
-            f"rule {name}: a window has the history of the gradients alone: coupled weight "
-            "decay needs buffers (window=None)"
+            f"rule {name}: coupled weight decay needs buffers (window=None), because a window "
+            "holds only the history of the gradients"
         )
 
 
 def _coupled(rule: Rule, theta: torch.Tensor, gradient: Gradient) -> torch.Tensor:
-    """G, with weight_decay * theta where the rule adds decay to it."""
+    """Return G, plus weight_decay * theta if the rule couples weight decay."""
     g, decay = gradient.now(), gradient.weight_decay
     return g + theta * decay if decay and not rule.decoupled_weight_decay else g
 
 
 @lru_cache(maxsize=16)
 def _powers(beta: float, n: int) -> tuple[float, ...]:
-    """beta^(n - 1), ..., beta, 1: by multiplication alone, which is the same everywhere."""
-    found = [1.0]
-    while len(found) < n:
-        found.append(found[-1] * beta)
-    return tuple(reversed(found))
+    """Return (beta^(n - 1), ..., beta, 1), by multiplications, which round alike everywhere."""
+    powers = [1.0]
+    while len(powers) < n:
+        powers.append(powers[-1] * beta)
+    return tuple(reversed(powers))
 
 
 def _power(beta: float, n: int) -> float:

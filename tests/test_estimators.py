@@ -252,7 +252,7 @@ def test_one_point_goes_on_from_a_checkpoint_alone(tmp_path):
         optimizer.step(model)
     base = Regression(torch.float32)
     other = MeZO(base.named_parameters(), seed=5, estimator="one_point")
-    with pytest.raises(InputError, match="with estimator one_point a run goes on from a checkpo"):
+    with pytest.raises(InputError, match="a run with estimator one_point can only resume"):
         trajectory.catch_up(tmp_path / "run.mezo", other)
 
 
@@ -364,7 +364,7 @@ def test_what_cannot_work_is_refused_by_name():
         ({"layers": {"scales": {"first": 1.0}, "modified": "x"}}, "modified must be variance or"),
         ({"layers": variance_modified({"fist": 1.0})}, "scales names fist, which is not trained"),
         ({"layers": variance_modified({"first": 0.0})}, "scales of first must be positive"),
-        ({"layers": scales, "perturbation": "low_rank"}, "layers does not go with low_rank"),
+        ({"layers": scales, "perturbation": "low_rank"}, "layers cannot be used with low_rank"),
         ({"layers": {"thresholds": {"first": 0.1}}}, "perturb in scratch"),
     ]
     for given, message in cases:

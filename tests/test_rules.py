@@ -218,7 +218,7 @@ def test_a_run_replays_and_resumes_to_the_bit(
     resumed = MeZO(third.named_parameters(), seed=5, rule=rule, **settings)
     resumed.load_state_dict(copy.deepcopy(other.state_dict()))
     if name == "scalar_adam":  # what it remembers is in no log
-        with pytest.raises(InputError, match="with rule scalar_adam a run goes on from a check"):
+        with pytest.raises(InputError, match="a run with rule scalar_adam can only resume"):
             trajectory.catch_up(log, resumed, until=5)
     else:
         assert trajectory.catch_up(log, resumed, until=5) == 2
@@ -306,7 +306,7 @@ def test_what_cannot_work_is_refused_by_name():
         ({"rule": Momentum(dampening=1.0)}, "dampening must be in"),
         ({"rule": Momentum(nesterov=True, dampening=0.1)}, "nesterov needs momentum and no damp"),
         ({"rule": Adam(eps=0.0)}, "eps must be positive, got 0.0"),
-        ({"rule": Momentum(window=0)}, "window is a number of steps"),
+        ({"rule": Momentum(window=0)}, "window must be a number of steps"),
         ({"rule": Momentum(window=9, **COUPLED)}, "needs buffers"),
         ({"rule": "adam", "perturbation": "low_rank"}, "adam does not go with low_rank"),
         ({"rule": "sign", "perturbation": "low_rank"}, "sign does not go with low_rank"),

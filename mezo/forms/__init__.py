@@ -1,1 +1,1 @@
-"""How theta + eps z reaches the forward pass, and how a stored weight takes an update."""
+"""How theta + eps z reaches the forward pass, and how an update is applied to a stored weight."""

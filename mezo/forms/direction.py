@@ -1,4 +1,4 @@
-"""A direction z of one step: what an estimator asks for the loss at theta, and on either side."""
+"""A direction z of one step, through which an estimator measures losses at theta and around it."""
 
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from mezo.layers import PLAIN, TensorScale
 from mezo.noise import NEAREST, Move
 from mezo.record import Memory
 
-States = MutableMapping[torch.Tensor, dict[str, Any]]  # the optimizer's, by parameter
+States = MutableMapping[torch.Tensor, dict[str, Any]]  # the optimizer's state, by parameter
 
 
 class Row(NamedTuple):
@@ -25,28 +25,28 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The trained tensors of one parameter group, and of one scale: they take the same moves."""
+    """Trained tensors that take the same moves: they share a parameter group and a scale."""
 
     group: dict[str, Any]
     rows: Sequence[Row]
     scale: TensorScale = PLAIN
-    plain: bool = False  # no tensor has 16 bits: a move needs no buffer
+    plain: bool = False  # whether no tensor has 16 bits, so that moves need no buffer
 
 
 class Direction:
-    """theta + eps z and theta - eps z, for one z. Subclasses say how the model gets to see them.
+    """One direction z. Subclasses define how the model sees theta + eps z and theta - eps z.
 
     Attributes:
-        eps: the distance; an estimator divides by it.
-        probe: the number of this direction among those of its step.
-        before: loss_plus of this probe in the step before, for an estimator that looks back; None
-            in the first step, and for all others.
-        estimates: those made along it, which the step averages.
-        cycles: how often theta was walked there and back, or how many estimates were made.
+        eps: The size of the perturbation, by which an estimator divides.
+        probe: The number of this direction within its step.
+        before: loss_plus of the same probe in the previous step, for an estimator that looks back;
+            None in the first step and for all other estimators.
+        estimates: The estimates made along this direction, which the step averages.
+        cycles: How often theta was walked there and back, or how many estimates were made.
     """
 
-    moves_weights: ClassVar[bool] = False  # whether theta itself moves: a replay repeats that
-    factored: ClassVar[bool] = False  # whether matrices keep their updates in a factor
+    moves_weights: ClassVar[bool] = False  # whether theta itself moves; a replay repeats its walks
+    factored: ClassVar[bool] = False  # whether a matrix's updates are accumulated in a factor
 
     def __init__(
         self,
@@ -67,22 +67,22 @@ class Direction:
         self.estimates: list[Estimate] = []
         self.cycles = 1
 
-    def add(self, found: Estimate, examples: float = 1.0) -> None:
-        """One more estimate along this direction, of a loss that is the mean over `examples`."""
-        self.estimates.append(found if examples == 1 else replace(found, examples=examples))
+    def add(self, estimate: Estimate, examples: float = 1.0) -> None:
+        """Add an estimate along this direction, whose loss is the mean over `examples`."""
+        self.estimates.append(estimate if examples == 1 else replace(estimate, examples=examples))
         if not self.moves_weights:
             self.cycles = len(self.estimates)
 
     def at(self, sign: int) -> AbstractContextManager[None]:
-        """Within, the model is the one at theta + sign eps z, for a sign of +1, -1 or 0."""
+        """Return a context in which the model is at theta + sign eps z; `sign` is +1, -1 or 0."""
         raise NotImplementedError
 
     def home(self) -> AbstractContextManager[None]:
-        """Within, the model is the one at theta."""
+        """Return a context in which the model is at theta."""
         return self.at(0)
 
     def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
-        """loss_plus and loss_minus: those of `closure` at theta + eps z and theta - eps z."""
+        """Return loss_plus and loss_minus: `closure` at theta + eps z and at theta - eps z."""
         with self.at(+1):
             loss_plus = float(closure())
         with self.at(-1):
@@ -90,19 +90,19 @@ class Direction:
         return loss_plus, loss_minus
 
     def loss_at_home(self, closure: Loss) -> float:
-        """L(theta), which is measured once for all directions of a batch."""
+        """Return L(theta), which is measured once for all directions of a batch."""
         if closure.home is None:
             with self.home():
                 closure.home = closure()
         return closure.home
 
     def move(self, coefficient: float, rounding: int = NEAREST) -> Move:
-        """theta <- theta + coefficient z."""
+        """Return the move theta <- theta + coefficient z."""
         return Move(self.step, self.probe, 1.0, coefficient, rounding)
 
     def way_home(self) -> Sequence[Move]:
-        """The moves that every tensor has still to make; the caller makes them."""
+        """Return the moves that bring every tensor back to theta; the caller makes them."""
         return ()
 
     def check(self, closure: Callable[[], float]) -> None:
-        """InputError if the loss depends on a parameter that is read past this form."""
+        """Raise InputError if the loss depends on a parameter that this form does not perturb."""

@@ -1,10 +1,10 @@
-"""Low rank: what is kept of a matrix W, and how it is written to W.
+"""Low rank: the updates accumulated for a matrix W, and how they are written to W.
 
     A <- A - lr * projected_grad * U                          at each step
-    W <- decay W + A V' / sqrt(rank),  A <- 0                 with the last step of an interval
+    W <- decay W + A V' / sqrt(rank),  A <- 0                 after the last step of an interval
 
-A (m, rank) sums up the updates of an interval; U (m, rank) is drawn anew each step, V (n, rank)
-each interval. low_rank.py has the forward pass.
+A (m, rank) accumulates the updates of an interval. U (m, rank) is drawn for each step and V
+(n, rank) for each interval. low_rank.py has the forward pass.
 """
 
 import math
@@ -22,13 +22,13 @@ from mezo.noise import sharded as shards
 from mezo.noise.definition import round_stochastically, rounding_bits
 from mezo.record import Memory
 
-State = dict[str, Any]  # of a tensor: "low_rank" is A, "decay" what W is to be scaled by
-States = Mapping[torch.Tensor, State]  # the optimizer's
-Settings = Mapping[str, Any]  # a parameter group's, or those in a log's header
+State = dict[str, Any]  # a tensor's state: "low_rank" is A, "decay" the pending factor of W
+States = Mapping[torch.Tensor, State]  # the optimizer's state
+Settings = Mapping[str, Any]  # the options in a parameter group or in a log's header
 
 
 def is_factored(tensor: torch.Tensor, settings: Settings) -> bool:
-    """Whether z has low rank: for a matrix, in a run that says so."""
+    """Return whether z has low rank for this tensor: it does for the matrices of a low-rank run."""
     return settings["perturbation"] == "low_rank" and tensor.dim() == 2
 
 
@@ -40,9 +40,9 @@ def update_(
     settings: Settings,
     state: State,
 ) -> None:
-    """Make the moves of steps on the weight of that name; for a matrix, add them up in `state`.
+    """Apply the moves of steps to a weight; for a factored matrix, accumulate them in `state`.
 
-    Decay waits there too: W is scaled when it is written, A is not.
+    Weight decay is accumulated there, too: it scales W when W is written, but does not scale A.
     """
     if not is_factored(tensor, settings):
         key, how = noise.tensor_key(settings["seed"], name), settings["distribution"]
@@ -51,7 +51,7 @@ def update_(
         return
     a, key = factor(tensor, name, settings, state)
     moves, decay = noise.table(moves).copy(), state.get("decay", 1.0)
-    for scale in moves["scale"].tolist():  # one by one, in a replay as in the run
+    for scale in moves["scale"].tolist():  # one by one, so that run and replay round alike
         decay *= scale
     moves["scale"] = 1.0
     noise.apply_(a, key, moves, distribution=settings["distribution"])
@@ -60,21 +60,21 @@ def update_(
 
 
 def factor(tensor: torch.Tensor, name: str, settings: Settings, state: State) -> tuple:
-    """A, of zeros at first, and the key of U."""
+    """Return A, which is zero at first, and the key of U."""
     if "low_rank" not in state:
         state["low_rank"] = zeros_for(tensor, len(tensor), settings)
     return state["low_rank"], key_of(name, "U", settings)
 
 
 def restart_(tensor: torch.Tensor, step: int, settings: Settings, state: State) -> None:
-    """After the last step of an interval: what is kept of U means nothing along another V."""
+    """Drop the momentum of U after an interval's last step: it has no meaning for the next V."""
     if is_factored(tensor, settings) and (step + 1) % settings["interval"] == 0:
         state.pop("momentum_buffer", None)
 
 
 @torch.no_grad()
 def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state: State) -> None:
-    """W <- decay W + A V' / sqrt(rank), A <- 0, after step number `step`."""
+    """Set W <- decay W + A V' / sqrt(rank) and A <- 0, after step number `step`."""
     if "low_rank" not in state:
         return
     bits = {"key": noise.tensor_key(settings["seed"], name), "step": step, "probe": 0}
@@ -95,20 +95,20 @@ def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state
 def write_now_(
     trained: Iterable[tuple], settings: Settings, states: States, memory: Memory
 ) -> None:
-    """Write within an interval; the memory tells the run log before which step."""
+    """Write within an interval; `memory` notes before which step, for the run log."""
     if any("low_rank" in state for state in states.values()):
         memory.written = settings["step"]
         write_all_(trained, settings, states)
 
 
 def write_due_(trained: Iterable[tuple], settings: Settings, states: States) -> None:
-    """Write after the last step of an interval."""
+    """Write every matrix if the step just made was the last of an interval."""
     if settings["perturbation"] == "low_rank" and settings["step"] % settings["interval"] == 0:
         write_all_(trained, settings, states)
 
 
 def write_all_(trained: Iterable[tuple], settings: Settings, states: States) -> None:
-    """Write every matrix of `MeZO.trained()`."""
+    """Write the accumulated updates of every matrix in `trained` (see `MeZO.trained`)."""
     for name, p, _ in trained:
         state = states.get(p, {})
         write_(p, name, settings["step"] - 1, settings, state)
@@ -116,7 +116,7 @@ def write_all_(trained: Iterable[tuple], settings: Settings, states: States) -> 
 
 
 def parts_of(tensor: torch.Tensor) -> list[slice]:
-    """Rows, as many at a time as make a small temporary."""
+    """Split a matrix into slices of rows, so that temporaries stay small."""
     elements = 2**16 if tensor.device.type == "cpu" else 2**20
     rows = max(1, elements // max(1, tensor.shape[1]))
     return [slice(i, min(i + rows, len(tensor))) for i in range(0, len(tensor), rows)]
@@ -131,12 +131,13 @@ def summed(
     decay: float = 1.0,
     offset: int = 0,
 ) -> torch.Tensor:
-    """Rows `part` of decay * tensor + left @ right', the same bits everywhere.
+    """Return rows `part` of decay * tensor + left @ right', with the same bits everywhere.
 
     left (m, rank) and right (n, rank) are float32, or float64 for a float64 matrix. Each product
-    and each sum is rounded to that, in the order of the columns, which no BLAS promises; then a
-    16-bit matrix, to nearest or with the `bits` of a key, step, probe and stream. `offset` is the
-    index of the tensor's first element in the whole matrix.
+    and each sum is rounded to that type, column after column, an order that no BLAS promises. For
+    a 16-bit matrix the result is then rounded stochastically with `bits` (key, step, probe and
+    stream), or to nearest when it is stored. `offset` is the index of the tensor's first element in
+    the whole matrix.
     """
     x = tensor[part].to(left.dtype) * decay
     for k in range(left.shape[1]):
@@ -149,7 +150,7 @@ def summed(
 
 
 def key_of(name: str, factor: str, settings: Settings) -> tuple[int, int]:
-    return noise.tensor_key(settings["seed"], f"{name}\0{factor}")  # no parameter has such a name
+    return noise.tensor_key(settings["seed"], f"{name}\0{factor}")  # \0 is in no parameter's name
 
 
 def zeros_for(tensor: torch.Tensor, rows: int, settings: Settings) -> torch.Tensor:
@@ -158,7 +159,7 @@ def zeros_for(tensor: torch.Tensor, rows: int, settings: Settings) -> torch.Tens
 
 
 def right_of(tensor: torch.Tensor, name: str, settings: Settings, step: int) -> torch.Tensor:
-    """V (n, rank) of the interval that the step is in."""
+    """Return V (n, rank) of the interval that contains the step."""
     v, first = zeros_for(tensor, tensor.shape[1], settings), step - step % settings["interval"]
     key, how = key_of(name, "V", settings), settings["distribution"]
     noise.apply_(v, key, [Move(first, 0, 1.0, 1.0)], distribution=how)
@@ -166,4 +167,4 @@ def right_of(tensor: torch.Tensor, name: str, settings: Settings, step: int) -> 
 
 
 def scale_of(settings: Settings) -> float:
-    return 1 / math.sqrt(settings["rank"])  # both rounded as IEEE 754 says
+    return 1 / math.sqrt(settings["rank"])  # IEEE 754 rounds both operations

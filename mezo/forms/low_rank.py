@@ -1,16 +1,17 @@
-"""Low-rank directions: z = U V' / sqrt(rank) for a matrix W of m x n, which is only read.
+"""Low-rank directions: z = U V' / sqrt(rank) for an m x n matrix W, which is only read.
 
     x W'  becomes  x W' + (x V) (A + eps U)' / sqrt(rank)     in the forward pass
     A <- A - lr * projected_grad * U                          at each step
-    W <- W + A V' / sqrt(rank),  A <- 0                       with the last step of an interval
+    W <- W + A V' / sqrt(rank),  A <- 0                       after the last step of an interval
 
-U (m, rank) is drawn anew each step, V (n, rank) each `interval` steps; updates are summed up in A
-(m, rank), the one thing kept. So noise costs next to nothing, and one forward pass over the batch
-and its copy can serve both signs (`Paired`). z has mean 0 and the identity as covariance: the
-estimate is as unbiased as along a full z, which all but matrices keep. docs/noise.md has the bits.
+U (m, rank) is drawn for each step and V (n, rank) every `interval` steps; updates accumulate in A
+(m, rank), the only buffer. Noise therefore costs next to nothing, and one forward pass over the
+batch and its copy can serve both signs (`Paired`). z has mean 0 and the identity as covariance, so
+the estimate is as unbiased as with a full z. Tensors other than matrices use a full z.
+docs/noise.md defines the bits.
 
-LOZO (Chen et al., 2024, arXiv:2410.07698) keeps V for some steps, EGGROLL (arXiv:2511.16652) adds
-the factors in the forward pass. An update goes along the V that its losses were measured with.
+LOZO (Chen et al., 2024, arXiv:2410.07698) keeps V for some steps; EGGROLL (arXiv:2511.16652) adds
+the factors in the forward pass. An update uses the V with which its losses were measured.
 """
 
 import logging
@@ -36,14 +37,15 @@ from mezo.forms.reads import eager
 from mezo.forms.rounding import HALF
 from mezo.forms.scratch import Moved, Scratch
 
-_FAR = 16  # times eps: where both ways to the losses are compared
+_FAR = 16  # one pass and two passes are compared at this multiple of eps
 
 
 class LowRank(Scratch):
-    """Within `at(sign)` or `both(...)`, products with W are those of W + (A + sign eps U) V'.
+    """Low-rank perturbation: in its contexts, products use W + (A + sign eps U) V' / sqrt(rank).
 
-    They are linear layers, `x @ W`, and lookups in an embedding. Other functions get the whole
-    matrix, made for the one call; every other parameter is as in scratch perturbation.
+    Such products are linear layers, `x @ W` and embedding lookups. For any other function the whole
+    perturbed matrix is made for that one call, and every tensor that is not a matrix is perturbed
+    as in `Scratch`.
     """
 
     factored = True
@@ -51,35 +53,36 @@ class LowRank(Scratch):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._trained = {name: tensor for name, tensor, _ in self.rows}
-        self.dtypes: set[torch.dtype] = set()  # in which products were computed
+        self.dtypes: set[torch.dtype] = set()  # dtypes in which products were computed
         self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
         self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
-        """At 0, too, products are made with what is summed up of the updates."""
+        """Return a context for `sign`; with 0, products still include the accumulated updates."""
         with eager(), self._products(0, sign):
             yield
 
     @contextmanager
     def both(self, batch_size: int) -> Iterator[None]:
-        """Of 2 batch_size rows, the first half sees theta + eps z, the second theta - eps z.
+        """Return a context in which rows of the first half see theta + eps z, others theta - eps z.
 
-        Raises Unpaired where a parameter is read and it cannot be told which rows are which.
+        The forward pass takes 2 batch_size rows. Raises Unpaired if a parameter is read and a row
+        cannot be assigned to a half.
         """
         with eager(), self._products(2 * batch_size, +1, -1):
             yield
 
     def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
-        """loss_plus and loss_minus, from one forward pass where the closure can and it is right."""
-        both = together(closure, self)
-        return super().losses(closure) if both is None else both
+        """Return loss_plus and loss_minus, from one forward pass if the closure allows it."""
+        pair = together(closure, self)
+        return super().losses(closure) if pair is None else pair
 
     def _products(self, batch: int, *signs: int) -> Products:
         return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
 
     def factors(self, name: str, tensor: torch.Tensor, signs: Sequence[int]) -> Factors:
-        """V / sqrt(rank), and A + sign eps U of each sign. The draws are made once."""
+        """Return V / sqrt(rank) and, for each sign, A + sign eps U; both are drawn only once."""
         if name not in self._made:
             right = right_of(tensor, name, self.settings, self.step) * scale_of(self.settings)
             u = self._drawn(
@@ -92,7 +95,7 @@ class LowRank(Scratch):
         return right, torch.stack(left)
 
     def vector(self, tensor: torch.Tensor, key: tuple[int, int], sign: int) -> torch.Tensor:
-        """theta + sign eps z, of 32 or 64 bits: what a move makes, drawn once for both signs."""
+        """Return theta + sign eps z, with the bits of a move; z is drawn once for both signs."""
         if key not in self._shifts:
             self._shifts[key] = self._drawn(key, torch.zeros_like(tensor, requires_grad=False))
         return tensor.detach().add(self._shifts[key], alpha=sign)
@@ -104,14 +107,14 @@ class LowRank(Scratch):
 
 
 class _Half(Moved):
-    """One sign, for all that is no product: torch's functions get the weights as they would be."""
+    """One sign, for functions that are not products: they are given the perturbed weights."""
 
     def __init__(self, of: LowRank, sign: int):
         super().__init__(of, of.moves(sign))
         self.of, self.sign = of, sign
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        if key is None:  # made of parameters that are perturbed already
+        if key is None:  # computed from parameters that are already perturbed
             return tensor
         if tensor.dim() > 2 or (tensor.dim() < 2 and tensor.dtype in HALF):
             return super().moved(name, tensor, key)
@@ -133,10 +136,10 @@ class _Half(Moved):
 
 
 def together(closure: Callable[[], float], perturbed: LowRank) -> tuple[float, float] | None:
-    """loss_plus and loss_minus from one forward pass; None where it takes two.
+    """Return loss_plus and loss_minus from one forward pass, or None if it takes two.
 
-    Before one pass is relied on, both ways are compared. Where they disagree, or a row cannot be
-    assigned to a half, a warning says so, and every step takes two passes from then on.
+    One pass is compared with two before it is first relied on. If they disagree, or if a row cannot
+    be assigned to a half, a warning says so, and every later step takes two passes.
     """
     if not isinstance(closure, Loss) or closure.paired is None:
         return None
@@ -148,7 +151,7 @@ def together(closure: Callable[[], float], perturbed: LowRank) -> tuple[float, f
         if not tried and not _agree(closure, perturbed):
             return None
         plus, minus = closure.halves(perturbed.both)
-    except (Unpaired, RuntimeError) as error:  # the latter: twice the batch may be too much
+    except (Unpaired, RuntimeError) as error:  # RuntimeError: twice the batch may not fit in memory
         if tried and not isinstance(error, Unpaired):
             raise
         logging.getLogger("mezo").warning("two forward passes a step instead of one: %s", error)
@@ -159,21 +162,22 @@ def together(closure: Callable[[], float], perturbed: LowRank) -> tuple[float, f
 
 
 def _agree(closure: Loss, perturbed: LowRank) -> bool:
-    """Unpaired if one pass has other losses than two; False if they are not finite.
+    """Return True if one pass gives the losses of two, and False if they are not finite.
 
-    At 16 eps the losses differ by so much that a parameter read with the wrong sign shows.
+    Raises Unpaired if they differ. At 16 eps the losses are so far apart that a parameter read with
+    the wrong sign is noticed.
     """
     settings = {**perturbed.settings, "eps": _FAR * perturbed.eps}
     far = LowRank(perturbed.parts, settings, perturbed.probe, states=perturbed.states)
-    found = list(closure.halves(far.both))
+    measured = list(closure.halves(far.both))
     expected = []
     for sign in (+1, -1, 0):
         with far.at(sign):
             expected.append(closure())
-    if not all(map(math.isfinite, found + expected)):
+    if not all(map(math.isfinite, measured + expected)):
         return False
     share = 0.05 if far.dtypes & set(HALF) else 0.01
     slack = share * (max(expected) - min(expected)) + 1e-5 * max(map(abs, expected))
-    if any(abs(one - other) > slack for one, other in zip(found, expected, strict=False)):
-        raise Unpaired(f"its losses are {found}, those of two are {expected[:2]}")
+    if any(abs(one - other) > slack for one, other in zip(measured, expected, strict=False)):
+        raise Unpaired(f"one pass gives the losses {measured}, two passes give {expected[:2]}")
     return True

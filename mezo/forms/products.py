@@ -1,12 +1,12 @@
-"""Products with a matrix to which a product of small factors is added, for one sign or for both.
+"""Products with a matrix plus a product of small factors, for one sign or for both.
 
     x W' + b   becomes   x W' + [b + (x V) L'],   L = (A + sign eps U) / sqrt(rank)
 
-The bracket is made first, (rows, m), and W is multiplied into it. Both signs share one forward pass
-over the batch and its copy, where the first half of the rows gets L of +, the second that of -.
-Which rows those are is known by their number, at most by that of a batch flattened to two
-dimensions; what fits neither is refused, and low_rank.py compares the losses with those of two
-passes before it relies on them.
+The bracket (rows, m) is computed first, and the product with W is added to it in place. Both signs
+can share one forward pass over the batch and its copy: the first half of the rows uses L of +, the
+second half that of -. Rows are recognised by their number, either that of the batch or that of a
+batch flattened to two dimensions. A tensor that fits neither is refused, and low_rank.py compares
+the losses with those of two passes before it relies on them.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ _MATMUL = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.T
 
 
 class Unpaired(InputError):
-    """It cannot be told which rows of a tensor see theta + eps z, and which theta - eps z."""
+    """Raised if the rows of a tensor cannot be assigned to theta + eps z and theta - eps z."""
 
 
 class Products(Reads):
-    """Linear layers, `x @ W`, Conv1D and embeddings by factors; all else as the halves have it.
+    """Linear layers, `x @ W`, Conv1D and embeddings use the factors; halves handle everything else.
 
-    There is a half for each sign; of two, `batch` is the number of rows together.
+    There is one half per sign. With two halves, `batch` is the number of rows of both together.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Products(Reads):
         if len(self.halves) == 1:
             return self.halves[0].call(function, args, kwargs)
         given = list(tensors((args, kwargs)))
-        # three dimensions and more may be experts', whose tokens are in an order of their own
+        # parameters of three or more dimensions may be experts', which reorder the tokens
         flat = all(x.dim() < 3 for x in given if id(x) in self.rows)
         mine = {id(x) for x in given if self._is_rows(x, flat)}
         plus, minus = (
@@ -67,14 +67,14 @@ class Products(Reads):
         return id(x) in self.rows or isinstance(x, torch.nn.Parameter)
 
     def _kept(self, name: str, plus: torch.Tensor, minus: torch.Tensor) -> torch.Tensor:
-        """What is made of parameters alone, 1 + weight say: each half will be given its own."""
-        for known, own in ((self, plus), *zip(self.halves, (plus, minus), strict=True)):
-            known.rows[id(plus)] = (f"(by {name})", own, None)
+        """Register a result of parameters alone, such as 1 + weight: each half reads its own."""
+        for reads, value in ((self, plus), *zip(self.halves, (plus, minus), strict=True)):
+            reads.rows[id(plus)] = (f"(by {name})", value, None)
         return plus
 
     def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
-        for known in (self, *self.halves):
-            known.rows[id(x)] = row
+        for reads in (self, *self.halves):
+            reads.rows[id(x)] = row
 
     def _is_matrix(self, x, weight, bias, transposed: bool) -> bool:
         known = isinstance(x, torch.Tensor) and x.dim() > 0 and id(x) not in self.rows
@@ -82,7 +82,7 @@ class Products(Reads):
         return known and vector and id(weight) in self.rows and weight.dim() == 2
 
     def _factors(self, weight: torch.Tensor, dtype: torch.dtype):
-        """right (n, rank), left (halves, m, rank) and the matrix, of that dtype."""
+        """Return right (n, rank), left (halves, m, rank) and the matrix (m, n), in `dtype`."""
         name, tensor, _ = self.rows[id(weight)]
         self.read.add(name)
         self.perturbed.dtypes.add(dtype)
@@ -90,7 +90,7 @@ class Products(Reads):
         return right.to(dtype), left.to(dtype), tensor.detach().to(dtype)
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
-        """x W' + b (transposed) or x W + b."""
+        """Return x W' + b (transposed) or x W + b, with the perturbed W."""
         x, dtype = self._with_rows(x, x.dim()), _computed_in(x)
         right, left, w = self._factors(weight, dtype)
         first, second = (right, left.mT) if transposed else (left, right.mT)
@@ -118,31 +118,34 @@ class Products(Reads):
         return out
 
     def _with_rows(self, x: torch.Tensor, dims: int) -> torch.Tensor:
-        """x with rows for the whole batch: as it is, or if it has one for all, that repeated.
+        """Return x with one row per row of the batch, expanded if it has one row for all.
 
-        `dims` is the number of dimensions of what is made of it: only with three or more does the
-        first stand for the batch whatever the others are.
+        `dims` is the number of dimensions of the result that x leads to. Only with three or more
+        does the first dimension stand for the batch regardless of the others. Raises Unpaired for
+        any other number of rows.
         """
         if len(self.halves) == 1 or (dims == x.dim() and self._is_rows(x)):
             return x
         if dims >= 3 and len(x) in (1, self.batch):
             return x.expand(self.batch, *x.shape[1:])
-        raise Unpaired(f"a tensor of shape {tuple(x.shape)} is none of {self.batch} rows")
+        raise Unpaired(f"a tensor of shape {tuple(x.shape)} does not have {self.batch} rows")
 
     def _is_rows(self, x: torch.Tensor, flat: bool = True) -> bool:
-        """Whether it has a row for each of the batch; or as many, if it may be flattened.
+        """Return whether x has one row per row of the batch, or a multiple if it may be flattened.
 
-        Raises Unpaired if that may be chance.
+        Raises Unpaired if the number could be a coincidence.
         """
         if self._is_fixed(x) or x.dim() == 0:
             return False
         many = len(x) > 0 and len(x) % self.batch == 0
         if many and x.dim() == 1:
-            raise Unpaired(f"a tensor of {len(x)} elements may be of {self.batch} rows, or of none")
+            raise Unpaired(
+                f"a tensor of {len(x)} elements may or may not stand for {self.batch} rows"
+            )
         return many and (len(x) == self.batch or (flat and x.dim() == 2))
 
     def _joined(self, plus: Any, minus: Any, split: bool, name: str):
-        """The rows of both halves; `split`: the halves were given their own."""
+        """Join the results of both halves; with `split`, each was given only its own rows."""
         if type(plus) in (tuple, list) and len(plus) == len(minus):
             pairs = zip(plus, minus, strict=True)
             return type(plus)(self._joined(p, m, split, name) for p, m in pairs)
@@ -157,7 +160,7 @@ class Products(Reads):
             if not split and dims >= 3 and one:
                 plus, minus = (x.expand(self.batch, *x.shape[1:]) for x in (plus, minus))
                 return torch.cat([plus[:half], minus[half:]])
-        raise Unpaired(f"what {name} makes of trained parameters has no rows of the batch")
+        raise Unpaired(f"the result of {name} on trained parameters does not have the batch's rows")
 
 
 def _is_vector(x: Any) -> bool:
@@ -165,7 +168,7 @@ def _is_vector(x: Any) -> bool:
 
 
 def _part(given: Any, i: int, mine: set[int]):
-    """`given` with half i of every tensor whose id is in `mine`."""
+    """Return `given` with half i of every tensor whose id is in `mine`."""
     if type(given) is dict:
         return {key: _part(value, i, mine) for key, value in given.items()}
     if type(given) in (tuple, list):
@@ -174,7 +177,7 @@ def _part(given: Any, i: int, mine: set[int]):
 
 
 def _product(function, args: tuple, kwargs: dict) -> tuple | None:
-    """(x, W, b, transposed) if the function is x W' + b (transposed) or x W + b."""
+    """Return (x, W, b, transposed) if the function computes x W' + b (transposed) or x W + b."""
     if function is F.linear:
         return _linear(*args, **kwargs)
     if function is torch.addmm and len(args) == 3 and not kwargs:
@@ -189,7 +192,7 @@ def _linear(input, weight, bias=None) -> tuple:
 
 
 def _computed_in(x: torch.Tensor) -> torch.dtype:
-    """As autocast has it, which does not look at what works in place."""
+    """Return the dtype that autocast would use; it does not see functions that work in place."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""Which of torch's functions reads a parameter, and may be given theta + eps z in its place."""
+"""Intercept torch's functions that read a parameter, so that they can be given theta + eps z."""
 
 import sys
 from collections.abc import Iterator
@@ -12,27 +12,27 @@ from mezo.errors import InputError
 
 
 class Placed(Protocol):
-    """Tensors that a model reads in the place of trained shards (sharding.py)."""
+    """Tensors that a model reads in place of trained shards (see sharding.py)."""
 
     def find(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """If x is one: the shard, and x as what it is of the whole parameter, a DTensor perhaps."""
+        """Return the shard that x stands for, and x as a part of the parameter; None if none."""
 
     def of_all(self, names: set[str]) -> set[str]:
-        """The names that every process gives; called by all."""
+        """Return the names that every process gives; every process must call it."""
 
 
 def eager():
-    """Compiled code reads parameters directly: it is run uncompiled, if anything was compiled."""
+    """Return a context in which compiled code runs uncompiled, since it bypasses `Reads`."""
     compiling = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if compiling else nullcontext()
 
 
 def of_tensors(names: str) -> set:
-    found = [getattr(torch.Tensor, name) for name in names.split()]
-    return {f if callable(f) else f.__get__ for f in found}
+    attributes = [getattr(torch.Tensor, name) for name in names.split()]
+    return {f if callable(f) else f.__get__ for f in attributes}
 
 
-# What asks for no element; `device` and the like are properties.
+# Functions that read metadata only; `device` and the like are properties.
 METADATA = of_tensors(
     "shape dtype device layout ndim requires_grad is_leaf is_cpu is_cuda is_meta is_sparse"
     " is_quantized is_mkldnn is_nested grad grad_fn _version itemsize nbytes retains_grad size dim"
@@ -45,14 +45,14 @@ LOOKUP = torch.nn.functional.embedding
 
 
 class Reads(TorchFunctionMode):
-    """While it is entered, `call` makes the calls of torch's functions that read a parameter."""
+    """A mode in which `call` handles every call of torch's functions that reads a parameter."""
 
     def __init__(self, perturbed: Any):
         super().__init__()
         self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
-        self.read: set[str] = perturbed.read  # names of the parameters that were asked for
+        self.read: set[str] = perturbed.read  # names of the parameters read so far
         self.placed: Placed | None = perturbed.placed
-        self._known: dict[int, torch.Tensor] = {}  # parameters that were looked up in `placed`
+        self._known: dict[int, torch.Tensor] = {}  # parameters already looked up in `placed`
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,7 +69,7 @@ class Reads(TorchFunctionMode):
         return self.call(function, args, kwargs)
 
     def call(self, function, args: tuple, kwargs: dict):
-        """What the function makes of theta + eps z where it is given theta."""
+        """Call the function with theta + eps z in place of theta, and return its result."""
         raise NotImplementedError
 
     def _reads(self, given) -> bool:
@@ -78,28 +78,31 @@ class Reads(TorchFunctionMode):
         )
 
     def _find(self, placed: Placed, given: Any) -> None:
-        """Parameters that are none of the rows: do they stand in the place of one?"""
+        """Register unknown parameters in `given` that stand in place of a trained one."""
         for x in tensors(given):
             known = id(x) in self.rows or id(x) in self._known
             if not known and isinstance(x, torch.nn.Parameter):
                 self._known[id(x)] = x
-                if (found := placed.find(x)) is not None:
-                    name, _, key = self.rows[id(found[0])]
-                    self.know(x, (name, found[1], key))
+                if (placement := placed.find(x)) is not None:
+                    name, _, key = self.rows[id(placement[0])]
+                    self.know(x, (name, placement[1], key))
 
     def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
-        """From now on, what is given x reads that row."""
+        """Register x: from now on, a function that is given x reads that row."""
         self.rows[id(x)] = row
 
     def embedding(self, weight: torch.Tensor, max_norm: float | None) -> tuple:
-        """Its row. InputError if a lookup changes it."""
+        """Return the weight's row; raise InputError if the lookup would rescale it."""
         if max_norm is not None:
             name, *_ = self.rows[id(weight)]
             raise InputError(f"the embedding {name} has max_norm and rescales itself: freeze it")
         return self.rows[id(weight)]
 
     def _refuse(self, function, name: str, first, kwargs: dict) -> None:
-        """InputError for what would get an address, or write to what is thrown away."""
+        """Raise InputError for a function that takes an address or writes to the parameter.
+
+        The function is given a temporary tensor, so that either would have no effect.
+        """
         in_place = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
         written = first if in_place else self.rows.get(id(kwargs.get("out")))
         if written:
@@ -114,7 +117,7 @@ class Reads(TorchFunctionMode):
 
 
 def tensors(given: Any) -> Iterator[torch.Tensor]:
-    """All in what a function is given."""
+    """Yield every tensor in a function's arguments."""
     if isinstance(given, torch.Tensor):
         yield given
     elif isinstance(given, dict | tuple | list):

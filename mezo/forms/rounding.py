@@ -1,13 +1,15 @@
-"""What becomes of an update that is smaller than a 16-bit weight's last place.
+"""How a 16-bit weight takes an update that is smaller than its last place.
 
-    nearest       mostly nothing: bfloat16 keeps 5 % of updates of 1e-6. For comparison
-    stochastic    up or down, so that the mean is the update. No memory: the default
-    compensated   what was cut off is kept, in a second number of the same dtype a weight
-    master        a float32 copy takes the updates: 4 bytes a weight. For adapters
+    nearest       rounds to nearest, which loses most updates (bfloat16 keeps 5 % of updates of
+                  1e-6); it exists for comparison
+    stochastic    rounds up or down at random, so that the mean is the update; it needs no memory
+                  and is the default
+    compensated   keeps what was cut off in a second number of the same dtype per weight
+    master        applies updates to a float32 copy, 4 bytes per weight; meant for adapters
 
-All four are functions of the moves alone, so a run log replays them to the bit. Nothing of it
-matters to float32 and float64 weights: theirs are rounded to nearest, as IEEE 754 does.
-docs/numerics.md has the measurements.
+All four are functions of the moves alone, so that a run log replays them to the bit. Updates of
+float32 and float64 weights are always rounded to nearest, as IEEE 754 does. docs/numerics.md has
+the measurements.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,13 +29,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the update of a 16-bit weight is rounded to it. The methods are called for such alone.
+    """How updates of 16-bit weights are rounded; this base class rounds to nearest.
 
     Attributes:
-        last: the rounding of an update's last move (noise.Move); the moves before it stay float32.
-        buffer: the name of what is kept beside a weight; None: nothing.
-        each_step: a step's moves are made apart from the next one's, as every step ends with a
-            rounding that the next one begins from.
+        last: The rounding of an update's last move (noise.Move); earlier moves stay float32.
+        buffer: The name of the buffer kept beside a weight, or None.
+        each_step: Whether each step's moves must be applied separately, because every step ends
+            with a rounding from which the next step starts.
     """
 
     last: int = noise.NEAREST
@@ -41,19 +43,19 @@ class Rounding:
     each_step: bool = False
 
     def begin(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The buffer before the first update."""
+        """Return the buffer before the first update; None if there is none."""
         return None
 
     def move_(self, tensor, key, moves, distribution: str, state: dict[str, Any]) -> None:
-        """Apply `moves`, rounded once, after the last of them."""
+        """Apply `moves` to a 16-bit weight, and round once, after the last of them."""
         noise.apply_(tensor, key, moves, distribution=distribution)
 
     def read(self, piece: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """A piece of the weight in float32; of a float64 weight, in float64."""
+        """Return a piece of the weight in float32, or in float64 for a float64 weight."""
         return piece if piece.dtype == torch.float64 else piece.float()
 
     def writes(self, piece, kept, x: torch.Tensor, bits: Mapping[str, Any]) -> list[tuple]:
-        """(target, source) pairs that store x; `bits` say which random bits are the piece's."""
+        """Return the (target, source) copies that store x; `bits` identify the random bits."""
         return [(piece, x.to(piece.dtype))]
 
 
@@ -109,17 +111,17 @@ ROUNDINGS: dict[str, Rounding] = {
 
 
 def rounding_of(tensor: torch.Tensor, name: str) -> Rounding:
-    """How updates of this tensor are rounded, in a run whose option is `name`."""
+    """Return how updates of this tensor are rounded in a run with the option rounding=`name`."""
     return ROUNDINGS[name] if tensor.dtype in HALF else ROUNDINGS["nearest"]
 
 
 def buffer_of(rounding: Rounding, tensor: torch.Tensor, state: dict[str, Any]) -> Any:
-    """The tensor that is kept beside a weight, made at first; None where nothing is."""
+    """Return the buffer kept beside a weight, created on first use; None if there is none."""
     if rounding.buffer is None:
         return None
     if rounding.buffer not in state:
         state[rounding.buffer] = rounding.begin(tensor)
-    state[rounding.buffer] = state[rounding.buffer].contiguous()  # one from a file may not be
+    state[rounding.buffer] = state[rounding.buffer].contiguous()  # a loaded one may not be
     return state[rounding.buffer]
 
 
@@ -132,16 +134,16 @@ def update_(
     distribution: str,
     state: dict[str, torch.Tensor],
 ) -> None:
-    """Apply `moves` to a weight, rounded once, after the last of them, as `rounding` says.
+    """Apply `moves` to a weight, and round once, after the last of them, as `rounding` says.
 
-    `state` keeps the buffer of "compensated" and "master" from call to call; empty at first.
+    `state` is empty at first; it keeps the buffer of "compensated" and "master" between calls.
     """
     if len(moves):
         rounding_of(tensor, rounding).move_(tensor, key, moves, distribution, state)
 
 
 def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """After `load_state_dict`: torch has cast every buffer to the dtype of its weight."""
+    """Restore the buffers' dtypes after `load_state_dict`, which casts them to the weights'."""
     numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for i, p in zip(numbers, params, strict=True):
@@ -151,5 +153,5 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
 
 
 def last_rounding(rounding: str) -> int:
-    """The rounding of an update's last move; those before it are kept in float32."""
+    """Return the rounding of an update's last move; earlier moves stay in float32."""
     return ROUNDINGS[rounding].last

@@ -1,8 +1,8 @@
-"""Scratch perturbation: the forward pass sees theta + eps z, and theta is untouched, to the bit.
+"""Scratch perturbation: the forward pass sees theta + eps z, while theta stays as it is.
 
-Whatever reads a parameter during the forward pass gets theta + eps z, made for that one operation
-and freed after it. It is the form for 16-bit weights, which moving there and back would destroy
-(docs/numerics.md).
+Every operation of the forward pass that reads a parameter is given theta + eps z, which is made for
+that one operation and freed after it. This form is meant for 16-bit weights, which would lose their
+values if they were moved there and back (docs/numerics.md).
 """
 
 import math
@@ -22,12 +22,13 @@ from mezo.noise.sharded import is_sharded, local
 
 
 class Scratch(Direction):
-    """Within `at(sign)`, torch's functions are given theta + sign eps z for a trained parameter.
+    """Within `at(sign)`, torch's functions read theta + sign eps z in place of theta.
 
-    It holds for any model: tied weights, weights read outside of their module's forward, experts,
-    adapters. Memory: what one operation reads; of an embedding, the rows looked up. The perturbed
-    weights are rounded stochastically, or a weight near 1 in bfloat16 would never move by 1e-3.
-    Not seen is what does not pass through torch's functions; `check` finds it.
+    This works for any model, including tied weights, weights read outside of their module's
+    forward, experts and adapters. It needs memory for the parameters that one operation reads, or
+    for the looked-up rows of an embedding. Perturbed 16-bit weights are rounded stochastically;
+    otherwise a bfloat16 weight near 1 would never move by 1e-3. Reads that bypass torch's functions
+    are not perturbed; `check` detects them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -38,7 +39,7 @@ class Scratch(Direction):
             if part.scale is not PLAIN
             for row in part.rows
         }
-        self.read: set[str] = set()  # names of the parameters that were asked for
+        self.read: set[str] = set()  # names of the parameters read so far
         self.placed: Placed | None = None
 
     @contextmanager
@@ -50,17 +51,18 @@ class Scratch(Direction):
             yield
 
     def moves(self, sign: int) -> list[Move]:
-        """From theta to what is read in its place."""
+        """Return the moves from theta to the values that are read in its place."""
         return [self.move(sign * self.eps, noise.ROUND_PERTURBED)]
 
     @torch.no_grad()
     def check(self, closure) -> None:
-        """InputError if the loss depends on a parameter that no function of torch was seen to read.
+        """Raise InputError if the loss depends on a parameter that torch's functions did not read.
 
-        One more forward pass with NaN in those parameters; none if all were read.
+        If there are unread parameters, this takes two forward passes, one of them with NaN in those
+        parameters. The weights are restored afterwards.
         """
         names = {name for name, _, _ in self.rows} - self.read
-        if self.placed is not None:  # a forward pass takes all processes
+        if self.placed is not None:  # all processes must make the same forward passes
             names = self.placed.of_all(names)
         unread = [(name, p) for name, p, _ in self.rows if name in names]
         if not unread:
@@ -77,15 +79,16 @@ class Scratch(Direction):
             for (_, p), values in zip(unread, saved, strict=True):
                 p.copy_(values)
         if math.isfinite(before) and not abs(after - before) <= 1e-3 * abs(before):
-            told = ", ".join(name for name, _ in unread)
+            names_unread = ", ".join(name for name, _ in unread)
             raise InputError(
-                f"the model reads {told} past torch's functions (a compiled or scripted module, a "
-                'view made earlier): perturb a float32 model in place, perturbation="in_place"'
+                f"the model reads {names_unread} past torch's functions (a compiled or scripted "
+                "module, or a view made earlier): perturb a float32 model in place, "
+                'perturbation="in_place"'
             )
 
 
 class Moved(Reads):
-    """Torch's functions get theta + eps z where they are given theta."""
+    """A mode in which torch's functions that are given theta receive theta + eps z."""
 
     def __init__(self, perturbed: Scratch, moves: Sequence[Move]):
         super().__init__(perturbed)
@@ -102,7 +105,7 @@ class Moved(Reads):
         return function(*self.perturbed(args), **self.perturbed(kwargs))
 
     def perturbed(self, given):
-        """`given` with theta + eps z in the place of every trained parameter in it."""
+        """Return `given` with theta + eps z in place of every trained parameter in it."""
         if id(given) in self.rows:
             out = self.moved(*self.rows[id(given)])
             return out if is_sharded(given) else local(out)
@@ -115,20 +118,22 @@ class Moved(Reads):
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
         which = {"source": before}
-        if self.placed is not None and before.is_cpu:  # FSDP cannot free what numpy has seen
+        if (
+            self.placed is not None and before.is_cpu
+        ):  # FSDP cannot free memory that numpy refers to
             out.copy_(which.pop("source"))
         self._shift(out, name, tensor, key, before, **which)
         return out
 
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
-        """tensor[index]: of all experts' weights, those of one."""
+        """Return tensor[index], perturbed: one expert's weights out of all experts'."""
         before = tensor.detach()[index]
         out = before.clone()
         self._shift(out, name, tensor, key, before, offset=index % len(tensor) * out.numel())
         return out
 
     def lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
-        """Of an embedding, the rows looked up, unless they are more than it has."""
+        """Perturb only the looked-up rows of an embedding, unless they outnumber its own rows."""
         name, tensor, key = self.embedding(weight, max_norm)
         if input.numel() > len(tensor) or is_sharded(tensor):
             return LOOKUP(input, self.perturbed(weight), padding_idx, None, *args, **kwargs)
@@ -138,20 +143,20 @@ class Moved(Reads):
         return out
 
     def _shift(self, out, name: str, tensor: torch.Tensor, key, before, **which) -> None:
-        """Perturb `out`, a part of the parameter whose numbers are `before`, where its mask is."""
+        """Perturb `out`, a part of the parameter with the values `before`, within its mask."""
         self.read.add(name)
-        own = self.scales.get(name, PLAIN)
-        if own.scale not in self._tables:
-            self._tables[own.scale] = noise.table(own.walk(self.moves))
-        if own.threshold is not None and before is out:
+        scale = self.scales.get(name, PLAIN)
+        if scale.scale not in self._tables:
+            self._tables[scale.scale] = noise.table(scale.walk(self.moves))
+        if scale.threshold is not None and before is out:
             before = out.clone()
         how = {"distribution": self.distribution, **which}
-        noise.apply_(out, key, self._tables[own.scale], **how)
-        if own.threshold is not None:
-            out.copy_(torch.where(within(before, own.threshold), out, before))
+        noise.apply_(out, key, self._tables[scale.scale], **how)
+        if scale.threshold is not None:
+            out.copy_(torch.where(within(before, scale.threshold), out, before))
 
 
 def _is_index(given) -> bool:
-    """An int, or a tensor that stands for one."""
+    """Return whether it is an int, or an int64 tensor without dimensions, which acts as one."""
     whole = isinstance(given, torch.Tensor) and given.dim() == 0 and given.dtype == torch.int64
     return whole or type(given) is int

@@ -1,9 +1,9 @@
-"""A rule's update of one weight, where it is more than moves: piece by piece.
+"""Updates that moves of z cannot express, applied to a tensor piece by piece.
 
-Momentum, Adam, sign and masked updates are made 2^19 weights at a time on a CPU: the gradient
-estimate of a piece is drawn, used and dropped, so that nothing has the size of a tensor but the
-buffers that a rule says it keeps. All operations are ones that IEEE 754 rounds identically
-everywhere, one at a time, so that a replay has the same bits on any device.
+Momentum, Adam, sign and masked updates work on 2^19 weights at a time on a CPU. The estimate of a
+piece is drawn, used and dropped, so that only the buffers that a rule declares have the size of a
+tensor. Every single operation is one that IEEE 754 rounds identically everywhere, so that a replay
+gives the same bits on any device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,24 +20,24 @@ from mezo.noise import Move
 from mezo.record import Applied
 from mezo.rules import Rule
 
-PIECE = 2**19  # elements of a moment at a time: enough for several threads, few beside a tensor
+PIECE = 2**19  # elements in a piece: enough for several threads, few compared with a tensor
 
 
 @dataclass(frozen=True)
 class Update:
-    """A step's numbers, for one parameter group."""
+    """The numbers of one step for one parameter group."""
 
     rule: Rule
     step: int
     lr: float
     weight_decay: float
     history: Sequence[Applied]  # `Memory.past`
-    end: int  # of it: this step is the one before
-    number: int  # of steps applied, this one included
+    end: int  # history[end - 1] is this step
+    number: int  # number of applied steps, including this one
 
     @property
     def past(self) -> Sequence[Applied]:
-        """The last steps that were applied, as many as the rule looks at, this one included."""
+        """The last applied steps within the rule's window, including this one."""
         window = self.rule.window or 1
         start = 0 if window == "all" else max(0, self.end - int(window))
         return self.history[start : self.end]
@@ -48,7 +48,7 @@ class Update:
 
     @property
     def keep(self) -> float:
-        """What theta is multiplied by before the update."""
+        """The factor by which decoupled weight decay multiplies theta before the update."""
         return 1 - self.lr * self.weight_decay
 
 
@@ -61,10 +61,10 @@ def update_(
     state: dict[str, Any],
     scale: TensorScale = PLAIN,
 ) -> None:
-    """Make the update of a step on the weight of that name; of a low-rank matrix, on its factor.
+    """Apply a step's update to the weight of that name, or to the factor of a low-rank matrix.
 
-    `settings` are those of the optimizer's first group or of a log's header; `state` has the
-    buffers of this weight.
+    `settings` are those of the optimizer's first parameter group or of a log's header; `state`
+    holds the buffers of this weight.
     """
     key, rounding = (
         noise.tensor_key(settings["seed"], name),
@@ -103,7 +103,7 @@ def update_(
 
 
 class PieceGradient:
-    """`rules.Gradient` for elements `start` and on of a tensor, of which x has the values."""
+    """A `rules.Gradient` for the elements from `start` on, whose values are x."""
 
     def __init__(
         self,
@@ -130,23 +130,23 @@ class PieceGradient:
     def squares(self, weights: Sequence[float]) -> torch.Tensor:
         one_each = all(len(grads) == 1 for _, grads in self._past)
         if one_each and self._distribution in noise.SIGNS:  # z^2 is 1: nothing is drawn
-            found = 0.0
+            mean = 0.0
             for (_, (grad,)), weight in zip(self._past, weights, strict=True):
-                found += weight * (self._factor * grad) ** 2
-            return torch.full(self._x.shape, found, dtype=self._x.dtype, device=self._x.device)
+                mean += weight * (self._factor * grad) ** 2
+            return torch.full(self._x.shape, mean, dtype=self._x.dtype, device=self._x.device)
         total = torch.zeros(self._x.shape, dtype=self._x.dtype, device=self._x.device)
-        for one, weight in zip(self._past, weights, strict=True):
-            g = self._summed([one], [1.0])
+        for applied, weight in zip(self._past, weights, strict=True):
+            g = self._summed([applied], [1.0])
             total = total + (g * g) * weight
         return total
 
     def _summed(self, past: Sequence[Applied], weights: Sequence[float]) -> torch.Tensor:
-        """The sum of weight * projected_grad * z over steps and their directions."""
+        """Return the sum of weight * projected_grad * z over steps, averaged over directions."""
         moves = [
             Move(step, i, 1.0, weight * self._factor * g / len(grads))
             for (step, grads), weight in zip(past, weights, strict=True)
             for i, g in enumerate(grads)
         ]
-        found = torch.zeros(self._x.shape, dtype=self._x.dtype, device=self._x.device)
-        noise.apply_(found, self._key, moves, distribution=self._distribution, offset=self._start)
-        return found
+        total = torch.zeros(self._x.shape, dtype=self._x.dtype, device=self._x.device)
+        noise.apply_(total, self._key, moves, distribution=self._distribution, offset=self._start)
+        return total

@@ -1,4 +1,4 @@
-"""Where the weights are: here. offload.Offload and distributed's Sharded stand in its place."""
+"""The weights of a model that is resident and whole; Offload and Sharded are the alternatives."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,12 +11,12 @@ from mezo.noise import Move
 
 
 class Weights:
-    """The weights are where they are computed with; offload.Offload does the same from afar."""
+    """Weights that stay on the device that computes; offload.Offload has the same methods."""
 
     def direction(self, optimizer: Any, probe: int) -> Direction:
-        """A new direction of the step, number `probe`."""
+        """Return direction number `probe` of the optimizer's step."""
         estimator, memory = optimizer.estimator, optimizer.memory
-        found = optimizer.form(
+        direction = optimizer.form(
             optimizer.parts(),
             optimizer.settings,
             probe,
@@ -25,18 +25,18 @@ class Weights:
             states=optimizer.state,
         )
         if estimator.looks_back and probe < len(memory.before):
-            found.before = memory.before[probe]
-        return found
+            direction.before = memory.before[probe]
+        return direction
 
     def move_(
         self, optimizer: Any, part: Part, moves: Sequence[Move], update: Update | None = None
     ) -> None:
-        """The moves of a step, and then the update of a rule that is more than moves."""
+        """Apply the moves of a step, and then the update of a rule that needs more than moves."""
         if not len(moves) and update is None:
             return
         settings, table = optimizer.settings, noise.table(moves)
         plain = part.plain and update is None and not optimizer.form.factored
-        if plain:  # float32 and float64: all of them in one launch
+        if plain:  # float32 and float64 tensors move in one launch
             noise.apply_all_(part.rows, table, distribution=settings["distribution"])
             return
         for name, p, _ in part.rows:
@@ -48,18 +48,18 @@ class Weights:
                 optimizer.state[p] = state
 
     def end_step_(self, optimizer: Any) -> None:
-        """After a step that was counted: low-rank matrices at an interval's end."""
+        """Write low-rank updates to the matrices if the step ended an interval."""
         if optimizer.form.factored:
             factors.write_due_(optimizer.trained(), optimizer.settings, optimizer.state)
 
     def together(self, optimizer: Any, probes: Iterable[int]) -> None:
-        """These directions of a step are estimated next, with the same closure."""
+        """Announce the directions of a step that are estimated next, with the same closure."""
 
     def queue(self, optimizer: Any, p, name: str, program: Any) -> bool:
-        """Whether the moves of a replay are taken, to be made later; else the caller makes them."""
+        """Return whether the moves of a replay were queued; if not, the caller makes them."""
         return False
 
     def write_(self, optimizer: Any) -> None:
-        """Whatever is not in the weights yet."""
+        """Write pending low-rank updates to the weights."""
         trained, settings = optimizer.trained(), optimizer.settings
         factors.write_now_(trained, settings, optimizer.state, optimizer.memory)

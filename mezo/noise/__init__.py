@@ -1,7 +1,7 @@
-"""z, and what is done with it: `apply_` adds multiples of z to a tensor without storing z.
+"""The noise z: `apply_` adds multiples of z to a tensor without ever storing z.
 
-definition.py is the truth; cpu.py and gpu.py are kernels with the same bits, used where numba and
-triton are installed.
+definition.py defines the bits. cpu.py and gpu.py are kernels that give the same bits; they are used
+if numba and triton are installed.
 """
 
 import importlib
@@ -39,11 +39,12 @@ KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of strea
 
 
 class Move(NamedTuple):
-    """theta <- scale * theta + coefficient * z(step, probe), in float32, and then a rounding.
+    """One move: theta <- scale * theta + coefficient * z(step, probe) in float32, then rounding.
 
-    It says what a 16-bit tensor's number becomes between this move and the next: KEEP, the float32
-    it is; NEAREST, the tensor's dtype; ROUND_UPDATE or ROUND_PERTURBED, the dtype by stochastic
-    rounding with the bits of that stream, step and probe. The last one is rounded in any case.
+    `rounding` says how the number of a 16-bit tensor is rounded after this move. KEEP leaves it in
+    float32. NEAREST rounds it to the tensor's dtype. ROUND_UPDATE and ROUND_PERTURBED round it
+    stochastically, with the random bits of that stream, step and probe. After the last move the
+    number is rounded in any case.
     """
 
     step: int  # in [0, 2^32)
@@ -59,7 +60,7 @@ _TABLE = np.dtype(
 
 
 def table(moves: Sequence[Move] | np.ndarray) -> np.ndarray:
-    """The form in which `apply_` takes moves: made once, used for many tensors."""
+    """Return moves as the array that `apply_` works with; make it once for many tensors."""
     return moves if isinstance(moves, np.ndarray) else np.array([tuple(m) for m in moves], _TABLE)
 
 
@@ -69,7 +70,10 @@ _PIECE = {"cpu": 2**16, "other": 2**22}  # elements drawn at a time in plain tor
 
 @cache
 def _kernel(device: str) -> ModuleType | None:
-    """The kernel for a type of device; without one, plain torch draws the same bits, slower."""
+    """Return the kernel module for a type of device, or None.
+
+    Without a kernel, plain torch draws the same bits, but more slowly.
+    """
     if device not in _KERNELS:
         _tell(f"there is no kernel for {device}")
         return None
@@ -82,7 +86,7 @@ def _kernel(device: str) -> ModuleType | None:
 
 @cache
 def _tell(reason: str) -> None:
-    """One line a reason."""
+    """Log each reason once."""
     logging.getLogger("mezo").info("noise is drawn by plain torch, slower: %s", reason)
 
 
@@ -99,19 +103,22 @@ def apply_(
 ) -> None:
     """Apply `moves` to a tensor in order, in one pass over it; z is never stored.
 
-    A move is a multiplication by scale, a multiplication of z by the coefficient and an addition,
-    each rounded to float32 (float64 for a float64 tensor). Successive moves along one direction
-    draw it once; the bits are those of a call for each move.
+    A move multiplies theta by scale and z by the coefficient, and adds the two; each operation is
+    rounded to float32 (float64 for a float64 tensor). Successive moves along one direction draw it
+    once. The bits equal those of one call per move.
 
     Args:
-        tensor: elements `offset` and on of the parameter in row-major order, whatever its strides;
-            of a whole DTensor, this process's shard is moved, without `rows`.
-        key: `tensor_key(seed, name)`.
-        moves: their numbers are rounded to float32 (not for a float64 tensor).
-        source: read from here, of the same dtype and shape, instead of from `tensor`.
-        rows: tensor[k] is row rows[k] of the parameter (a lookup in an embedding); int64. Not with
-            `source` or `offset`.
-        kernel: False keeps to plain torch (the same bits; for tests).
+        tensor: The parameter, or a part of it that begins at element `offset` in row-major order,
+            with any strides. For a DTensor this process's shard is moved; `rows` is not supported.
+        key: `tensor_key(seed, name)` of the parameter.
+        moves: The moves; their numbers are rounded to float32 (unless the tensor is float64).
+        distribution: One of `DISTRIBUTIONS`.
+        offset: Row-major index, in the parameter, of the tensor's first element.
+        source: Read the old values from this tensor, of the same dtype and shape, instead of from
+            `tensor`.
+        rows: int64; tensor[k] is row rows[k] of the parameter, as in an embedding lookup. It cannot
+            be combined with `source` or `offset`.
+        kernel: False uses plain torch, which gives the same bits (for tests).
     """
     moves = table(moves)
     if not len(moves) or not tensor.numel():
@@ -149,12 +156,14 @@ def apply_all_(
     distribution: str = "gaussian",
     kernel: bool = True,
 ) -> None:
-    """`apply_` for many whole tensors in one launch: the same bits, whatever their number costs.
+    """Call `apply_` for many whole tensors in one launch, with the same bits.
 
     Args:
-        rows: (name, tensor, key) of different tensors, of any dtypes and devices. Those that the
-            kernels do not take, and DTensors, are moved one by one.
-        moves: what all of them make; or, for each tensor, as many moves of its own.
+        rows: (name, tensor, key) of different tensors, of any dtypes and devices. DTensors, and
+            tensors that the kernels do not support, are moved one by one.
+        moves: Moves for all tensors, or one sequence of moves per tensor, all of equal length.
+        distribution: One of `DISTRIBUTIONS`.
+        kernel: False uses plain torch, which gives the same bits (for tests).
     """
     listed, tables = list(rows), np.atleast_2d(_tables(moves))
     groups: dict[Any, list[int]] = {}
@@ -187,7 +196,7 @@ def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:
 
 
 def _moved(piece, key, moves, distribution: str, start: int) -> torch.Tensor:
-    """Elements `start` and on after the moves, in float32, or float64 as they are."""
+    """Return the elements from `start` on after the moves, in float32 (or float64)."""
     dtype, span = piece.dtype, (start, start + piece.numel())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, drawn = piece.to(wide), None
@@ -208,9 +217,9 @@ def _moved(piece, key, moves, distribution: str, start: int) -> torch.Tensor:
 
 
 def pieces(tensor: torch.Tensor, group: int, least: int = 0):
-    """Views of consecutive elements in row-major order, each with the index of its first.
+    """Yield views of consecutive elements in row-major order, each with its first element's index.
 
-    `least` elements each, or as many as is good for drawing them, if that is more.
+    A view has at least `least` elements, or more if that is better for drawing them.
     """
     size = max(_PIECE.get(tensor.device.type, _PIECE["other"]), group, least)
     if tensor.dim() == 0 or tensor.is_contiguous():

@@ -121,7 +121,7 @@ def _add_normals(
 
 @numba.njit(nogil=True, cache=True)
 def _add_signs(x, ahead, words, begin, row, scale, coefficient, group, step, probe, k0, k1):
-    """The same with signs. `words` are of group `group`; returns of which they are now."""
+    """Do the same with signs; `words` belong to `group`. Return the group of the new words."""
     wide()
     if row // 32 != group:
         group = row // 32
@@ -225,7 +225,7 @@ def supports(tensor: torch.Tensor) -> bool:
 
 
 def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
-    """As `mezo.noise.apply_`, for tensors that `supports` accepts."""
+    """Do what `mezo.noise.apply_` does, for tensors that `supports` accepts."""
     kind, out = _KIND[tensor.dtype], _array(tensor)
     how = (DISTRIBUTIONS.index(distribution), moves, np.uint64(key[0]), np.uint64(key[1]))
     if rows is None:
@@ -245,7 +245,7 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
 
 
 def apply_all_(tensors: Sequence[torch.Tensor], keys, moves, distribution, offsets) -> None:
-    """As `mezo.noise.apply_all_`, for tensors of one dtype that `supports` accepts."""
+    """Do what `mezo.noise.apply_all_` does, for tensors of one dtype that `supports` accepts."""
     kind = _KIND[tensors[0].dtype]
     places = np.empty(len(tensors), _TENSOR)
     places["address"] = [tensor.data_ptr() for tensor in tensors]
@@ -266,7 +266,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _in_parallel(run: Callable[[int, int], None], count: int, quantum: int) -> None:
-    """run(begin, end) over [0, count), split over threads where there is enough to do."""
+    """Call run(begin, end) over [0, count), split over threads if there is enough to do."""
     threads = min(torch.get_num_threads(), -(-count // quantum))
     if threads <= 1:
         return run(0, count)
@@ -280,5 +280,5 @@ def _in_parallel(run: Callable[[int, int], None], count: int, quantum: int) -> N
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """One pool a process: a forked child has none of its parent's threads."""
+    """Return the process's thread pool; a forked child has none of its parent's threads."""
     return ThreadPoolExecutor(threads, thread_name_prefix="mezo-noise")

@@ -1,4 +1,4 @@
-"""The noise contract: z(seed, name, step, probe; element), in plain torch. This file is the truth.
+"""The noise contract: z(seed, name, step, probe; element), defined here in plain torch.
 
     key(seed, name)   = the first 64 bits of SHA-256("mezo/noise/1", 0, seed, name)
     counter           = (block, step, stream and probe), 128 bits
@@ -60,14 +60,17 @@ _A, _B, _D = 0.4452029764652252, -1.755717158317566, 4.947836875915527
 
 @lru_cache(maxsize=2**16)
 def canonical_name(name: str) -> str:
-    """A parameter's name without what wrappers (DDP, torch.compile, FSDP) add to it."""
+    """Return a parameter's name without what wrappers (DDP, torch.compile, FSDP) add to it."""
     parts = name.removeprefix("module.").split(".")
     return ".".join(p for p in parts if p not in ("_orig_mod", "_fsdp_wrapped_module"))
 
 
 @lru_cache(maxsize=2**16)
 def tensor_key(seed: int, name: str) -> tuple[int, int]:
-    """Philox's key for one tensor of one run: `seed` in [0, 2^64), `name` its canonical name."""
+    """Return Philox's key for one tensor of one run; `name` is the tensor's canonical name.
+
+    Raises InputError unless `seed` is in [0, 2^64).
+    """
     if not 0 <= seed < 2**64:
         raise InputError(f"seed must be in [0, 2^64), got {seed}")
     digest = hashlib.sha256(b"mezo/noise/1\0" + seed.to_bytes(8, "little") + name.encode()).digest()
@@ -75,7 +78,7 @@ def tensor_key(seed: int, name: str) -> tuple[int, int]:
 
 
 def philox(counter, key: tuple[int, int]):
-    """Philox4x32-10 (Salmon et al., 2011): four words, each int64 in [0, 2^32), from four."""
+    """Philox4x32-10 (Salmon et al., 2011): map four words, int64 in [0, 2^32), to four."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -101,11 +104,11 @@ def draw(
     distribution: str = "gaussian",
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Elements [start, stop) of z, float32, in the tensor's row-major order.
+    """Return elements [start, stop) of z in the tensor's row-major order, in float32.
 
-    Cost: the range is widened to whole groups (1,024 elements for gaussian, 2,048 for gaussian16,
-    32,768 for rademacher), and about 100 bytes of temporaries are held for an element: draw long
-    tensors in pieces.
+    The range is widened to whole groups (1,024 elements for gaussian, 2,048 for gaussian16, 32,768
+    for rademacher), and temporaries take about 100 bytes per element, so draw long tensors in
+    pieces.
     """
     group = GROUP[distribution]
     first, last = start // group, -(-stop // group)
@@ -127,7 +130,7 @@ def draw(
 
 
 def _words(key: tuple[int, int], first: int, last: int, step: int, probe_word: int, device):
-    """w0 .. w3 of the groups [first, last), each (groups, LANES)."""
+    """Return the words w0 .. w3 of the groups [first, last), each of shape (groups, LANES)."""
     blocks = torch.arange(first * LANES, last * LANES, device=device)
     constant = [torch.full_like(blocks, word) for word in (step, probe_word)]
     words = philox((blocks & _MASK, blocks >> 32, *constant), key)
@@ -144,7 +147,7 @@ def rounding_bits(
     stream: int = ROUND_UPDATE,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Elements [start, stop) of the bits for stochastic rounding: int32 in [0, 2^16)."""
+    """Return elements [start, stop) of the bits for stochastic rounding, int32 in [0, 2^16)."""
     first, last = start // ROUNDING_GROUP, -(-stop // ROUNDING_GROUP)
     words = torch.stack(_words(key, first, last, step, stream << 24 | probe, device), dim=1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=1)  # (groups, 2, 4, LANES)
@@ -153,10 +156,11 @@ def rounding_bits(
 
 
 def round_stochastically(x: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 `x` to bfloat16 or float16, up or down, so that its mean over `bits` is x.
+    """Round float32 `x` to bfloat16 or float16, up or down, so that the mean over `bits` is x.
 
-    The bits are added below the last place that is kept, then that is cut off: integers only, the
-    same everywhere. The mean is x to 2^-16 of a unit in the last place; float16 below 2^-30 is 0.
+    The bits are added below the last place that is kept, and the rest is cut off. This uses integer
+    operations only, so that it is the same everywhere. The mean is x to 2^-16 of a unit in the last
+    place; for float16, numbers below 2^-30 become 0.
     """
     number = x.view(torch.int32)
     magnitude, sign = number & 0x7FFFFFFF, (number >> 16) & 0x8000
@@ -175,7 +179,7 @@ def round_stochastically(x: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype
 
 
 def _box_muller(radius_word, angle_word):
-    """Two independent standard normals from two words: r cos(a), r sin(a), r = sqrt(-2 ln u)."""
+    """Return two independent standard normals, r cos(a) and r sin(a) with r = sqrt(-2 ln u)."""
     u = (2 * (radius_word >> 9) + 1).float() * 2.0**-24  # odd / 2^24: exact, in (0, 1)
     bits = u.view(torch.int32)
     exponent = (bits - 0x3F3504F3) >> 23  # u = 2^exponent m, m in [sqrt(1/2), sqrt(2))
@@ -196,7 +200,7 @@ def _box_muller(radius_word, angle_word):
 
 
 def _from_16_bits(half):
-    """A nearly normal number from each half of a word: a polynomial in a sum of three bytes.
+    """Return a nearly normal number from each half word, by a polynomial in a sum of three bytes.
 
     The bytes overlap (bits 1 to 7, 4 to 11, 8 to 15), so that their sum is already close to a
     normal; the polynomial of degree 7 stretches its tails.

@@ -1,8 +1,8 @@
-"""Noise on a shard: of a DTensor, each process moves the elements that it has, and no others.
+"""Noise on a shard: each process moves only the elements of a DTensor that it holds.
 
 z is a function of an element's index in the whole tensor, so that a shard's noise is a part of the
-whole tensor's, to the bit. torch's own random functions do not promise that: on a CPU they give all
-shards the same numbers.
+whole tensor's noise, to the bit. torch's random functions do not promise that; on a CPU they give
+all shards the same numbers.
 """
 
 import math
@@ -16,18 +16,18 @@ _BLOCK = 2**18  # elements of the whole width that are drawn at a time
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor; its module is imported by whoever makes one."""
+    """Return whether it is a DTensor, without importing the module: making one imports it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of it: the memory itself, no copy."""
+    """Return this process's shard, which shares the tensor's memory; other tensors as they are."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of a DTensor: the shape of what this process has, and where in the whole tensor it begins."""
+    """Return the shape of this process's shard of a DTensor, and its offset in the whole tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     return compute_local_shape_and_global_offset(
@@ -36,7 +36,7 @@ def place(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def partners(tensor: Any) -> list[int]:
-    """Of a DTensor: the ranks of those that have one copy of it together, this process's."""
+    """Return the ranks that together hold the copy of a DTensor to which this process belongs."""
     mesh = tensor.device_mesh
     where = zip(mesh.get_coordinate(), tensor.placements, strict=True)
     line = tuple(at if placed.is_replicate() else slice(None) for at, placed in where)
@@ -45,10 +45,10 @@ def partners(tensor: Any) -> list[int]:
 
 @torch.no_grad()
 def apply_(tensor: Any, move: Callable[..., None]) -> None:
-    """`move(part, offset=...)` for this process's elements: offsets are those in the whole tensor.
+    """Call `move(part, offset=...)` on this process's elements, with offsets in the whole tensor.
 
-    A shard of rows is one part, and so is a tensor that is whole. Of other shards, rows are moved
-    in their whole width and cut.
+    A whole tensor or a shard of whole rows is one part. For any other shard, rows are moved in
+    their full width and then cut.
     """
     if not is_sharded(tensor):
         return move(tensor, offset=0)

@@ -123,7 +123,7 @@ def test_pushing_again_updates_the_card(done):
 
 def test_a_base_model_that_the_hub_has_not_is_not_named(done):
     """It is a folder of the owner's that looks like a name."""
-    assert "--base_model NAME says which" in done["plain"]["err"]
+    assert "give it with --base_model NAME" in done["plain"]["err"]
     text = page(done, "user/second")
     assert ModelCard(text).data.base_model is None
     assert "my-folder" not in text

@@ -102,7 +102,7 @@ def test_another_run_is_not_caught_up_with(tmp_path):
         ({"seed": 7}, "its seed is 6, not 7"),
         ({"distribution": "rademacher"}, "distribution is gaussian, not rademacher"),
         ({"perturbation": "scratch"}, "its perturbation is in_place, not scratch"),
-        ({"clip_quantile": 0.5}, "from a checkpoint alone"),
+        ({"clip_quantile": 0.5}, "can only resume from a checkpoint"),
     ):
         base = Regression(torch.float32)
         with pytest.raises(InputError, match=message):

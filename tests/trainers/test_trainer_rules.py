@@ -90,7 +90,7 @@ def test_schedules_are_stairs_of_the_step(tmp_path):
     with pytest.raises(InputError, match="the schedule of eps gives -1"):
         Schedule(optimizer, eps=lambda t: -1).step()
     for given in ({"steps": 0}, {"steps": 5, "stairs": 1}):
-        with pytest.raises(InputError, match="steps must be at least 1 and stairs 2"):
+        with pytest.raises(InputError, match="steps must be at least 1 and stairs at least 2"):
             linear(1, 2, **given)
 
 

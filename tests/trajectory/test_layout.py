@@ -103,7 +103,7 @@ def test_a_checkpoint_that_transformers_does_not_know_is_taken_by_its_keys(tmp_p
         caplog.clear()
         replay_checkpoint(tmp_path / "run.mezo", tmp_path / "base", tmp_path / "out")
         assert same(weights(tmp_path / "out"), twin.state_dict())
-        assert ("are not checked" in caplog.text) == (len(named) == 2)
+        assert ("are not verified" in caplog.text) == (len(named) == 2)
 
 
 def test_merged_experts_are_refused_and_what_is_not_merged_is_replayed(tmp_path, caplog):
@@ -130,7 +130,7 @@ def test_merged_experts_are_refused_and_what_is_not_merged_is_replayed(tmp_path,
     log = tmp_path / "attention.mezo"
     tune(copy.deepcopy(model), log, keep=lambda name: "mlp.experts" not in name)
     replay_checkpoint(log, tmp_path / "base", tmp_path / "out")
-    assert "are not checked" in caplog.text
+    assert "are not verified" in caplog.text
     trajectory.replay(log, model)
     again = loaded(tmp_path / "out", type(model))
     assert same(dict(again.named_parameters()), dict(model.named_parameters()))
