@@ -23,9 +23,12 @@ def quick_collection():
     gc.unfreeze()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="session")
 def interruptible():
-    """Python's own reaction to Ctrl-C: a shell that starts a job in the background ignores it."""
+    """Python's own reaction to Ctrl-C, also where a script started the tests in the background.
+
+    Such a shell lets them ignore the signal, and so do the programs that they start.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

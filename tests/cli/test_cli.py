@@ -292,7 +292,6 @@ def test_a_run_is_not_overwritten(trained, place, capsys):
     assert (folder / "run.mezo").read_bytes() == before
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     trained, place, tmp_path, capsys, monkeypatch
 ):

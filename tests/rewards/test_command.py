@@ -130,7 +130,6 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_call_shifts_no_reward():
     """Ctrl-C while an answer is due: it must not be taken for that of the next sample."""
     slow = "import sys, json, time\nfor line in sys.stdin:\n"
