@@ -89,7 +89,7 @@ def compare(
     reason under "refused". Raise InputError if no method can run.
     """
     if "learning_rate" in given:
-        raise InputError("one learning_rate for all methods is of no use: give --grid FILE.yaml")
+        raise InputError("one learning_rate does not suit all methods: give --grid FILE.yaml")
     if data_args.k is None and data_args.num_train is None:
         data_args = replace(data_args, num_train=1000)  # as the paper's runs on OPT
     if data_args.k is None and data_args.num_test is None:

@@ -204,7 +204,7 @@ def _finished(model: ModelArguments, data: DataArguments, args: TrainArguments) 
     result = read_json(path)
     had = result.get("config") if isinstance(result, dict) else None
     if not isinstance(had, dict):
-        raise InputError(f"{path} is no result of a run: delete it to run the cell again")
+        raise InputError(f"{path} is not the result of a run: delete it to run the cell again")
     asked = json.loads(json.dumps(config_of(model, data, args), default=str))
     for name in asked.keys() | had.keys():
         if name not in ASIDE and asked.get(name) != had.get(name):

@@ -115,7 +115,7 @@ def name_of(table: str, method: str, part: str, task: str, k: int | None) -> str
             f"--grid {table}-mezo takes any task"
         )
     if table == "table15" and k is None:
-        raise InputError("table15 trains on k examples a label: add --k 16 or --k 512")
+        raise InputError("table15 trains on k examples per label: add --k 16 or --k 512")
     if method not in ("mezo", "adam"):
         raise InputError(f"{table} has no hyperparameters of the method {method}")
     name = f"{table}-{'ft' if method == 'adam' else 'mezo'}" + (f"-{part}" if part else "")

@@ -128,7 +128,9 @@ def of_file(path: str, given: Any, methods: Iterable[str]) -> dict[str, Grid]:
         raise InputError(f"grid {path}: expected sections 'method:' with lines 'option: value'")
     for method in given:
         if method not in methods:
-            raise InputError(f"grid {path}: {method} is none of the methods {', '.join(methods)}")
+            raise InputError(
+                f"grid {path}: {method} is not one of the methods {', '.join(methods)}"
+            )
     return {
         method: {option: values_of(path, str(option), value) for option, value in section.items()}
         for method, section in given.items()

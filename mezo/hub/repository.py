@@ -83,7 +83,7 @@ def resolve(log: str | Path) -> Path:
     try:
         return pull(name)
     except InputError as error:
-        raise InputError(f"{name} is no file here; on the hub: {error}") from None
+        raise InputError(f"{name} is not a file here; on the hub: {error}") from None
 
 
 @contextmanager
@@ -111,4 +111,4 @@ def _plainly(repo: str) -> Iterator[None]:
     except (errors.HTTPError, ConnectionError):
         raise InputError(f"{repo}: no answer from {constants.ENDPOINT}") from None
     except errors.HFValidationError:
-        raise InputError(f"{repo!r} is no name of a repository: user/name") from None
+        raise InputError(f"{repo!r} is not the name of a repository, user/name") from None

@@ -96,11 +96,11 @@ def folder_of(name: str) -> Path:
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Return the config of a peft adapter. Raises InputError if it is no JSON object."""
+    """Return the config of a peft adapter. Raises InputError if it is not a JSON object."""
     path = Path(folder, "adapter_config.json")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise InputError(f"{path} is no JSON object")
+        raise InputError(f"{path} is not a JSON object")
     return config
 
 

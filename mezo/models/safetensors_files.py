@@ -78,7 +78,7 @@ def _index(folder: Path) -> dict[str, Any] | None:
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} is an adapter: give the folder of its base model")
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder with a checkpoint")
+        raise InputError(f"{folder} is not a folder with a checkpoint")
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():  # loading's order, too
         return None
     index = read_json(folder / INDEX)

@@ -26,7 +26,7 @@ def select(model: torch.nn.Module, trainable: str) -> int:
     try:
         pattern = re.compile(trainable)
     except re.error as error:
-        raise InputError(f"trainable {trainable!r} is no regular expression: {error}") from None
+        raise InputError(f"trainable {trainable!r} is not a regular expression: {error}") from None
     chosen = {name for name, _ in model.named_parameters() if pattern.search(name)}
     if not chosen:
         raise InputError(f"trainable {trainable!r} matches no parameter of the model")

@@ -100,7 +100,9 @@ class Causal(Form):
     def _check_label(self, example: Example, candidates: int) -> None:
         if not 0 <= example.label < candidates:
             where = example.origin or "example"
-            raise InputError(f"{where}: label {example.label} is none of {candidates} candidates")
+            raise InputError(
+                f"{where}: label {example.label} is not one of {candidates} candidates"
+            )
 
     def collate(self, features: Sequence[Feature]) -> Batch:
         """Return labels (B,) and what `pack` makes of rows with a common beginning, or

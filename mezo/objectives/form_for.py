@@ -60,7 +60,7 @@ def form_for(
     if objective == "tokens" and kind != "causal":
         raise InputError(f"objective tokens is for causal models, this one is {kind}")
     if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} gives no offsets: use a fast tokenizer")
+        raise InputError(f"{type(tokenizer).__name__} has no offsets: use a fast tokenizer")
     shared: dict[str, Any] = {
         "task": task,
         "tokenizer": tokenizer,
@@ -92,7 +92,9 @@ def kind_of(model: "PreTrainedModel") -> str:
     """Return causal, masked or encoder, by what the model's class can do."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise InputError(f"{name} is an encoder-decoder: causal, masked and encoder models are run")
+        raise InputError(
+            f"{name} is an encoder-decoder: only causal, masked and encoder models can be run"
+        )
     if model.can_generate():
         return "causal"
     if model.get_output_embeddings() is not None:

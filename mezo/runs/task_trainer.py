@@ -57,7 +57,7 @@ def _choose_metric(args: TrainArguments, task: Task) -> None:
     asked = task.metric if asked == BEST else asked
     if asked not in known:
         raise InputError(
-            f"metric_for_best_model {asked!r} is none of {', '.join(known)}, which task "
+            f"metric_for_best_model {asked!r} is not one of {', '.join(known)}, which task "
             f"{task.name} has"
         )
     args.metric_for_best_model, args.greater_is_better = asked, known[asked]

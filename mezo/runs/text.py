@@ -85,7 +85,7 @@ def train(
         args: SFTArguments or DPOArguments, or another config of the same TRL trainer.
         tell: Told in a line of what was chosen because it was not given.
 
-    The log needs neither TRL nor data. Raises InputError for a file that is none of the formats, in
+    The log needs neither TRL nor data. Raises InputError for a file of another format, in
     TRL's words where it is TRL's.
     """
     if kind == "dpo" and models.is_adapter(model_args.model_name_or_path):
@@ -180,7 +180,7 @@ def load_rows(kind: str, args: TextArguments) -> tuple[Dataset, Dataset | None]:
 def _from_file(name: str | None) -> Dataset:
     path = Path(str(name))
     if path.suffix not in FORMATS:
-        raise InputError(f"{path} is none of {', '.join(FORMATS)}")
+        raise InputError(f"{path} is not one of {', '.join(FORMATS)}")
     if not path.exists():
         raise InputError(f"file not found: {path}")
     if check_file(path).stat().st_size == 0:

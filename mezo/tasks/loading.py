@@ -212,7 +212,7 @@ def _index(task: Task, value: str, origin: str, hub: Hub) -> int:
         value = hub.labels[int(value)]
     label = task.label_aliases.get(value, value) if value not in task.labels else value
     if label not in task.labels:
-        raise InputError(f"{origin}: label {value!r} is none of {', '.join(task.labels)}")
+        raise InputError(f"{origin}: label {value!r} is not one of {', '.join(task.labels)}")
     return task.labels.index(label)
 
 

@@ -92,6 +92,6 @@ def macro_f1(predictions: Sequence[int], labels: Sequence[int]) -> float:
 def _pairs(predictions: Sequence[int], labels: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     if len(predictions) != len(labels) or not len(labels):
         raise InputError(
-            f"one prediction an example: got {len(predictions)} for {len(labels)} labels"
+            f"one prediction per example: got {len(predictions)} for {len(labels)} labels"
         )
     return np.asarray(predictions), np.asarray(labels)

@@ -26,7 +26,7 @@ def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]
     file, and for anything that is not in the format.
     """
     if path.suffix not in readers:
-        raise InputError(f"{path.name} is none of {', '.join(readers)}")
+        raise InputError(f"{path.name} is not one of {', '.join(readers)}")
     if not path.exists():
         raise InputError(f"file not found: {path}")
     check_file(path)
@@ -97,7 +97,7 @@ def read_array(path: Path) -> Iterator[tuple[str, Row]]:
     rows = read_json(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise InputError(f"{path.name} row {number} is no JSON object")
+            raise InputError(f"{path.name} row {number} is not a JSON object")
         yield f"row {number}", row
 
 
@@ -119,7 +119,7 @@ def _objects(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Row]]:
             continue
         row = parse_json(text, f"{path.name} row {line}")
         if not isinstance(row, dict):
-            raise InputError(f"{path.name} row {line} is no JSON object: write one a line")
+            raise InputError(f"{path.name} row {line} is not a JSON object: write one per line")
         yield f"row {line}", row
 
 

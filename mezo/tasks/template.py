@@ -66,6 +66,7 @@ def _parse(template: str) -> list[tuple[str, str | None, str]]:
         if how not in HOW:
             known = ", ".join(filter(None, HOW))
             raise InputError(
-                f"template {template!r}: {how!r} after the colon of {{{name}}} is none of {known}"
+                f"template {template!r}: {how!r} after the colon of {{{name}}} is not one of "
+                f"{known}"
             )
     return parts

@@ -127,7 +127,9 @@ def _listed(column: str, target: str, delimiter: str) -> Callable[[Row], Iterato
         right = row[target]
         if str(right) not in choices:
             if not str(right).isdecimal() or int(right) >= len(choices):
-                raise InputError(f"column {target!r}: {right!r} is no choice and no index of one")
+                raise InputError(
+                    f"column {target!r}: {right!r} is neither a choice nor the index of one"
+                )
             right = choices[int(right)]
         made = {"candidates": [delimiter + one for one in choices], "choices": choices}
         yield row | made | {"answers": [str(right)]}

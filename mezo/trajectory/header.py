@@ -50,7 +50,7 @@ def parse(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise Damage("a header that is no JSON") from None
     if not isinstance(header, dict):
-        raise Damage("a header that is no JSON object")
+        raise Damage("a header that is not a JSON object")
     return header
 
 
@@ -131,7 +131,7 @@ def _check_tensors(entries: list, groups: int) -> None:
     for i, entry in enumerate(entries):
         try:
             if not isinstance(entry, dict):
-                raise Damage("a header that is no JSON object")
+                raise Damage("a header that is not a JSON object")
             check_keys(entry, _TENSOR | {k: rule for k, rule in _OWN.items() if k in entry})
             if entry["group"] >= groups:
                 raise Damage(f"a group that is not one of {groups}: {entry['group']}")

@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys):
     assert "give --grid FILE.yaml" in said("--learning_rate", "1")
     assert "grid must be none, default, table15, table16" in said("--grid", "all")
     (tmp_path / "g.yaml").write_text("ft: {learning_rate: 1}")
-    assert "ft is none of the methods mezo" in said("--grid", tmp_path / "g.yaml")
+    assert "ft is not one of the methods mezo" in said("--grid", tmp_path / "g.yaml")
     (tmp_path / "g.yaml").write_text("mezo: {learning_rat: 1}")
     assert "did you mean learning_rate?" in said("--grid", tmp_path / "g.yaml")
 

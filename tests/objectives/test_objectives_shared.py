@@ -187,7 +187,7 @@ def test_a_prefix_that_comes_later_takes_rows_apart(bpe):
 def test_a_label_beyond_the_examples_own_candidates_is_refused(bpe):
     form = form_for(model_of("opt"), bpe, CHOICE)
     wrong = Example({"premise": "dull"}, 2, "row 7", candidates=OWN[0])
-    with pytest.raises(InputError, match="row 7: label 2 is none of 2 candidates"):
+    with pytest.raises(InputError, match="row 7: label 2 is not one of 2 candidates"):
         form.encode(wrong)
 
 

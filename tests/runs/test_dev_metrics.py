@@ -78,7 +78,9 @@ def test_another_metric_may_choose_and_dev_is_still_the_task_s(place, tmp_path):
     assert result["dev"] == result["test"]["accuracy"]
     losses = {row["step"]: row["dev_loss"] for row in result["curve"]}
     assert result["kept_step"] == min(losses, key=losses.__getitem__)
-    with pytest.raises(InputError, match="metric_for_best_model 'bleu' is none of accuracy, loss"):
+    with pytest.raises(
+        InputError, match="metric_for_best_model 'bleu' is not one of accuracy, loss"
+    ):
         trained(place, tmp_path / "b", data, metric_for_best_model="bleu")
 
 

@@ -148,7 +148,7 @@ REFUSED = [
     ("sft", "", [], "own.jsonl is empty"),
     ("dpo", '{"prompt": "x", "completion": "y"}', [], "dpo wants the columns chosen and rejected"),
     ("sft", '{"text": "x"}', ["--train_file=none.jsonl"], "file not found: none.jsonl"),
-    ("sft", '{"text": "x"}', ["--train_file=a.txt"], "a.txt is none of .jsonl, .json, .csv"),
+    ("sft", '{"text": "x"}', ["--train_file=a.txt"], "a.txt is not one of .jsonl, .json, .csv"),
     ("sft", '{"text": "x"}', ["--dataset_name=a/b"], "--train_file or --dataset_name, one of them"),
     ("sft", '{"text": "x"}', ["--paking=true"], "unknown option --paking; did you mean --packing?"),
     ("sft", '{"text": "x"}', ["--peft_type=prefix"], "peft_type prefix needs --use_peft"),

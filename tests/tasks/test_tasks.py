@@ -108,7 +108,7 @@ def test_bad_data_is_named_by_file_and_row(tmp_path):
     good = "text\tlabel\nfine\tpos\n"
     unknown = write(tmp_path / "unknown.tsv", good + "odd\tmaybe\n")
     assert message(REVIEWS, "train", files=unknown) == (
-        "unknown.tsv row 3: label 'maybe' is none of neg, pos"
+        "unknown.tsv row 3: label 'maybe' is not one of neg, pos"
     )
     column = write(tmp_path / "column.csv", "txt,label\nfine,pos\n")
     assert message(REVIEWS, "train", files=column) == (
@@ -131,7 +131,7 @@ def test_unreadable_files_are_named(tmp_path):
     broken = write(tmp_path / "broken.jsonl", '{"text": "x", "label": "pos"}\n{"text"\n')
     assert "broken.jsonl row 2 is not JSON" in message(REVIEWS, "train", files=broken)
     array = write(tmp_path / "array.json", '[{"text": "x", "label": "pos"},\n 3]')
-    assert "array.json row 2 is no JSON object" in message(REVIEWS, "train", files=array)
+    assert "array.json row 2 is not a JSON object" in message(REVIEWS, "train", files=array)
     quotes = write(tmp_path / "quotes.csv", 'text,label\n"open,pos\n')
     assert "quotes.csv row 2" in message(REVIEWS, "train", files=quotes)
     latin = tmp_path / "latin.tsv"
@@ -139,7 +139,7 @@ def test_unreadable_files_are_named(tmp_path):
     assert "latin.tsv is not UTF-8" in message(REVIEWS, "train", files=latin)
     wrong = write(tmp_path / "wrong.parquet", "text")
     assert "wrong.parquet is not parquet" in message(REVIEWS, "train", files=wrong)
-    assert "notes.txt is none of .tsv" in message(REVIEWS, "train", files=tmp_path / "notes.txt")
+    assert "notes.txt is not one of .tsv" in message(REVIEWS, "train", files=tmp_path / "notes.txt")
 
 
 def test_a_missing_split_says_where_it_was_sought(tmp_path):

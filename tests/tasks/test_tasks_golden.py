@@ -104,7 +104,9 @@ def test_how_a_value_is_written(how, value, written):
 
 
 def test_an_unknown_way_to_write_a_value_is_refused():
-    with pytest.raises(InputError, match=r"'upper' after the colon of \{text\} is none of whole"):
+    with pytest.raises(
+        InputError, match=r"'upper' after the colon of \{text\} is not one of whole"
+    ):
         custom_task("{text:upper}", [" a", " b"])
 
 

@@ -112,7 +112,7 @@ def test_sst5_as_text_with_its_brackets(tmp_path):
         "stsa.fine.dev row 1 is not a label, a space and a sentence"
     )
     put(tmp_path, "stsa.fine.test", "1 fine", "5 no such label")
-    assert "stsa.fine.test row 2: label '5' is none of 0, 1" in told("sst5", "test", tmp_path)
+    assert "stsa.fine.test row 2: label '5' is not one of 0, 1" in told("sst5", "test", tmp_path)
 
 
 def test_trec_is_latin_1(tmp_path):

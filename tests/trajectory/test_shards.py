@@ -179,7 +179,7 @@ def reshaped(folder):
         (lambda f: os.truncate(f / SHARD, 2000), SHARD),
         (lambda f: (f / SHARD).write_bytes(b"{}"), SHARD),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "is an adapter"),
-        (shutil.rmtree, "is no folder with a checkpoint"),
+        (shutil.rmtree, "is not a folder with a checkpoint"),
     ],
 )
 def test_a_wrong_base_is_refused_before_anything_is_written(tuned, tmp_path, change, message):
