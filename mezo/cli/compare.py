@@ -80,7 +80,8 @@ def main(argv: list[str]) -> None:
             found = compare.compare(
                 *(model, data, args, compare.Settings(**chosen)),
                 given=words - {"max_steps"},
-                on_cell=_Progress(),
+                on_cell=_Cells(),
+                tell=say if args.process_index == 0 else (lambda line: None),
             )
     except KeyboardInterrupt:
         say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> None:
     say(f"each cell's folder and commands: {Path(args.output_dir, compare.SUMMARY)}")
 
 
-class _Progress:
+class _Cells:
     """Print one line per run, with the time since the comparison began."""
 
     def __init__(self) -> None:

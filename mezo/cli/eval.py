@@ -4,7 +4,16 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from mezo.cli.parsing import JSON, hf_parser, parse, print_result, quiet, show_help, with_config
+from mezo.cli.parsing import (
+    JSON,
+    hf_parser,
+    parse,
+    print_result,
+    quiet,
+    say,
+    show_help,
+    with_config,
+)
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
@@ -37,6 +46,7 @@ OWN: dict[str, Any] = {
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return show_help("mezo eval", (ModelArguments, DataArguments), HELP)
+    from mezo.objectives.progress import Progress
     from mezo.runs import task as run
 
     quiet()
@@ -48,7 +58,9 @@ def main(argv: list[str]) -> None:
             if getattr(own, name) is not None:
                 raise InputError(f"--{name} needs --tasks")
         with redirect_stdout(sys.stderr):
-            result = run.evaluate(model, data, **shared, offload=own.offload)
+            result = run.evaluate(
+                *(model, data), **shared, offload=own.offload, progress=Progress(say)
+            )
         return print_result(result, own.json)
     if own.offload:
         raise InputError("--offload cannot be used with --tasks")

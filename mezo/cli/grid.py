@@ -36,6 +36,7 @@ def main(own, options: list[str], model, data, args) -> None:
             *(model, data, args, name),
             given=given,
             on_cell=lambda name, what: say(f"{what}: {name}"),
+            tell=say,
         )
     metric = found["metric"]
     shown = {"best": found["best"], "dev": found["dev"], metric: found["test"][metric]}

@@ -29,8 +29,19 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
-  --num_samples N                     directions a step, default 1
-  --distribution NAME                 gaussian, rademacher or gaussian16
+  --num_samples N                     directions a step, whose estimates are averaged; default 1,
+                                      each costs two forward passes
+  --distribution NAME                 of the directions: gaussian (the default), rademacher (signs,
+                                      quicker to draw) or gaussian16
+  --perturbation NAME                 how a direction reaches the weights: in_place, scratch (the
+                                      default for 16-bit weights) or low_rank (the fastest)
+  --estimator NAME                    two_point (the default), one_sided, one_point, or your own
+                                      as module:name
+  --rule NAME                         what is done with an estimate: sgd (the default), momentum,
+                                      adam, sign, scalar_adam, or your own as module:Name
+  --rounding NAME                     of updates of 16-bit weights: stochastic (the default),
+                                      nearest, compensated or master
+  --bf16 true                         forward passes in bfloat16 where the weights have 32 bits
   --lr_scheduler_type NAME            default constant
   --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
   --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml

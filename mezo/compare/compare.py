@@ -29,7 +29,7 @@ from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
 from mezo.runs.data_arguments import DataArguments
-from mezo.runs.plan import config_of
+from mezo.runs.plan import Tell, config_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.tasks import Task
 
@@ -76,6 +76,7 @@ def compare(
     *,
     given: Collection[str] = (),
     on_cell: Callable[[int, int, Cell, str], None] = lambda at, number, cell, what: None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Run every cell that has no result yet; returns and writes OUTPUT_DIR/compare.json.
 
@@ -84,6 +85,7 @@ def compare(
         given: names of options that were set by hand.
         on_cell: called before each cell runs, with its place, the number of cells, the cell, and
             "run", "resumed" or "found".
+        tell: called with each line that a run says, such as how far it is.
 
     A method that cannot be run here (a linear probe of a task that generates) is named with the
     reason under "refused". Raise InputError if no method can run.
@@ -103,7 +105,7 @@ def compare(
         if cell.method in refused:
             continue
         try:
-            found.append(_run(cell, partial(on_cell, at, len(planned), cell)))
+            found.append(_run(cell, partial(on_cell, at, len(planned), cell), tell))
         except InputError as error:
             refused[cell.method] = str(error)
             continue
@@ -182,12 +184,12 @@ def _cell(
     return Cell(method, seed, name, with_options(model_args, options), data, own)
 
 
-def _run(cell: Cell, told: Callable[[str], None]) -> dict[str, Any]:
+def _run(cell: Cell, told: Callable[[str], None], tell: Tell) -> dict[str, Any]:
     """Return the row of a cell: what its result says, and the commands that make it again."""
     options = options_of(cell)
     make_folder(str(cell.folder))
     (cell.folder / CONFIG).write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
-    result = finish(cell.model, cell.data, cell.args, told)
+    result = finish(cell.model, cell.data, cell.args, told, tell)
     kept = ("dev", "test", "steps", "kept_step", "seconds", "forward_passes", "stored_bytes")
     row = {"method": cell.method, "seed": cell.seed, "name": cell.name, "folder": str(cell.folder)}
     row |= {key: result[key] for key in kept}

@@ -25,7 +25,7 @@ from mezo.runs import rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data import task_of
 from mezo.runs.data_arguments import DataArguments
-from mezo.runs.plan import config_of
+from mezo.runs.plan import Tell, config_of
 from mezo.runs.result import RESULT, make_folder
 from mezo.runs.task import train
 from mezo.trainers.checkpoints import last_checkpoint
@@ -110,6 +110,7 @@ def search(
     *,
     given: Collection[str] = (),
     on_cell: Callable[[str, str], None] = lambda name, what: None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """Run every cell of a grid that has no result yet; returns and writes what came out.
 
@@ -117,6 +118,7 @@ def search(
         grid: a name in GRIDS, or a YAML file.
         given: options that were set by hand, of which the grid's values do not count.
         on_cell: called with each cell and "run", "resumed" or "found".
+        tell: called with each line that a run says, such as how far it is.
 
     Returns {"grid", "cells": [{"name", "options", "dev", "test", "seconds", ...}], "best", ...};
     best is the folder of the cell with the highest metric on the dev examples, the first of equals.
@@ -127,7 +129,7 @@ def search(
     for name, options in chosen:
         model, data = with_options(model_args, options), with_options(data_args, options)
         own = with_options(args, options | {"output_dir": str(Path(args.output_dir, name))})
-        result = finish(model, data, own, partial(on_cell, name))
+        result = finish(model, data, own, partial(on_cell, name), tell)
         kept = ("dev", "test", "steps", "seconds", "forward_passes", "stored_bytes")
         found.append({"name": name, "options": options} | {key: result[key] for key in kept})
         best = max(found, key=lambda cell: cell["dev"])  # the first of equals
@@ -151,11 +153,13 @@ def finish(
     data_args: DataArguments,
     args: TrainArguments,
     told: Callable[[str], None] = lambda what: None,
+    tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
     """The result of a cell: that of its folder, else of the run, begun or gone on with.
 
     `told` is called before it runs, with "run", "resumed" or "found". Raise InputError if the
     folder's result has other options.
+    `tell` is called with the lines of the run itself.
     """
     args = rates.resolved(model_args, args)
     result, what = _finished(model_args, data_args, args), "found"
@@ -165,7 +169,7 @@ def finish(
     told(what)
     if result is None:
         resumed = replace(args, resume_from_checkpoint=_RESUME[what])
-        result = train(model_args, data_args, resumed)
+        result = train(model_args, data_args, resumed, tell)
     return result
 
 

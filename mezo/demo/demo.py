@@ -7,13 +7,16 @@ and Adam. It leaves a table, a plot, and the log of each run of MeZO.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
 from mezo import tasks
@@ -25,6 +28,7 @@ from mezo.evaluation.evaluate import evaluate
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form, form_for
+from mezo.objectives.progress import SILENT, Progress
 from mezo.runs.result import environment, make_folder
 from mezo.tasks import Example
 
@@ -97,16 +101,17 @@ def load(name: str) -> tuple[Any, Form, dict[str, list[Example]]]:
     return model, form_for(model, tokenizer, task), splits
 
 
-def baselines(name: str, seed: int, split: str = "test") -> list[Row]:
+def baselines(name: str, seed: int, split: str = "test", progress: Progress = SILENT) -> list[Row]:
     """Return what the model can do without training: as asked, calibrated, and in context."""
     setting = SETTINGS[name]
     model, form, splits = load(name)
-    rows = [Row("zero-shot", evaluate(model, form, splits[split]).accuracy)]
+    measured = partial(evaluate, model, examples=splits[split], progress=progress)
+    rows = [Row("zero-shot", measured(form).accuracy)]
     if setting.calibrates:
-        calibrated = evaluate(model, form.calibrate(model), splits[split])
+        calibrated = measured(form.calibrate(model))
         rows.append(Row("zero-shot, calibrated", calibrated.accuracy))
     shown = tasks.sample(splits["train"], setting.demonstrations, seed)
-    in_context = evaluate(model, form, splits[split], demonstrations=shown)
+    in_context = measured(form, demonstrations=shown)
     return [*rows, Row(f"in context, {len(shown)} examples", in_context.accuracy)]
 
 
@@ -160,11 +165,15 @@ def main(output_dir: str, seed: int = 0, as_json: bool = False, model: str = "ca
     make_folder(output_dir)
     talk = Console(stderr=True)
     talk.print(setting.introduction, highlight=False)
-    rows = baselines(model, seed)
+    progress = Progress(partial(talk.print, highlight=False, soft_wrap=True))
+    rows = baselines(model, seed, progress=progress)
     for name, recipe in setting.recipes.items():
         slug = name.lower().replace(",", "").replace(" ", "-")
         log = out / f"{slug}.mezo" if recipe.method == "mezo" else None
-        with _bar(talk, name, recipe.steps) as on_step:
+        shown: AbstractContextManager = _bar(talk, name, recipe.steps)
+        if not talk.is_terminal:  # a log, a notebook: lines
+            shown = _lines(progress, name, recipe.steps)
+        with shown as on_step:
             rows.append(run(model, name, seed, log=log, on_step=on_step))
     result = {
         "seed": seed,
@@ -184,11 +193,19 @@ def main(output_dir: str, seed: int = 0, as_json: bool = False, model: str = "ca
     _farewell(talk, model, rows, out)
 
 
-class _bar:
+@contextmanager
+def _lines(progress: Progress, name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Give `on_step`, as _bar does; a line every so often, and one at the end."""
+    loop = progress.of(f"{name}: step", steps)
+    yield loop.at
+    loop.end()
+
+
+class _bar(AbstractContextManager):
     """A progress bar with loss, steps a second and time left: a context that gives `on_step`."""
 
     def __init__(self, console: Console, name: str, steps: int):
-        self.progress = Progress(
+        self.progress = Bars(
             TextColumn("{task.description:24}"),
             BarColumn(30),
             MofNCompleteColumn(),

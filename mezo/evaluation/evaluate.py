@@ -9,6 +9,7 @@ evaluate(model, form.calibrate(model, "sfc"), examples)         # surface-form c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -17,6 +18,7 @@ from mezo.errors import InputError
 from mezo.models.modes import evaluating, to_device
 from mezo.objectives import Feature, Form, Generated
 from mezo.objectives.generation import Generation, generate
+from mezo.objectives.progress import SILENT, Progress
 from mezo.tasks.metrics import accuracy, exact_match, macro_f1, token_f1
 from mezo.tasks.task import Example, Task
 
@@ -55,10 +57,12 @@ def evaluate(
     *,
     demonstrations: Sequence[Example] = (),
     each: Sequence[Sequence[Example]] | None = None,
+    progress: Progress = SILENT,
 ) -> Result:
     """Score all candidates of all examples, or have the model write; compare with what is right.
 
     `demonstrations` stand before every example; `each` gives a set of its own to each example.
+    `progress` is told of the batches.
 
     But for rounding, neither the batch size nor the order matters. The model is left as it was,
     training mode included. It takes the memory of a forward pass over batch_size examples and,
@@ -73,12 +77,12 @@ def evaluate(
     else:
         pairs = zip(examples, each, strict=True)
         features = [form.encode(example, shown) for example, shown in pairs]
-    scores = score(model, form, features, batch_size)
+    scores = score(model, form, features, batch_size, progress)
     predictions: tuple[int, ...] | tuple[str, ...]
     if isinstance(form, Generated):
         lengths = torch.tensor([len(feature["targets"][0]) for feature in features])
         loss = -(scores[:, 0].double() * lengths).sum() / lengths.sum()
-        predictions = texts = tuple(write(model, form, features, batch_size))
+        predictions = texts = tuple(write(model, form, features, batch_size, progress))
         metrics = text_metrics(texts, [example.answers for example in examples])
     else:
         labels = torch.tensor([example.label for example in examples])
@@ -105,7 +109,11 @@ def chosen(scores: torch.Tensor) -> tuple[int, ...]:
 
 
 def score(
-    model: torch.nn.Module, form: Form, features: Sequence[Feature], batch_size: int = 32
+    model: torch.nn.Module,
+    form: Form,
+    features: Sequence[Feature],
+    batch_size: int = 32,
+    progress: Progress = SILENT,
 ) -> torch.Tensor:
     """Return scores (features, candidates) on the CPU, in the order of `features`.
 
@@ -117,7 +125,7 @@ def score(
     order = sorted(range(len(features)), key=lambda i: -features[i]["length"])
     pieces = []
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in progress.over(range(0, len(order), batch_size), "evaluation batch"):
             batch = form.collate([features[i] for i in order[start : start + batch_size]])
             pieces.append(form.scores(model, to_device(batch, model)).cpu())
     widest = max(piece.shape[1] for piece in pieces)
@@ -127,12 +135,17 @@ def score(
 
 
 def write(
-    model: torch.nn.Module, form: Generated, features: Sequence[Feature], batch_size: int = 32
+    model: torch.nn.Module,
+    form: Generated,
+    features: Sequence[Feature],
+    batch_size: int = 32,
+    progress: Progress = SILENT,
 ) -> list[str]:
     """Return what the model writes after each prompt, stripped, up to the task's stop."""
     settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
     prompts = [feature["prompt"] for feature in features]
-    made = generate(model, form.tokenizer, prompts, settings, batch_size=batch_size)
+    options: Any = {"batch_size": batch_size, "progress": progress}
+    made = generate(model, form.tokenizer, prompts, settings, **options)
     return [completion.text.strip() for completion in made]
 
 

@@ -18,6 +18,7 @@ from mezo.evaluation.evaluate import evaluate as evaluate_form
 from mezo.models.modes import evaluating, to_device, unwrap
 from mezo.objectives import Causal, Encoder, Form, Masked
 from mezo.objectives.encoder import embed
+from mezo.objectives.progress import SILENT, Progress
 from mezo.objectives.tokens import tokenize
 from mezo.tasks import Example, Task
 from mezo.tasks.task import fill
@@ -57,7 +58,11 @@ class LinearProbe:
 
 
 def features_of(
-    model: torch.nn.Module, form: Form, examples: Sequence[Example], batch_size: int = 32
+    model: torch.nn.Module,
+    form: Form,
+    examples: Sequence[Example],
+    batch_size: int = 32,
+    progress: Progress = SILENT,
 ) -> np.ndarray:
     """Return (examples, width) in float64: what the head reads where the answer is to come.
 
@@ -68,7 +73,7 @@ def features_of(
         raise InputError(f"task {form.task.name} has no labels: a linear probe needs them")
     pieces = []
     with evaluating(model):
-        for start in range(0, len(examples), batch_size):
+        for start in progress.over(range(0, len(examples), batch_size), "batch of features"):
             part = examples[start : start + batch_size]
             pieces.append(_states(model, form, part).double().cpu().numpy())
     return np.concatenate(pieces)
@@ -138,17 +143,20 @@ def linear_probe(
     splits: dict[str, list[Example]],
     batch_size: int,
     output_dir: str,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Fit and save a probe on the training examples; return what a run's result says of it."""
     head = unwrap(model).get_output_embeddings()
     bias = head is None or getattr(head, "bias", None) is not None  # the head's own form
     train = splits["train"]
     probe = fit_probe(
-        features_of(model, form, train, batch_size), [e.label for e in train], bias=bias
+        features_of(model, form, train, batch_size, progress),
+        [e.label for e in train],
+        bias=bias,
     )
     found = {}
     for name in ("dev", "test"):
-        features = features_of(model, form, splits[name], batch_size)
+        features = features_of(model, form, splits[name], batch_size, progress)
         found[name] = probe.evaluate(features, splits[name], form.task)
     return {
         "test": found["test"],
@@ -164,9 +172,13 @@ def zero_shot(
     splits: dict[str, list[Example]],
     batch_size: int,
     output_dir: str,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Return what a run's result says of the model as it is."""
-    found = {name: evaluate_form(model, form, splits[name], batch_size) for name in ("dev", "test")}
+    found = {
+        name: evaluate_form(model, form, splits[name], batch_size, progress=progress)
+        for name in ("dev", "test")
+    }
     return {
         "test": found["test"],
         "dev": found["dev"].value,

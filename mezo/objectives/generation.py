@@ -24,6 +24,7 @@ from mezo.errors import InputError
 from mezo.models.modes import evaluating, unwrap
 from mezo.noise import tensor_key
 from mezo.noise.definition import philox
+from mezo.objectives.progress import SILENT, Progress
 from mezo.objectives.tokens import stack
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def generate(
     *,
     batch_size: int | None = None,
     draw: int = 0,
+    progress: Progress = SILENT,
 ) -> list[Completion]:
     """Return one completion per prompt, in order. Modes and generators are left as they were.
 
@@ -102,6 +104,7 @@ def generate(
             rounding, rows are the same in any batch.
         draw: number of the sample, in [0, 2^32); another number gives other samples. Row r is
             sampled with the noise of (settings.seed, draw, r), whatever the prompt.
+        progress: is told of the batches.
 
     Raise InputError for a prompt without tokens, or one too long for the model.
     """
@@ -115,7 +118,7 @@ def generate(
     size = batch_size or max(len(rows), 1)
     found: dict[int, Completion] = {}
     with evaluating(model):
-        for start in range(0, len(order), size):
+        for start in progress.over(range(0, len(order), size), "batch of texts"):
             chosen = order[start : start + size]
             made = _batch(model, tokenizer, rows, chosen, settings, draw)
             found |= dict(zip(chosen, made, strict=True))

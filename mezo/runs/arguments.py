@@ -41,6 +41,7 @@ class TrainArguments(MeZOConfig):
     per_device_eval_batch_size: int = 32
     eval_strategy: str = "steps"  # type: ignore[assignment]
     eval_steps: float = 500
+    logging_steps: float = 50  # its default, 500, leaves a slow run silent for an hour
     save_strategy: str = "steps"  # type: ignore[assignment]
     save_steps: float = 500
     save_total_limit: int | None = 1

@@ -23,6 +23,7 @@ from mezo.models.trainable import select, told
 from mezo.runs.plan import Plan
 from mezo.runs.result import environment, make_folder, write_result
 from mezo.trainers import placement
+from mezo.trainers.progress import ProgressLines
 from mezo.trainers.trainer import MeZOMixin
 
 
@@ -55,6 +56,8 @@ def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
     with trained_part(model, plan):
         plan = kind.settled(plan, model, tokenizer)
         trainer = kind.trainer(plan, model, tokenizer)
+        if plan.args.disable_tqdm:  # no bars: lines
+            trainer.add_callback(ProgressLines(trainer, plan.progress))
         if logs := isinstance(trainer, MeZOMixin):
             trainer.run_config = (trainer.run_config or {}) | plan.config
         with trainer.offloaded() if logs else nullcontext():

@@ -25,6 +25,7 @@ from mezo.memory.measured import PeakMemory
 from mezo.models import adapters as tuners
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form
+from mezo.objectives.progress import SILENT, Progress
 from mezo.tasks import METRICS, Example
 
 if TYPE_CHECKING:
@@ -61,12 +62,16 @@ def check_adapter(model_args: ModelArguments) -> None:
 
 
 def without_training(
-    model: torch.nn.Module, form: Form, splits: dict[str, list[Example]], args: "TrainArguments"
+    model: torch.nn.Module,
+    form: Form,
+    splits: dict[str, list[Example]],
+    args: "TrainArguments",
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """The fields of a method that changes no weights."""
     with PeakMemory() as peak:
         size, folder = args.per_device_eval_batch_size, args.output_dir
-        found = WITHOUT_TRAINING[args.method](model, form, splits, size, folder)
+        found = WITHOUT_TRAINING[args.method](model, form, splits, size, folder, progress)
     return {"steps": 0, "kept_step": 0, **found, "peak_memory_above_model": peak.bytes}
 
 

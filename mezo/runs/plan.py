@@ -16,6 +16,7 @@ from mezo import trajectory
 from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.objectives.progress import Progress
 from mezo.runs import methods, rates
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.result import checkpoint_of
@@ -54,6 +55,11 @@ class Plan:
     def writes(self) -> bool:
         """Whether this process, one of several perhaps, is the one that writes and prints."""
         return self.args.process_index == 0
+
+    @property
+    def progress(self) -> Progress:
+        """Where lines about how far a loop is go: where the run's other lines go."""
+        return Progress(self.tell)
 
     @property
     def method(self) -> str:

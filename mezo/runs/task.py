@@ -17,6 +17,7 @@ from mezo.evaluation.evaluate import evaluate as evaluate_form
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives import Form, form_for
+from mezo.objectives.progress import SILENT, Progress
 from mezo.rules import Rule
 from mezo.runs import methods, published, rates
 from mezo.runs.arguments import TrainArguments
@@ -88,8 +89,9 @@ class TaskKind:
         return task_trainer(model, form, self.splits, args)
 
     def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
+        given = (trainer.model, trainer.form, self.splits["test"])
         size = plan.args.per_device_eval_batch_size
-        return self.named(evaluate_form(trainer.model, trainer.form, self.splits["test"], size))
+        return self.named(evaluate_form(*given, size, progress=plan.progress))
 
     def named(self, zero_shot: Result) -> dict[str, Any]:
         """Return what was asked, and how the model did before."""
@@ -101,9 +103,10 @@ class TaskKind:
         size, kept, dev = args.per_device_eval_batch_size, state.global_step, None
         if args.load_best_model_at_end:
             kept, dev = state.best_global_step or kept, state.best_metric
-        test = evaluate_form(trainer.model, trainer.form, self.splits["test"], size)
+        given, splits = (trainer.model, trainer.form), self.splits
+        test = evaluate_form(*given, splits["test"], size, progress=plan.progress)
         if dev is None or args.metric_for_best_model != self.task.metric:  # chosen by another
-            dev = evaluate_form(trainer.model, trainer.form, self.splits["dev"], size).value
+            dev = evaluate_form(*given, splits["dev"], size, progress=plan.progress).value
         return tested_as(test) | {
             "dev": dev,
             "kept_step": kept,  # whose weights are saved
@@ -125,11 +128,12 @@ def _without_training(kind: TaskKind, plan: Plan) -> dict[str, Any]:
     model, tokenizer = placement.load(plan.begins, args)
     with placement.inference(model, args.device, args.offload), trained_part(model, plan):
         form = kind.form(model, tokenizer)
-        before = evaluate_form(model, form, splits["test"], args.per_device_eval_batch_size)
+        size, progress = args.per_device_eval_batch_size, plan.progress
+        before = evaluate_form(model, form, splits["test"], size, progress=progress)
         if args.method == "icl":
             shown = tasks.sample(splits["train"], data.demonstrations, data.split_seed)
             form = kind.form(model, tokenizer, shown)
-        found = methods.without_training(model, form, splits, args)
+        found = methods.without_training(model, form, splits, args, progress)
     return finish(plan, kind.named(before) | found | tested_as(found["test"]))
 
 
@@ -167,6 +171,7 @@ def evaluate(
     until: int | None = None,
     batch_size: int = 32,
     offload: bool = False,
+    progress: Progress = SILENT,
 ) -> dict:
     """Metrics on the test examples: zero-shot, in context, or after replaying a run log."""
     if data_args.demonstrations < 0:
@@ -191,7 +196,7 @@ def evaluate(
         model, tokenizer, _ = rebuilt(model_args, log, until)
     with placement.inference(model, offload=offload):
         form = form_of(model, tokenizer, task, model_args, data_args, shown)
-        found = evaluate_form(model, form, examples, batch_size, each=each)
+        found = evaluate_form(model, form, examples, batch_size, each=each, progress=progress)
     result = {"task": task.name, "model": model_args.model_name_or_path} | found.metrics
     result |= {"loss": found.loss, "n": found.n, "demonstrations": data_args.demonstrations}
     return result | {"demonstrations_dropped": found.dropped, "log": log}

@@ -49,6 +49,7 @@ class _CommandLine:
     save_strategy: str = "steps"
     save_steps: float = 500
     eval_steps: float = 500
+    logging_steps: float = 50  # its default, 500, leaves a slow run silent for an hour
     save_total_limit: int | None = 1
     report_to: str = "none"
 

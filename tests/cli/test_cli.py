@@ -80,6 +80,8 @@ def test_the_training_options_of_the_help_exist():
     known |= {f"--{name}" for name in SEARCH}
     if checkpointing_option(TrainArguments) == "gradient_checkpointing":  # its older name
         known |= {"--activation_checkpointing"}
+    asked_for = "perturbation rule estimator rounding bf16 num_samples distribution"
+    assert {f"--{name}" for name in asked_for.split()} <= set(TRAIN_HELP.split())
     shown = {word.strip("(") for word in TRAIN_HELP.split() if word.strip("(").startswith("--")}
     assert shown <= known
     defaults = TrainArguments("x", use_cpu=True)
