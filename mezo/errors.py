@@ -1,9 +1,9 @@
-"""The exception for what a user can put right."""
+"""The exception for mistakes that the user can correct."""
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that names the value, file or tensor, and what to do.
+    """Bad input: its message is one sentence that names the value, file or tensor and the remedy.
 
-    The command line prints it without a traceback and exits with 2; every other exception is a
-    fault of the program and keeps its traceback.
+    The command line prints the message without a traceback and exits with code 2. Every other
+    exception is an error in the program and keeps its traceback.
     """

@@ -1,8 +1,8 @@
-"""What other packages' parsers make of files that anybody may have written.
+"""Call other packages' parsers on files that anybody may have written.
 
-A parser documents one exception and raises many: JSON nested deeply is a RecursionError, a number
-of 5,000 digits a ValueError, a damaged gzip stream a zlib.error, and a tokenizer's file may end in
-a panic of Rust. Here each of them becomes an InputError of one line that names the file.
+A parser documents one exception and raises many: deeply nested JSON raises RecursionError, a number
+of 5,000 digits ValueError, a damaged gzip stream zlib.error, and a tokenizer's file may cause a
+panic in Rust. Here each of them becomes an InputError of one line that names the file.
 """
 
 import importlib
@@ -16,14 +16,14 @@ from typing import Any
 
 from mezo.errors import InputError
 
-MAX_OPTIONS = 2**20  # bytes of a YAML file, and values in it once its aliases are written out
+MAX_OPTIONS = 2**20  # most bytes in a YAML file, and most values after its aliases are expanded
 
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
-    """Turn whatever a parser raises within the context into an InputError that begins with `what`.
+    """Turn any exception of a parser within the context into an InputError beginning with `what`.
 
-    Only the call of the other package belongs inside, so that a fault of our own code keeps its
+    Put only the call of the other package inside, so that errors in our own code keep their
     traceback. An InputError passes unchanged.
     """
     try:
@@ -39,7 +39,7 @@ def foreign(what: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception's reason in one printable line of at most 300 characters."""
+    """Return an exception's reason as one printable line of at most 300 characters."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):
@@ -53,9 +53,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_file(path: str | Path) -> Path:
-    """The path of a regular file. Raises InputError for everything else.
+    """Return the path of a regular file. Raises InputError for everything else.
 
-    Opening a named pipe waits for a writer, and reading a device may never end.
+    Opening a named pipe would wait for a writer, and reading a device might never end.
     """
     path = Path(path)
     try:
@@ -70,10 +70,10 @@ def check_file(path: str | Path) -> Path:
 
 
 def parse_json(text: str | bytes, what: str) -> Any:
-    """The value of a JSON text. Raises InputError, beginning with `what`, for anything else.
+    """Return the value of a JSON text. Raises InputError, beginning with `what`, if it is not JSON.
 
-    Half a surrogate pair ("\\ud800"), which is no character and which no tokenizer takes, is
-    refused too.
+    Half of a surrogate pair ("\\ud800") is also refused: it is not a character, and no tokenizer
+    accepts it.
     """
     with foreign(f"{what} is not JSON"):
         value = json.loads(text)
@@ -84,7 +84,7 @@ def parse_json(text: str | bytes, what: str) -> Any:
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value that is a whole file. Raises InputError for anything else."""
+    """Return the JSON value in a file. Raises InputError if the file is not JSON."""
     path = check_file(path)
     with foreign(f"{path} cannot be read"):
         text = path.read_text(encoding="utf-8-sig")
@@ -92,14 +92,15 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_options(path: str | Path, told: str, expected: str) -> dict[Any, Any]:
-    """The mapping that a YAML file of options holds, as `--config` and `--grid` take it.
+    """Return the mapping in a YAML file of options, as for `--config` and `--grid`.
 
     Args:
-        told: the file's name in an InputError.
-        expected: what the file should hold, in words.
+        path: The file.
+        told: The file's name in an InputError.
+        expected: A description of what the file should hold.
 
-    Raises InputError for a file that is none, that is no YAML or no mapping, and for one whose
-    aliases stand for more than a million values: an alias of aliases grows without bound.
+    Raises InputError if it is not a file, not YAML or not a mapping, or if its aliases expand to
+    more than a million values (aliases of aliases can grow without bound).
     """
     import yaml
 
@@ -117,16 +118,17 @@ def read_options(path: str | Path, told: str, expected: str) -> dict[Any, Any]:
 
 
 def _expanded(value: Any, sizes: dict[int, int], outer: tuple[int, ...]) -> int:
-    """How many values a YAML value holds, those behind aliases counted each time.
+    """Return the number of values in a YAML value, counting those behind an alias each time.
 
-    Raises ValueError for more than a million, for one within itself, and for half a surrogate pair.
+    Raises ValueError for more than a million values, for a value inside itself, and for half of a
+    surrogate pair.
     """
     if isinstance(value, str):
         value.encode()
     if not isinstance(value, dict | list | set | tuple):
         return 1
     if id(value) in outer:
-        raise ValueError("an alias stands for a value that it is in itself")
+        raise ValueError("an alias stands for a value that contains it")
     if id(value) not in sizes:
         inner = [*value, *value.values()] if isinstance(value, dict) else list(value)
         within = (*outer, id(value))
@@ -137,10 +139,11 @@ def _expanded(value: Any, sizes: dict[int, int], outer: tuple[int, ...]) -> int:
 
 
 def imported(text: str, what: str) -> Any:
-    """The object that `text` names: "module:Name", or "file.py:Name". `what` says what it is for.
+    """Import the object that `text` names as "module:Name" or "file.py:Name".
 
-    Only for a name that the user gave: nothing is ever imported because a file says so. Raises
-    InputError where there is no such module, file or name.
+    `what` says in errors what the object is for. Use this only for a name that the user gave:
+    nothing may be imported because a file says so. Raises InputError if there is no such module,
+    file or name.
     """
     where, _, name = text.rpartition(":")
     path = Path(where) if where.endswith(".py") else Path(where.replace(".", "/") + ".py")

@@ -1,14 +1,14 @@
-"""Ctrl-C waits while the weights are on their way, and goes through during a forward pass.
+"""Delay Ctrl-C while the weights are inconsistent, and let it through during a forward pass.
 
     with held():              # a step: walks, the update, its record
-        with released():      # a forward pass of it
+        with released():      # a forward pass of the step
             loss = closure()
 
-Between two forward passes thousands of tensors are moved one after the other, and a step's record
+Between two forward passes thousands of tensors are moved one after another, and a step's record
 follows its update. An interrupt in the middle would leave weights that no log describes. Within
-`held` a SIGINT is noted, and handed to the handler that was there before when the section ends, or
-when a forward pass begins. Only the main thread's sections do anything, and only if that handler is
-a Python function, as Python's own is: other threads never see the signal.
+`held` a SIGINT is noted, and passed to the previous handler when the section ends or when a forward
+pass begins. This works only in the main thread, the only one that receives signals, and only if the
+previous handler is a Python function, as Python's default handler is.
 """
 
 import signal
@@ -18,13 +18,16 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_waiting: list[FrameType | None] = []  # of the signals that were noted
-_handler: list[Any] = [None]  # the one to put back, while a section lasts
+_waiting: list[FrameType | None] = []  # frames of the noted signals
+_handler: list[Any] = [None]  # the handler to restore when the section ends
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Within, SIGINT is noted; at the end, the handler from before is called. Nested ones join."""
+    """Delay SIGINT within the context; at its end, call the previous handler if one was noted.
+
+    A nested context does nothing.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if handler is _note or not callable(handler) or not _in_main_thread():
         yield
@@ -38,7 +41,7 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Within, SIGINT is not held after all; one that waits is handed over at once."""
+    """Let SIGINT through within the context; a delayed one is handed over at once."""
     if signal.getsignal(signal.SIGINT) is not _note or not _in_main_thread():
         yield
         return
@@ -55,7 +58,7 @@ def _hold() -> None:
 
 
 def _hand_over() -> None:
-    if signal.getsignal(signal.SIGINT) is _note:  # else somebody has installed another within
+    if signal.getsignal(signal.SIGINT) is _note:  # otherwise somebody installed another handler
         signal.signal(signal.SIGINT, _handler[0])
     if _waiting:
         frame = _waiting.pop()

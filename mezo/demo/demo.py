@@ -1,8 +1,8 @@
 """`mezo demo`: a small language model learns to tell opinions apart, with forward passes alone.
 
-It runs offline, on an embedded model and an embedded data set, and compares zero-shot answers (as
-they are and calibrated), answers in context, MeZO on a subset of the weights and on all of them,
-and Adam. It leaves a table, a plot, and the log of each run of MeZO.
+It runs offline, on an embedded model and an embedded data set. It compares zero-shot answers (plain
+and calibrated), in-context learning, MeZO on a subset of the weights and on all of them, and Adam.
+It writes a table, a plot and the log of each MeZO run.
 """
 
 import json
@@ -102,7 +102,7 @@ def load(name: str) -> tuple[Any, Form, dict[str, list[Example]]]:
 
 
 def baselines(name: str, seed: int, split: str = "test", progress: Progress = SILENT) -> list[Row]:
-    """Return what the model can do without training: as asked, calibrated, and in context."""
+    """Return the accuracy without training: zero-shot, calibrated, and in context."""
     setting = SETTINGS[name]
     model, form, splits = load(name)
     measured = partial(evaluate, model, examples=splits[split], progress=progress)

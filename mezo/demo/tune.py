@@ -1,7 +1,7 @@
-"""Tuning by a recipe, in a plain loop: MeZO and its baseline see the same batches and evaluations.
+"""Tune by a recipe in a plain loop: MeZO and Adam see the same batches and evaluations.
 
-This serves the demo and the experiments. For your own training take `mezo train` or the Trainer,
-which have checkpoints; here a run starts from the weights given and ends in the same process.
+This loop serves the demo and the experiments. It has no checkpoints; for your own training, use
+`mezo train` or the Trainer.
 """
 
 import time
@@ -34,7 +34,7 @@ Step = Callable[[Sequence[Batch], float], float]  # (batch or batches, learning 
 class Recipe:
     """How to tune. The learning rate decays linearly to 0, so that the last weights are good."""
 
-    method: str  # "mezo" or "adam" (torch's AdamW, by back-propagation)
+    method: str  # "mezo" or "adam" (torch's AdamW, with backpropagation)
     steps: int
     lr: float
     batch_size: int = 32
@@ -43,17 +43,17 @@ class Recipe:
     distribution: str = "gaussian"
     trainable: str = ""  # regular expression on parameter names; "" is all
     perturbation: str | None = None
-    rank: int = 1  # of low_rank, as the next one
-    interval: int = 50
+    rank: int = 1  # for perturbation="low_rank"
+    interval: int = 50  # for perturbation="low_rank"
     rounding: str = "stochastic"
-    options: dict[str, Any] = field(default_factory=dict)  # further ones of MeZO: rule, ...
-    fresh_batches: bool = False  # each direction has a batch of its own (Algorithm 2)
+    options: dict[str, Any] = field(default_factory=dict)  # further options of MeZO: rule, ...
+    fresh_batches: bool = False  # whether each direction has its own batch (Algorithm 2)
 
 
 @dataclass
 class Tuned:
     points: list[Point]
-    losses: list[float] = field(default_factory=list)  # one a step
+    losses: list[float] = field(default_factory=list)  # one per step
     seconds: float = 0.0
 
 
@@ -80,10 +80,11 @@ def tune(
     log: str | Path | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Tuned:
-    """Tune `model` in place. `on_step(step, loss)` is told of every step, counted from 1.
+    """Tune `model` in place, and return the learning curve.
 
-    A run of MeZO writes its run log to `log`. The model is evaluated on `held_out` before,
-    `evaluations` times on the way, and at the end; the caller chooses the examples for evaluation.
+    A MeZO run writes its log to `log`. The model is evaluated on `held_out` before training,
+    `evaluations` times during it, and at the end. `on_step(step, loss)` is called after every step,
+    counted from 1. Raises InputError if the recipe is malformed or there are no examples.
     """
     _check(recipe, train, evaluations)
     select(model, recipe.trainable)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation along the way."""
+    """One evaluation during training."""
 
     step: int
-    forward_passes: int  # of one batch; a backward pass counts as two
-    seconds: float  # of training, evaluations left out
+    forward_passes: int  # of one batch each; a backward pass counts as two
+    seconds: float  # time of training, without evaluations
     accuracy: float
     loss: float

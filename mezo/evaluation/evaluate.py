@@ -1,4 +1,4 @@
-"""The metrics of a model on a task, which need no training: zero-shot, in context, calibrated.
+"""Evaluate a model on a task: zero-shot, in context, calibrated, or after training.
 
 evaluate(model, form, examples)                                 # zero-shot, or after training
 evaluate(model, form, examples, demonstrations=shown)           # in-context learning
@@ -59,14 +59,23 @@ def evaluate(
     each: Sequence[Sequence[Example]] | None = None,
     progress: Progress = SILENT,
 ) -> Result:
-    """Score all candidates of all examples, or have the model write; compare with what is right.
+    """Score all candidates of all examples, or generate answers, and compare with the right ones.
 
-    `demonstrations` stand before every example; `each` gives a set of its own to each example.
-    `progress` is told of the batches.
+    Except for rounding, neither the batch size nor the order of examples matters. The model is left
+    as it was, including its training mode. The memory needed is that of a forward pass over
+    batch_size examples and, for tasks that generate, of their keys and values. Text is generated
+    greedily.
 
-    But for rounding, neither the batch size nor the order matters. The model is left as it was,
-    training mode included. It takes the memory of a forward pass over batch_size examples and,
-    where the model writes, of their keys and values. Text is written greedily.
+    Args:
+        model: The model that `form` was made for.
+        form: The form of the task.
+        examples: The examples, at least one.
+        batch_size: Examples per forward pass.
+        demonstrations: Examples shown before every example.
+        each: Instead, one set of demonstrations for each example.
+        progress: Reports how many batches are done.
+
+    Raises InputError if there are no examples or one does not fit the form.
     """
     if not examples:
         raise InputError("there are no examples to evaluate")
@@ -117,8 +126,8 @@ def score(
 ) -> torch.Tensor:
     """Return scores (features, candidates) on the CPU, in the order of `features`.
 
-    -inf where an example has fewer candidates than another. Batches are of similar length, the
-    longest first, so that too large a batch fails at once.
+    A missing candidate has the score -inf. Batches hold examples of similar length, the longest
+    first, so that a batch that is too large fails at once.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -159,10 +168,10 @@ def text_metrics(texts: Sequence[str], answers: Sequence[Sequence[str]]) -> dict
 def candidate_metrics(
     task: Task, predictions: Sequence[int], examples: Sequence[Example]
 ) -> dict[str, float]:
-    """Return the accuracy and the task's own metric; any of several right answers is right.
+    """Return the accuracy and the task's metric; each of several right answers counts as right.
 
-    This is the one implementation: training chooses its best weights by it, searches choose their
-    best cell by it, and tests report it.
+    This is the only implementation: training selects its best weights by it, searches select their
+    best run by it, and test results report it.
     """
     pairs = list(zip(predictions, examples, strict=True))
     labels = [example.label_for(k) for k, example in pairs]
@@ -177,5 +186,5 @@ def candidate_metrics(
 
 
 def _chosen(task: Task, example: Example, candidate: int) -> str:
-    """Return what a candidate stands for, as a text."""
+    """Return the text that a candidate stands for."""
     return (example.choices or task.candidates_of(example))[candidate]

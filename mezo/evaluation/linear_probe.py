@@ -35,7 +35,7 @@ class LinearProbe:
     labels: tuple[int, ...]  # those that the training examples have
 
     def evaluate(self, features: np.ndarray, examples: Sequence[Example], task: Task) -> Result:
-        """As evaluate.evaluate; a label that was not in the training examples has probability 0."""
+        """Return the result on `examples`; a label absent from training has probability 0."""
         scores = torch.full((len(features), len(task.labels)), -torch.inf, dtype=torch.float64)
         scores[:, list(self.labels)] = torch.from_numpy(features @ self.weight.T + self.bias)
         right = torch.tensor([example.label for example in examples])
@@ -64,10 +64,10 @@ def features_of(
     batch_size: int = 32,
     progress: Progress = SILENT,
 ) -> np.ndarray:
-    """Return (examples, width) in float64: what the head reads where the answer is to come.
+    """Return the last hidden states (examples, width), in float64, where the head would read them.
 
-    This is the last hidden state: of the prompt's last token for causal models, at the mask for
-    masked ones, and averaged over the text for encoders.
+    They are those of the prompt's last token for causal models, of the mask for masked models, and
+    the average over the text for encoders.
     """
     if form.task.kind != "classification":
         raise InputError(f"task {form.task.name} has no labels: a linear probe needs them")
@@ -101,10 +101,11 @@ def _prompt(form: Form, example: Example) -> list[int]:
 
 
 def fit_probe(features: np.ndarray, labels: Sequence[int], *, bias: bool = True) -> LinearProbe:
-    """Fit a multinomial logistic regression, regularised by cross-validation as the reference's.
+    """Fit a multinomial logistic regression, with regularisation chosen by cross-validation.
 
-    It tries ten strengths from 1e-4 to 1e4 (scikit-learn's LogisticRegressionCV) over five folds,
-    or fewer folds if a label has fewer examples. With one example of a label, the strength is 1.
+    As in the published code, ten strengths from 1e-4 to 1e4 are tried (scikit-learn's
+    LogisticRegressionCV) over five folds, or fewer if a label has fewer examples. If a label has a
+    single example, the strength is 1. Raises InputError without scikit-learn or with one label.
     """
     try:
         from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
@@ -145,7 +146,7 @@ def linear_probe(
     output_dir: str,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Fit and save a probe on the training examples; return what a run's result says of it."""
+    """Fit a probe on the training examples and save it; return the fields of a run's result."""
     head = unwrap(model).get_output_embeddings()
     bias = head is None or getattr(head, "bias", None) is not None  # the head's own form
     train = splits["train"]
@@ -174,7 +175,7 @@ def zero_shot(
     output_dir: str,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Return what a run's result says of the model as it is."""
+    """Return the fields of a run's result for the model as it is, without training."""
     found = {
         name: evaluate_form(model, form, splits[name], batch_size, progress=progress)
         for name in ("dev", "test")

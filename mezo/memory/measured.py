@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of code, as the device's allocator or, on a CPU, the process has it."""
+"""Measure the peak memory of a stretch of code, from the allocator or, on a CPU, the process."""
 
 import contextlib
 import ctypes
@@ -13,12 +13,12 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """`with PeakMemory() as peak: ...` then `peak.bytes`: the most memory taken above the start.
+    """After `with PeakMemory() as peak: ...`, `peak.bytes` is the peak above the start, in bytes.
 
-    On CUDA it is exact to the byte. On a CPU it comes from the process's resident pages and is good
-    to 10 or 20 MB, since memory that was freed before may be used again unseen; freed memory is
-    given back first where possible. Where the high-water mark cannot be reset (macOS, some
-    sandboxes), a stretch below an earlier peak reads 0.
+    On CUDA it is exact. On a CPU it comes from the process's resident pages and is accurate to 10
+    or 20 MB, since memory that was freed earlier may be reused unnoticed; freed memory is therefore
+    returned to the system first where possible. Where the high-water mark cannot be reset (macOS,
+    some sandboxes), a stretch below an earlier peak reads 0.
     """
 
     bytes = 0
@@ -37,11 +37,11 @@ class PeakMemory:
 
 
 class PeakOfStretches:
-    """As PeakMemory for several stretches, with `begin()` and `end()` around each one.
+    """Measures several stretches, each of them between `begin()` and `end()`.
 
-    `bytes` is the most memory that one of them took above what was there when this object was made.
-    `whole` is the most since then, between the stretches included. `end()` updates both. Do not use
-    it inside a PeakMemory: it resets the high-water mark.
+    `bytes` is the largest peak of a stretch above the memory in use when this object was created.
+    `whole` is the largest peak since then, including the time between stretches. `end()` updates
+    both. Do not use it inside a PeakMemory, because it resets the high-water mark.
     """
 
     bytes = 0
@@ -73,7 +73,7 @@ def give_back() -> None:
 
 
 def _reset() -> None:
-    """Set the high-water mark to what is taken now."""
+    """Reset the high-water mark to the memory in use now."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,8 +1,8 @@
-"""The memory and the arithmetic of a computation, from its shapes alone.
+"""Count the memory and the arithmetic of a computation from its shapes alone.
 
-A model on torch's meta device has shapes and no numbers. Its computation is carried out there,
-while the bytes of all tensors alive at one time and the multiplications are counted. This takes
-seconds for any model, and needs no weights.
+A model on torch's meta device has shapes but no numbers. Its computation is carried out there,
+while the bytes of all live tensors and the multiplications are counted. This takes seconds for any
+model and needs no weights.
 """
 
 import weakref
@@ -18,10 +18,10 @@ _ITEM = torch.ops.aten._local_scalar_dense.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts bytes in a `with` block: `peak` is the most that tensors made in it had at one time.
+    """Counts the bytes of tensors created in a `with` block; `peak` is the most alive at one time.
 
-    `known` tensors do not count. A model that asks for a number gets 1 or true, as if a mask were
-    all ones.
+    `known` tensors do not count. A model that reads a number from a tensor gets 1 or True, as if a
+    mask were all ones.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels compute it: scores are never stored.
+    """Replaces attention by a form like that of fused kernels, which never store the scores.
 
     On the meta device torch has only the form that stores them.
     """

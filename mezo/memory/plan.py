@@ -1,8 +1,8 @@
-"""What a run will need, from a model's config alone: memory, log, time. No weights are loaded.
+"""Estimate the memory, log size and time of a run from a model's config, without its weights.
 
-Each method's step is carried out on the meta device (meta.py). Three things do not show there and
-are added: what the directions take, the weights of a block on its way, and a machine's speeds,
-which `calibrate` measures.
+A step of each method is carried out on the meta device (meta.py). Three things do not show there
+and are added: the memory of the directions, the weights of a block in transit, and the speeds of a
+machine, which `calibrate` measures.
 """
 
 import inspect
@@ -44,7 +44,7 @@ OPT = {  # hidden size, layers, heads: Zhang et al. (2022), Table 1, and the con
     "13b": (5120, 40, 40),
     "30b": (7168, 48, 56),
     "66b": (9216, 64, 72),
-    "175b": (12288, 96, 96),  # its weights are given on request
+    "175b": (12288, 96, 96),  # its weights are available on request only
 }
 PLANNED = {
     "in_place": "MeZO, in place",
@@ -55,18 +55,18 @@ PLANNED = {
     "adam": "AdamW",
     "adam_checkpointing": "AdamW, checkpointing",
 }
-_FEW, _MORE = 2, 4  # layers that are carried out
+_FEW, _MORE = 2, 4  # numbers of layers that are carried out; the rest is extrapolated
 _RECORD = 16  # bytes of a step in a run log: docs/trajectory.md
-_ENTRY = 120  # of a tensor in its header, beside the name
+_ENTRY = 120  # bytes of a tensor in the log's header, besides its name
 
 
 @dataclass(frozen=True)
 class Machine:
     """Speeds of a device, per second, measured by `calibrate` or given."""
 
-    flops: float  # of products of matrices, in the model's dtype
+    flops: float  # floating-point operations of matrix products, in the model's dtype
     draws: float  # elements of z drawn and applied
-    bandwidth: float  # bytes between where the weights wait and the device
+    bandwidth: float  # bytes copied between the host and the device
     device: str
 
 
@@ -75,14 +75,17 @@ class Plan:
     """What one method needs, in bytes and seconds."""
 
     method: str
-    device: int  # memory where it is computed: weights, activations, optimizer
-    host: int  # memory beside it, or a file of that size: weights that wait
-    stored: int  # of the result: a run log; else the weights, or the adapter
-    seconds: float | None  # a step; None without a machine
+    device: int  # memory of the device that computes: weights, activations, optimizer
+    host: int  # host memory, or a file of that size, for weights that are not on the device
+    stored: int  # size of the result: a run log, or else the weights or the adapter
+    seconds: float | None  # time per step; None without a machine
 
 
 def config_of(model: str) -> Any:
-    """Return a model's config: of an OPT by name, a folder, a config.json, or a name on the hub."""
+    """Return the config of an OPT by name, of a folder or a config.json, or of a name on the hub.
+
+    Raises InputError if there is no such model or if no method here trains it.
+    """
     from transformers import OPTConfig
 
     short = model.lower().removeprefix("facebook/").removeprefix("opt-")
@@ -104,7 +107,7 @@ def config_of(model: str) -> Any:
 
 
 def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """Return the model without numbers, as a causal one or as the config's `architectures` says."""
+    """Return the model on the meta device: the config's first architecture, or a causal one."""
     import transformers
 
     named = (config.architectures or [None])[0]
@@ -115,11 +118,11 @@ def skeleton(config: Any, dtype: torch.dtype) -> torch.nn.Module:
 
 
 class Planner:
-    """Plans for one model, batch and length; `plan(method)` for each of PLANNED.
+    """Plans runs of one model with one batch size and length; see `plan`.
 
-    The loss is on the last position of each row, as for a candidate, or with `all_logits` on all
-    positions. `make` makes the model of a config, perhaps with an adapter; parameters that require
-    no gradient are not trained.
+    The loss is computed at the last position of each row, as for a candidate, or at all positions
+    with `all_logits`. `make` creates the model of a config, possibly with an adapter; parameters
+    that require no gradient are not trained.
     """
 
     def __init__(
@@ -147,7 +150,10 @@ class Planner:
         (self._forward,) = self._of_layers(lambda config: [self._flops(config)])
 
     def plan(self, method: str, steps: int, machine: Machine | None = None) -> Plan:
-        """Return the plan of a method. Raise InputError for one that the dtype does not have."""
+        """Return the plan of a method, one of PLANNED.
+
+        Raises InputError if the method is unknown or cannot be used with the dtype.
+        """
         if method not in PLANNED:
             raise InputError(f"method must be one of {', '.join(PLANNED)}, got {method!r}")
         made: Callable[[], tuple[int, int, float, float]] = getattr(self, f"_{method}")
@@ -166,7 +172,7 @@ class Planner:
 
     def _in_place(self):
         if self.dtype.itemsize < 4:
-            raise InputError("16-bit weights are not perturbed in place: take scratch")
+            raise InputError("16-bit weights cannot be perturbed in place: use scratch")
         return self._base() + self.forward(), 0, 2 * self._forward, 3 * self.parameters
 
     def _scratch(self):
@@ -299,8 +305,7 @@ def _width(config: Any) -> int:
 
 
 def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
-    """Return peaks of a step with AdamW above weights and buffers: of both passes,
-    of the update."""
+    """Return an AdamW step's peaks above weights and buffers: of both passes, and of the update."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=False)
     with FusedAttention(), LiveBytes([*model.parameters(), *model.buffers()]) as living:
@@ -315,7 +320,7 @@ def _backward(model: Any, loss: Callable[[Any], torch.Tensor]) -> list[int]:
 
 
 def calibrate(device: str, dtype: torch.dtype, seconds: float = 0.3) -> Machine:
-    """Make three small measurements, of about `seconds` each."""
+    """Measure the speeds of a device, by three measurements of about `seconds` each."""
     size = 1024
     a = torch.randn(size, size, device=device).to(dtype)
     flops = _rate(lambda: a @ a, 2 * size**3, device, seconds)

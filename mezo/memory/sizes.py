@@ -1,14 +1,15 @@
 """Memory of a step by model size and method, for the figure of `mezo compare`.
 
-`python -m benchmarks.sizes` prints ESTIMATES anew, in two minutes: each method's step carried out
-on the meta device (plan.py): 700 tokens, batch 1, loss on the last position, fused attention.
+`python -m benchmarks.sizes` recomputes ESTIMATES in two minutes. It carries out a step of each
+method on the meta device (plan.py), with 700 tokens, batch size 1, the loss at the last position
+and fused attention. All but the last line use bfloat16.
 
-    inference   bfloat16, as all but the last line
-    MeZO        scratch: a weight is made anew while it is read
-    MeZO prefix 5 tokens' keys and values; peft's cache then keeps those of all tokens and layers
-    in context  inference at the model's whole context
-    prefix FT   AdamW on the prefix
-    Adam FT     torch's AdamW; its moments have the weights' 16 bits
+    inference           a forward pass
+    MeZO                scratch perturbation: a perturbed copy of a weight exists while it is read
+    MeZO prefix         a prefix of 5 tokens; peft's cache keeps the keys and values of all tokens
+    in context          inference with the model's whole context
+    prefix FT           AdamW on the prefix
+    Adam FT             torch's AdamW, whose moments have the weights' 16 bits
     Adam FT, 32 bits    weights, gradients, moments and activations in float32
 """
 
@@ -38,7 +39,7 @@ ESTIMATES: dict[str, tuple[float, ...]] = {  # billions of weights, then GB by C
 
 
 def estimate(name: str) -> tuple[float, ...]:
-    """Of an OPT, "125m" say: billions of weights, then GB of a step by each of COLUMNS."""
+    """Return the row of ESTIMATES for an OPT such as "125m": billions of weights, then GB."""
     import torch
 
     from mezo.memory.plan import Planner, config_of
@@ -48,7 +49,7 @@ def estimate(name: str) -> tuple[float, ...]:
     prefix = Planner(config, half, 1, LENGTH, make=prefixed)
     wide = Planner(config, torch.float32, 1, LENGTH)
     context = Planner(config, half, 1, CONTEXT)
-    found = [
+    sizes = [
         plain.inference(),
         plain.plan("scratch", 1).device,
         prefix.plan("scratch", 1).device,
@@ -57,11 +58,11 @@ def estimate(name: str) -> tuple[float, ...]:
         plain.plan("adam", 1).device,
         wide.plan("adam", 1).device,
     ]
-    return tuple(float(f"{x / 1e9:.4g}") for x in (plain.parameters, *found))
+    return tuple(float(f"{x / 1e9:.4g}") for x in (plain.parameters, *sizes))
 
 
 def prefixed(config: Any, dtype: Any) -> Any:
-    """Return the model with a prefix, both without numbers, for Planner."""
+    """Return the model with a prefix, both on the meta device, for Planner."""
     import torch
 
     from mezo.memory.meta import FusedAttention, LiveBytes

@@ -1,4 +1,4 @@
-"""The examples of a run on a task: which task, and its training, dev and test examples."""
+"""The task of a run, and its training, dev and test examples."""
 
 from mezo import tasks
 from mezo.errors import InputError
@@ -9,9 +9,12 @@ Splits = dict[str, list[Example]]
 
 
 def task_of(args: DataArguments) -> Task:
-    """The named task, or one made of the options prompt, candidates and labels."""
-    own = args.task == "custom" or args.prompt is not None or bool(args.candidates)
-    if not own:
+    """Return the named task, or a custom one from the options prompt, candidates and labels.
+
+    Raises InputError if the options do not define a task.
+    """
+    custom = args.task == "custom" or args.prompt is not None or bool(args.candidates)
+    if not custom:
         return tasks.get(args.task)
     if args.prompt is None:
         raise InputError("a custom task needs --prompt, a template such as '{text} It was'")
@@ -26,10 +29,10 @@ def task_of(args: DataArguments) -> Task:
 
 
 def load_splits(task: Task, args: DataArguments) -> Splits:
-    """train, dev and test examples as the options ask for them.
+    """Return the train, dev and test examples that the options ask for.
 
-    Without dev examples of its own a run splits them off the training set, as the paper does; the
-    public dev set is then the test set.
+    If no dev examples are given, they are split off the training set as in the paper, and the
+    public dev set is the test set. Raises InputError if there are too few examples.
     """
     train = read_split(task, args, "train")
     if args.k is not None:
@@ -57,7 +60,7 @@ def load_splits(task: Task, args: DataArguments) -> Splits:
 
 
 def _has_dev(task: Task, args: DataArguments) -> bool:
-    """Whether there is a dev set that is not the test set."""
+    """Return whether there is a dev set other than the test set."""
     if args.dev_file or args.train_file:
         return bool(args.dev_file)
     if task.paths and not args.data_dir:
@@ -66,7 +69,7 @@ def _has_dev(task: Task, args: DataArguments) -> bool:
 
 
 def tested(examples: list[Example], args: DataArguments) -> list[Example]:
-    """The test examples that the options ask for; all few-shot runs are tested on the same ones."""
+    """Return the test examples that the options ask for; all few-shot runs share the same ones."""
     if args.k is not None:
         return tasks.few_shot_test(examples, args.num_test or 1000)
     return _at_most(examples, args.num_test, args.split_seed)

@@ -1,18 +1,18 @@
-"""What a dozen estimates say of a model, a prompt and data: the gradient, the curvature, a rate.
+"""Estimate the gradient, the curvature and a learning rate from a dozen pairs of forward passes.
 
 The scores s of the two passes along z, which a step computes anyway, give for every example i
 
     g_i       = (loss_i(theta + eps z) - loss_i(theta - eps z)) / (2 eps)    its gradient along z
     z' G_i z  = variance of (s+ - s-) / (2 eps) under p = softmax(s)         its curvature along z
 
-where G, the Gauss-Newton part of the Hessian H, stands for H: the second differences of the loss
-drown in their spread. A step of size lr on a batch B changes the loss, in the mean over z and B, by
+G, the Gauss-Newton part of the Hessian H, is used instead of H, since second differences of the
+loss are too noisy. A step of size lr on a batch B changes the loss, averaged over z and B, by
 
     -lr |grad|^2 + lr^2 / 2 E[g_B^2 z'Gz]
 
-so that `best_step`, |grad|^2 / E[g_B^2 z'Gz], is the best first step. A run of many steps wants a
-smaller rate: its gain is bounded by what there is to gain, while the second term, a random walk of
-all weights, adds up. `Horizon` weighs the two.
+so that `best_step`, |grad|^2 / E[g_B^2 z'Gz], is the best first step. A run of many steps needs a
+smaller rate: the loss can fall only so far, while the second term, a random walk of all weights,
+accumulates. `Horizon` weighs the two.
 """
 
 import math
@@ -30,10 +30,10 @@ from mezo.models.modes import to_device
 from mezo.objectives import Batch, Feature, Form
 from mezo.record import Record
 
-ERRORS = 2.0  # standard errors at which a number is told from zero
-ATTAINABLE = 0.5  # the part of the loss that a run is assumed to be able to remove
-FADES = 0.5  # the mean of E[g_B^2 z'Gz] over a run, in units of its value at the start
-SHAPES = {  # of schedules: sums of the rate and of its square over a run, per step
+ERRORS = 2.0  # a number above this many standard errors is taken to differ from zero
+ATTAINABLE = 0.5  # the fraction of the loss that a run is assumed to be able to remove
+FADES = 0.5  # the mean of E[g_B^2 z'Gz] over a run, relative to its value at the start
+SHAPES = {  # for each schedule, the means of the rate and of its square, relative to the peak
     "constant": (1.0, 1.0),
     "linear": (1 / 2, 1 / 3),
     "cosine": (1 / 2, 3 / 8),
@@ -41,15 +41,16 @@ SHAPES = {  # of schedules: sums of the rate and of its square over a run, per s
 
 
 def mean_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of two or more values, and its standard error."""
+    """Return the mean of two or more values, and its standard error."""
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def gradient(grads: np.ndarray, batch_size: int) -> dict[str, float]:
-    """How much of E[g_B^2] is the gradient, from g_i (directions, examples).
+    """Return how much of E[g_B^2] is the gradient, from g_i of shape (directions, examples).
 
-    signal: |grad L|^2, the mean of g_i g_j over z and pairs of examples: unbiased, so it may be
-    negative; noise: variance of a batch's mean; share: signal / (signal + noise), NaN if all is 0.
+    "signal" is |grad L|^2, the mean of g_i g_j over z and pairs of examples; it is unbiased and so
+    may be negative. "noise" is the variance of a batch's mean. "share" is signal / (signal +
+    noise), or NaN if both are 0.
     """
     n, squares = grads.shape[1], (grads**2).sum(1)
     signals = (grads.sum(1) ** 2 - squares) / (n * (n - 1))
@@ -67,31 +68,32 @@ def gradient(grads: np.ndarray, batch_size: int) -> dict[str, float]:
 
 
 def gauss_newton(plus: torch.Tensor, minus: torch.Tensor, eps: float) -> float:
-    """z'Gz of the mean cross-entropy, from the scores (examples, candidates) of both passes."""
+    """Return z'Gz of the mean cross-entropy, from both passes' scores (examples, candidates)."""
     slope, p = (plus - minus) / (2 * eps), ((plus + minus) / 2).softmax(-1)
     return float(((p * slope**2).sum(-1) - (p * slope).sum(-1) ** 2).mean())
 
 
 def best_step(signal: float, pull: float) -> float:
-    """The size of the step that lowers the loss most, signal / E[g_B^2 z'Gz]; NaN without one."""
+    """Return the step size that lowers the loss most, signal / E[g_B^2 z'Gz]; NaN if none does."""
     return signal / pull if signal > 0 and pull > 0 else math.nan
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """A run from weights with a known loss, gradient and curvature; what it gains at a rate.
+    """Predicts what a run gains at a learning rate, from the loss, gradient and curvature.
 
-    A run at rate lr has gone x = lr * signal / gap * (sum of the schedule) by its end, where gap =
-    ATTAINABLE * loss is what it can gain. The gradient's square falls as the square of what is left
-    of the gap, as it does where the curvature has a power law, so that gap / (1 + x) is left. The
-    noise adds lr^2 / 2 * FADES * pull * (sum of the squared schedule).
+    The run can gain at most gap = ATTAINABLE * loss. At rate lr it covers the distance
+    x = lr * signal / gap * (sum of the schedule). The squared gradient is assumed to fall as the
+    square of the remaining gap, as it does if the curvature follows a power law, so that
+    gap / (1 + x) remains at the end. The noise adds lr^2 / 2 * FADES * pull * (sum of the squared
+    schedule).
 
     Args:
         signal: |grad|^2 at the start.
-        pull: E[g_B^2 z'Gz] at the start, of the run's own batch size.
-        loss: mean cross-entropy at the start, in nats.
-        steps: of the whole run.
-        schedule: the Trainer's name of it; one that is not in SHAPES counts as constant.
+        pull: E[g_B^2 z'Gz] at the start, for the run's batch size.
+        loss: Mean cross-entropy at the start, in nats.
+        steps: Number of steps of the whole run.
+        schedule: The Trainer's name of the schedule; one that is not in SHAPES counts as constant.
     """
 
     signal: float
@@ -102,18 +104,18 @@ class Horizon:
 
     @property
     def _terms(self) -> tuple[float, float, float]:
-        """The gap, and what the gain and the cost of a rate are proportional to."""
+        """The gap, and the factors to which the gain and the cost of a rate are proportional."""
         first, second = SHAPES.get(self.schedule, SHAPES["constant"])
         gain, cost = self.steps * first * self.signal, FADES * self.steps * second * self.pull
         return ATTAINABLE * self.loss, gain, cost
 
     def change(self, rate: float) -> float:
-        """The expected change of the loss by a run at this peak learning rate, in nats."""
+        """Return the expected change of the loss at this peak learning rate, in nats."""
         gap, gain, cost = self._terms
         return rate**2 / 2 * cost - gap * (1 - 1 / (1 + rate * gain / gap))
 
     def best_rate(self) -> float:
-        """The rate at which `change` is least; NaN where no rate lowers the loss."""
+        """Return the rate that minimises `change`, or NaN if no rate lowers the loss."""
         gap, gain, cost = self._terms
         if not (gap > 0 and gain > 0 and cost > 0):
             return math.nan
@@ -130,17 +132,18 @@ class Horizon:
 class Seen(NamedTuple):
     """One estimate on a batch."""
 
-    grads: np.ndarray  # projected gradient, example by example
-    grad: float  # of the batch, as MeZO has it
+    grads: np.ndarray  # projected gradient of each example
+    grad: float  # projected gradient of the batch, as MeZO computes it
     loss: float  # mean of the two passes
     curvature: float  # z'Gz
-    seconds: float  # of the whole step
+    seconds: float  # time of the whole step
 
 
 class Examiner:
-    """MeZO with lr 0: in scratch the weights stay, in place they move by 3 roundings a call.
+    """Makes estimates by MeZO with lr=0.
 
-    `perturbation` None is the form that a run would take.
+    With scratch perturbation the weights do not change; in place they change by up to three
+    roundings per call. With `perturbation=None` the form is the one that a run would use.
     """
 
     def __init__(
@@ -174,7 +177,7 @@ class Examiner:
         began = time.perf_counter()
         self.optimizer.step(closure)
         seconds, record = time.perf_counter() - began, self._records.pop()
-        ends = [s.double() for s in scores[:2]]  # the first step may look once more
+        ends = [s.double() for s in scores[:2]]  # the first step may make another pass, to check
         plus, minus = (F.cross_entropy(s, batch["labels"], reduction="none") for s in ends)
         grads = ((plus - minus) / (2 * eps)).cpu().numpy()
         grad, curvature = record.projected_grads[0], gauss_newton(ends[0], ends[1], eps)
@@ -183,51 +186,51 @@ class Examiner:
 
 @dataclass(frozen=True)
 class Landscape:
-    """The loss around the weights, as pairs of estimates on two batches along a direction show it.
+    """The loss around the weights, from pairs of estimates on two batches along each direction.
 
-    `signal` is |grad|^2; where the gradient cannot be told from noise (`clear` is False), the most
-    that it may be. `pull` is E[g_B^2 z'Gz].
+    `signal` is |grad|^2, or an upper bound of it if the gradient cannot be told from noise (`clear`
+    is False). `pull` is E[g_B^2 z'Gz].
     """
 
     signal: float
     pull: float
     loss: float
-    size: float  # of the projected gradient, in the mean
+    size: float  # mean magnitude of the projected gradient
     clear: bool
-    gradient: dict[str, float]  # `gradient`'s numbers
+    gradient: dict[str, float]  # the numbers that `gradient` returns
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[Seen, Seen]], batch_size: int) -> "Landscape":
-        """From estimates on two disjoint batches along each of two or more directions."""
-        found = gradient(np.array([[*a.grads, *b.grads] for a, b in pairs]), batch_size)
+        """Return it from estimates on two disjoint batches along each of two or more directions."""
+        parts = gradient(np.array([[*a.grads, *b.grads] for a, b in pairs]), batch_size)
         grads = np.array([[a.grad, b.grad] for a, b in pairs])
         squares, curved = (
             (grads**2).mean(1),
             np.array([(a.curvature + b.curvature) / 2 for a, b in pairs]),
         )
-        clear = found["share"] > ERRORS * found["share_error"]
-        most = min(1.0, found["share"] + ERRORS * found["share_error"])
-        signal = found["signal"] if clear else most * float(squares.mean())
+        clear = parts["share"] > ERRORS * parts["share_error"]
+        most = min(1.0, parts["share"] + ERRORS * parts["share_error"])
+        signal = parts["signal"] if clear else most * float(squares.mean())
         loss = float(np.mean([(a.loss + b.loss) / 2 for a, b in pairs]))
         pull = float(np.mean(squares * curved))
-        return cls(signal, pull, loss, float(abs(grads).mean()), clear, found)
+        return cls(signal, pull, loss, float(abs(grads).mean()), clear, parts)
 
     def best_step(self) -> float:
-        """The step from here that lowers the loss most."""
+        """Return the step size that lowers the loss most."""
         return best_step(self.signal, self.pull)
 
     def horizon(self, steps: int, schedule: str = "constant") -> Horizon:
-        """A run of so many steps from here."""
+        """Return the prediction for a run of `steps` steps from these weights."""
         return Horizon(self.signal, self.pull, self.loss, steps, schedule)
 
 
 def survey(
     examiner: Examiner, features: Sequence[Feature], eps: float, batch_size: int, directions: int
 ) -> list[tuple[Seen, Seen]]:
-    """Estimates on two disjoint batches along each direction; 4 forward passes a direction.
+    """Return estimates on two disjoint batches along each direction, at 4 forward passes each.
 
-    `features` are at least 2 batch_size; pairs whose loss is not finite are left out. The batches
-    are drawn by the optimizer's seed, so that the same run sees the same ones.
+    There must be at least 2 batch_size `features`. Pairs whose loss is not finite are left out. The
+    batches are drawn with the optimizer's seed, so that repeated runs use the same ones.
     """
     rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
     pairs = []

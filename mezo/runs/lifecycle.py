@@ -1,8 +1,9 @@
-"""The one course of a run, whatever it trains on: load, test, train, test again, write.
+"""The course of every run: load the model, test it, train it, test it again, and write the result.
 
     result = carry_out(kind, plan)
 
-Task, text and reward runs are three kinds. Of several processes, the first one alone writes.
+Runs on tasks, on text and on rewards are three kinds of run. In a run of several processes only the
+first one writes.
 """
 
 import math
@@ -28,26 +29,26 @@ from mezo.trainers.trainer import MeZOMixin
 
 
 class Kind(Protocol):
-    """What one kind of run has of its own."""
+    """The parts in which one kind of run differs from the others."""
 
     def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
-        """Return the plan with what only the loaded model can tell: a rate that was not given."""
+        """Return the plan completed with values that depend on the loaded model, such as a rate."""
 
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
-        """Return the Trainer of the model; InputError for a model or data that do not fit."""
+        """Return the Trainer. Raises InputError if the model or the data do not fit."""
 
     def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
-        """Return what the result says of the model as it was."""
+        """Return the result's fields about the model before training."""
 
     def after(self, plan: Plan, trainer: Any, found: dict[str, Any]) -> dict[str, Any]:
-        """Return what the result says of the tuned model; `found` is what it says so far."""
+        """Return the result's fields about the tuned model; `found` holds the earlier fields."""
 
 
 def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
-    """Make the run; return its result, which the first process also writes.
+    """Carry out the run and return its result, which the first process also writes.
 
-    It leaves in the output folder: run.mezo (the run log), result.json, the Trainer's checkpoints,
-    the tuned model and its tokenizer.
+    The output folder then holds run.mezo (the run log), result.json, the Trainer's checkpoints, the
+    tuned model and its tokenizer.
     """
     make_folder(plan.args.output_dir)
     model, tokenizer = placement.load(plan.begins, plan.args)
@@ -75,7 +76,7 @@ def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
 def finish(
     plan: Plan, found: dict[str, Any], config: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the result of a run with what all results say, and write it as result.json."""
+    """Return the result of a run with the fields that all results have, and write result.json."""
     result = {"model": plan.model.model_name_or_path} | found
     result["method"] = found.get("method", plan.method) + adapters.method_of(plan.model)
     result |= {"seconds": time.perf_counter() - plan.began, "config": config or plan.config}
@@ -84,9 +85,9 @@ def finish(
 
 
 def trained_part(model: Any, plan: Plan) -> AbstractContextManager:
-    """Freeze what is not to be trained, and tell how much is.
+    """Freeze the weights that are not trained, and tell the user how many are.
 
-    Within the context frozen lower layers run once a text.
+    Within the returned context, frozen lower layers run only once per text.
     """
     args = plan.model
     if args.trainable is not None:
@@ -96,7 +97,7 @@ def trained_part(model: Any, plan: Plan) -> AbstractContextManager:
 
 
 def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
-    """Train, and return what was measured on the way."""
+    """Train, and return the result's fields that were measured during training."""
     if logs := plan.method == "mezo":
         _warm_up(plan.args.distribution)
     trainer.add_callback(memory := _Memory())
@@ -112,7 +113,7 @@ def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
 
 
 class _Memory(TrainerCallback):
-    """Memory above the model's: of the training steps alone, and with evaluation and saving."""
+    """Measures memory above the model's, for training steps alone and for all of training."""
 
     def __init__(self) -> None:
         self.peak = PeakOfStretches()
@@ -124,11 +125,11 @@ class _Memory(TrainerCallback):
         self.peak.end()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        give_back()  # a CPU process keeps what the evaluation took
+        give_back()  # a CPU process would keep the evaluation's memory
 
 
 def _mean_loss(plan: Plan) -> float | None:
-    """Return the mean loss of all steps of a run that went on: the Trainer knows its part alone."""
+    """Return the mean loss of a resumed run from its log: the Trainer knows only the last part."""
     log = Path(plan.args.output_dir, "run.mezo")
     losses = [step.record.loss for step in trajectory.read(log).steps] if log.exists() else []
     finite = [loss for loss in losses if math.isfinite(loss)]
@@ -136,15 +137,15 @@ def _mean_loss(plan: Plan) -> float | None:
 
 
 def _warm_up(distribution: str) -> None:
-    """Compile the kernels of the directions, which would count as a step's memory."""
+    """Compile the kernels that draw directions; later they would count as a step's memory."""
     if distribution not in noise.DISTRIBUTIONS:
-        return  # the optimizer refuses it in its own words
+        return  # the optimizer raises the error
     move = noise.Move(0, 0, 1.0, 1.0)
     noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=distribution)
 
 
 def _stored(plan: Plan) -> int:
-    """Bytes to be kept beside the base model: a run log, or weights."""
+    """Return the bytes that must be kept besides the base model: the run log or the weights."""
     folder = Path(plan.args.output_dir)
     kept = [folder / "run.mezo"] if plan.method == "mezo" else folder.glob("*.safetensors")
     return sum(path.stat().st_size for path in kept if path.exists())

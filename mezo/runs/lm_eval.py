@@ -1,10 +1,10 @@
-"""A tuned or replayed model under lm-evaluation-harness: `mezo eval --tasks arc_easy,hellaswag`.
+"""Evaluate a tuned or replayed model with lm-evaluation-harness: `mezo eval --tasks arc_easy,...`.
 
     pip install 'mezo-lm[lm-eval]'
 
-The harness has its own prompts, data and metrics; here it gets the model, already in memory. Task
-files of your own (`include_path`) are the harness's business, and may run code: `!function` in one
-of them is executed. `mezo train --task FILE.yaml` reads the same fields and executes nothing.
+The harness has its own prompts, data and metrics, and is given the model in memory. It also reads
+your own task files (`include_path`), which may run code: a `!function` in one of them is executed.
+`mezo train --task FILE.yaml` reads the same fields and executes nothing.
 """
 
 from collections.abc import Sequence
@@ -29,14 +29,20 @@ def evaluate(
     num_fewshot: int | None = None,
     batch_size: int = 32,
 ) -> dict[str, Any]:
-    """{"model", "log", "results": {task: {metric: value}}, "n": {task: examples}}.
+    """Return {"model", "log", "results": {task: {metric: value}}, "n": {task: examples}}.
 
     Args:
-        names: tasks of the harness, or of files under `include_path`.
-        limit: only so many examples a task, the first ones; for trying out.
-        num_fewshot: demonstrations; None is each task's own.
+        model_args: The model, or the base model of `log`.
+        names: Tasks of the harness or of files under `include_path`.
+        log: Run log to replay first; None evaluates the model as it is.
+        until: Replay only the first steps of the run, up to this one.
+        include_path: Folder with your own task files.
+        limit: Use only the first `limit` examples of each task, to try things out.
+        num_fewshot: Number of demonstrations; None uses each task's own number.
+        batch_size: Examples per forward pass.
 
-    Raises InputError without the harness, for an unknown task, and for models that are not causal.
+    Raises InputError if the harness is not installed, a task is unknown, or the model is not
+    causal.
     """
     lm_eval, hflm, manager = _engine(names, include_path)
     if log is None:
@@ -47,7 +53,7 @@ def evaluate(
         model, tokenizer, _ = rebuilt(model_args, log, until)
     if models.kind_of(model.config.architectures) != "causal":
         raise InputError(
-            f"model {model_args.model_name_or_path} is not causal: the harness is for these"
+            f"model {model_args.model_name_or_path} is not causal, as the harness requires"
         )
     place(model)
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's
@@ -73,7 +79,10 @@ def evaluate(
 
 
 def _engine(names: Sequence[str], include_path: str | None) -> tuple[Any, Any, Any]:
-    """(lm_eval, its class for a model in memory, its tasks). InputError for an unknown task."""
+    """Return lm_eval, its class for a model in memory, and its tasks.
+
+    Raises InputError if it is not installed or a task is unknown.
+    """
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -104,13 +113,13 @@ def _check(names: Sequence[str], known: set[str]) -> None:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Metrics by name: "acc,none" is acc; of a filter other than none its name stays."""
-    found = {}
+    """Return metrics by name: "acc,none" becomes "acc"; other filters stay in the name."""
+    metrics = {}
     for name, value in row.items():
         if (
             isinstance(value, int | float)
             and "_stderr" not in name
             and name not in ("alias", "sample_len")
         ):
-            found[name.removesuffix(",none")] = float(value)
-    return found
+            metrics[name.removesuffix(",none")] = float(value)
+    return metrics

@@ -1,15 +1,15 @@
-"""The methods of `mezo train`, each to the same fields of a result.
+"""The training methods of `mezo train`; every method returns the same result fields.
 
-    mezo        forward passes alone: all weights, a part of them, or an adapter
-    adam        fine-tuning by back-propagation, of the same weights
-    lp          linear probe: logistic regression on the frozen model's features
-    zero-shot   the model as it is
-    icl         the same, with --demonstrations training examples in front of each question
+    mezo        trains all weights, a part of them, or an adapter with forward passes alone
+    adam        trains the same weights with backpropagation
+    lp          linear probing: logistic regression on the frozen model's features
+    zero-shot   evaluates the model as it is
+    icl         does so with --demonstrations training examples before each question
 
-Fields: test, dev, steps, forward_passes (of one batch; a backward pass counts as two),
-stored_bytes (what has to be kept beside the base model: a run log, weights, a probe),
-peak_memory_above_model; of training also peak_memory_of_steps, without evaluation and saving, and
-curve, one row an evaluation on the dev examples.
+The fields are test, dev, steps, forward_passes (of one batch each; a backward pass counts as two),
+stored_bytes (what must be kept besides the base model: a run log, weights or a probe) and
+peak_memory_above_model. Training adds peak_memory_of_steps, which excludes evaluation and saving,
+and curve, with one row per evaluation on the dev examples.
 """
 
 from difflib import get_close_matches
@@ -36,7 +36,7 @@ METHODS = ("mezo", "adam", *WITHOUT_TRAINING)
 
 
 def check(args: "TrainArguments", model_args: ModelArguments) -> None:
-    """InputError for an unknown method and for options that do not go with it."""
+    """Raise InputError for an unknown method or for options that it cannot be combined with."""
     if args.method not in METHODS:
         near = get_close_matches(args.method, METHODS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(METHODS)}"
@@ -56,7 +56,7 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
 
 
 def check_adapter(model_args: ModelArguments) -> None:
-    """InputError for a method of peft without --use_peft: all weights would be trained."""
+    """Raise InputError for a peft_type without --use_peft, which would train all weights."""
     if not model_args.use_peft and model_args.peft_type != ModelArguments.peft_type:
         raise InputError(f"peft_type {model_args.peft_type} needs --use_peft")
 
@@ -68,7 +68,7 @@ def without_training(
     args: "TrainArguments",
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """The fields of a method that changes no weights."""
+    """Return the result fields of a method that changes no weights."""
     with PeakMemory() as peak:
         size, folder = args.per_device_eval_batch_size, args.output_dir
         found = WITHOUT_TRAINING[args.method](model, form, splits, size, folder, progress)
@@ -76,10 +76,10 @@ def without_training(
 
 
 def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str, float]]:
-    """One row an evaluation of the Trainer's log: step, forward_passes, dev_loss, dev_accuracy.
+    """Return one row per evaluation in the Trainer's log.
 
-    Another metric of the task's own follows them. A task that writes text has its loss alone. Steps
-    that a resumed run made twice count once.
+    A row has step, forward_passes, dev_loss, dev_accuracy and the task's metric, if that is another
+    one. A task that generates text has only the loss. Steps that a resumed run repeated count once.
     """
     rows: dict[int, dict[str, float]] = {}
     for entry in log_history:
@@ -92,7 +92,7 @@ def curve_of(log_history: list[dict[str, float]], passes: int) -> list[dict[str,
 
 
 def passes_of_a_step(args: Any) -> int:
-    """Forward passes of one batch; a backward pass counts as two."""
+    """Return the forward passes of a step, each over one batch; a backward pass counts as two."""
     again = checkpoints_activations(args)  # the forward pass runs a second time
     if getattr(args, "method", "mezo") != "mezo":  # SFT and DPO have no other
         return (3 + again) * args.gradient_accumulation_steps

@@ -1,9 +1,9 @@
-"""What a run is going to do, settled once: every part of the run after this reads the plan.
+"""The plan of a run: options are resolved once, and every later part of the run reads the plan.
 
     plan = resolve(model_args, data_args, args)
 
-Options are checked here, the recipe's rate and eps stand in for those that were not given, and the
-place to go on from is found. Nothing has been loaded or written yet.
+Here the options are checked, a missing learning rate or eps is filled in by recipe, and the place
+to resume from is determined. Nothing is loaded or written yet.
 """
 
 import time
@@ -23,18 +23,18 @@ from mezo.runs.result import checkpoint_of
 from mezo.trainers import changes, placement
 from mezo.trainers.config import changed
 
-START = "start"  # in output_dir, of a prefix run of an older version: what it began with
+START = "start"  # folder in output_dir where older versions kept the prefix that a run began with
 Tell = Callable[[str], None]  # takes a line for the user
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, settled.
+    """A run with all options resolved.
 
-    `begins` is what is loaded: the model that was asked for or, when a prefix run of an older
-    version goes on, the prefix that it kept; today's log holds it. `checkpoint` is a folder to go
-    on from, True for wherever the run in the output folder ended, or None to begin. `config` is
-    what the log and the result say.
+    `begins` is the model to load: the requested one or, when a prefix run of an older version is
+    resumed, the prefix that it kept (new logs hold it). `checkpoint` is a folder to resume from,
+    True to resume wherever the run in the output folder ended, or None to begin. `config` is what
+    the log and the result record.
     """
 
     model: ModelArguments
@@ -44,16 +44,16 @@ class Plan:
     config: dict[str, Any]
     tell: Tell
     began: float  # time.perf_counter()
-    measures: bool = False  # no rate was given: the loaded model is to tell it
+    measures: bool = False  # whether to measure a rate on the loaded model, as none was given
 
     def at_rate(self, rate: float) -> "Plan":
-        """The same run at another learning rate."""
+        """Return the same run at another learning rate."""
         args = replace(self.args, learning_rate=rate)
         return replace(self, args=args, config=self.config | {"learning_rate": rate})
 
     @property
     def writes(self) -> bool:
-        """Whether this process, one of several perhaps, is the one that writes and prints."""
+        """Whether this process is the one that writes and prints."""
         return self.args.process_index == 0
 
     @property
@@ -69,10 +69,10 @@ class Plan:
 def resolve(
     model_args: ModelArguments, data_args: Any, args: Any, tell: Tell = lambda line: None
 ) -> Plan:
-    """Return the plan of a run. Raises InputError for options that do not go together.
+    """Return the plan of a run. Raises InputError for options that exclude each other.
 
-    `tell` is told in a line, in the one process that talks, what was chosen because it was not
-    given.
+    `tell` is called, in the process that prints, with a line that says which values were chosen
+    because they were not given.
     """
     began = time.perf_counter()
     tell = tell if args.process_index == 0 else (lambda line: None)
@@ -80,7 +80,9 @@ def resolve(
     checkpoint = checkpoint_of(args, has_log=_method_of(args) == "mezo")
     given = args = _as_before(args) if checkpoint else args
     args = rates.resolved(model_args, args)
-    alone = args.world_size == 1 and not args.offload  # who measures apart may not agree
+    alone = (
+        args.world_size == 1 and not args.offload
+    )  # processes that measure separately may not agree
     lacks = _method_of(args) == "mezo" and given.learning_rate is None
     measures = lacks and alone and not checkpoint and args.max_steps > 0
     if line := rates.told(model_args, given, args):
@@ -97,7 +99,7 @@ def _method_of(args: Any) -> str:
 
 
 def _as_before(args: Any) -> Any:
-    """The arguments with the rate and eps of the run that goes on, where none are given."""
+    """Return the arguments with the resumed run's rate and eps where none are given."""
     log = Path(args.output_dir, "run.mezo")
     if not trajectory.begun(log):
         return args
@@ -108,12 +110,12 @@ def _as_before(args: Any) -> Any:
 
 
 def config_of(model_args: ModelArguments, data_args: Any, args: Any) -> dict[str, Any]:
-    """What a run is asked for, as its log and its result say it."""
+    """Return the options of a run, as its log and its result record them."""
     return asdict(model_args) | asdict(data_args) | changed(args)
 
 
 def _check(model_args: ModelArguments, args: Any) -> None:
-    """Refuse what the Trainer would not refuse, or not in words."""
+    """Raise InputError for values that the Trainer accepts or refuses without a clear message."""
     if isinstance(args, TrainArguments):
         methods.check(args, model_args)
     methods.check_adapter(model_args)
@@ -128,7 +130,7 @@ def _check(model_args: ModelArguments, args: Any) -> None:
 
 
 def _check_going_on(config: dict[str, Any], args: Any) -> None:
-    """Refuse options that make another run of the one that goes on, before anything is loaded."""
+    """Raise InputError for options that contradict the resumed run, before anything is loaded."""
     log = Path(args.output_dir, "run.mezo")
     if trajectory.begun(log):
         had = trajectory.read(log, recover=True).header["config"]

@@ -1,8 +1,8 @@
-"""`--as_published`: the choices of the published code, where this package makes others.
+"""`--as_published`: follow the published code where this package makes other choices.
 
-For comparing with numbers that princeton-nlp/MeZO gave. docs/paper.md lists every difference, and
-says which of them this switch takes away: OPT's first token, how demonstrations are drawn and cut,
-what calibration stands behind, and by what the best weights are chosen.
+Use it to compare with results of princeton-nlp/MeZO. docs/paper.md lists every difference and says
+which of them this option removes: OPT's first token, how demonstrations are drawn and cut, where
+calibration stands, and how the best weights are selected.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from mezo.runs.arguments import BEST, TrainArguments
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPT_FIRST = "<s>"  # OPT was trained behind </s>, which its tokenizer puts in front
+OPT_FIRST = "<s>"  # OPT was trained with </s> in front of texts, as its tokenizer puts it
 
 
 def set_first_token(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:

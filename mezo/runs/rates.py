@@ -1,18 +1,18 @@
-"""Learning rates and eps where none is given: by what is trained, and by the size of the model.
+"""Choose a missing learning rate or eps by what is trained and by the size of the model.
 
     resolved(ModelArguments("causal-lm"), TrainArguments()).learning_rate      3.75 N^-0.7 = 3e-5
 
-N is the number of the model's weights. For MeZO on all weights the rule goes through the rate that
-causal-lm (19.1 M weights) trains with, 3e-5, and stays within the paper's: 3.9e-6 for 355 M
+N is the number of the model's weights. For MeZO on all weights the rule gives the rate with which
+causal-lm (19.1 M weights) trains, 3e-5, and stays within the paper's rates: 3.9e-6 for 355 M
 (Table 15: 1e-7 to 1e-5) and 3.1e-7 for 13 B (Table 16: 1e-7 to 1e-6). The rates of adapters come
-from fewer runs. All are starting values, to search around: `mezo check` measures the model at hand.
+from fewer runs. All of them are starting values for a search.
 
-From a billion weights on, which Table 16 is about, no rate of MeZO is outside its grid: the rule
-alone would be 1.6e-6 for opt-1.3b and 9.8e-8 for opt-66b.
+For a billion weights and more, the sizes of Table 16, MeZO's rates are limited to the table's grid;
+the rule alone would give 1.6e-6 for opt-1.3b and 9.8e-8 for opt-66b.
 
-The best rate depends on more than the size. Where the model is at hand, `measured` looks at it: a
-few estimates tell the gradient, the noise and the curvature, and the length of the run the rest
-(examiner.py). `mezo train` does so by itself when no rate is given.
+The best rate depends on more than the size. `measured` estimates the gradient, the noise and the
+curvature of a loaded model, and takes the length of the run into account (examiner.py).
+`mezo train` does this when no rate is given, and `mezo check` reports it.
 """
 
 import math
@@ -50,11 +50,11 @@ class Rate:
         return float(f"{rate:.2g}")
 
 
-LARGE = 1_000_000_000  # weights: the sizes that Table 16 is about
+LARGE = 1_000_000_000  # weights from which on Table 16 applies
 
 
-# part -> rate and eps. Eps and the ends of the rates are Table 16's: 1e-7 to 1e-6 for all weights,
-# 5e-5 to 1e-4 for LoRA, 1e-3 to 1e-2 for prefixes
+# trained part -> rate and eps. Eps and the limits of the rates are those of Table 16: 1e-7 to 1e-6
+# for all weights, 5e-5 to 1e-4 for LoRA, 1e-3 to 1e-2 for prefixes
 _MEZO = {
     "": (Rate(3.75, 0.7, 1e-7, 1e-6), 1e-3),
     "head": (Rate(3.75, 0.7, 1e-7, 1e-6), 1e-3),
@@ -69,32 +69,32 @@ _ADAM = {
     "prefix": Rate(17.0, 0.5, 1e-3),
     "prompt": Rate(17.0, 0.5, 1e-3),
 }
-DIRECTIONS = 8  # of the estimates that a rate is measured by
+DIRECTIONS = 8  # number of directions along which `measured` makes estimates
 _FOUND_FOR = {"rule": ("sgd",), "estimator": ("two_point", "one_sided")}
 _FOUND_FOR |= {"shaping": (None,), "modified": (None,)}  # type: ignore[dict-item]
 
 
 def mezo(parameters: int, part: str) -> tuple[float, float]:
-    """(learning rate, eps) of MeZO for so many weights and what is trained: "", "head", "lora"."""
+    """Return MeZO's (learning rate, eps) for a number of weights and a part (see `part_of`)."""
     rate, eps = _MEZO.get(part, _MEZO["lora"])
     return rate.of(parameters), eps
 
 
 def adam(parameters: int, part: str) -> float:
-    """The learning rate of Adam for the same."""
+    """Return Adam's learning rate for a number of weights and a part (see `part_of`)."""
     return _ADAM.get(part, _ADAM["lora"]).of(parameters)
 
 
 def measured(
     model: Any, form: Form, examples: Sequence[Example], args: "TrainArguments", steps: int
 ) -> float | None:
-    """The learning rate for a run of `steps` steps of MeZO, from DIRECTIONS pairs of estimates.
+    """Return a learning rate for `steps` steps of MeZO, from DIRECTIONS pairs of estimates.
 
-    It costs 4 forward passes a direction, and leaves the weights as they are, to the bit. None
-    where the estimates tell no rate: the loss is not finite, or the gradient cannot be told from
-    the noise of the batches.
+    It costs 4 forward passes per direction and leaves the weights as they are, to the bit. Returns
+    None if the estimates give no rate, because the loss is not finite or the gradient cannot be
+    told from the noise of the batches.
     """
-    assert args.mezo_eps is not None  # `resolved` has given one
+    assert args.mezo_eps is not None  # `resolved` has set it
     size = min(args.per_device_train_batch_size, len(examples) // 2)
     if size == 0 or steps < 1:
         return None
@@ -111,7 +111,7 @@ def measured(
 
 
 def part_of(args: ModelArguments) -> str:
-    """What the options train: "" for all weights or those of an expression, "head", "lora", ..."""
+    """Return the trained part: "" for all weights or an expression, "head", "lora", ..."""
     if args.trainable == "head":
         return "head"
     folder = args.model_name_or_path
@@ -122,9 +122,9 @@ def part_of(args: ModelArguments) -> str:
 
 
 def resolved(model_args: ModelArguments, args: "TrainArguments") -> "TrainArguments":
-    """The arguments with a learning rate, and for MeZO an eps: those given, else the recipe's.
+    """Return the arguments with a learning rate and, for MeZO, an eps: as given, or by recipe.
 
-    InputError where no rate is known: of another rule than sgd, or of shaped estimates.
+    Raises InputError if no rate is known, as for another rule than sgd or for shaped estimates.
     """
     method = getattr(args, "method", "mezo")
     mezo_lacks = method == "mezo" and None in (args.learning_rate, args.mezo_eps)
@@ -139,19 +139,20 @@ def resolved(model_args: ModelArguments, args: "TrainArguments") -> "TrainArgume
     for name, known in _FOUND_FOR.items():
         if args.learning_rate is None and getattr(args, name) not in known:
             raise InputError(
-                f"{name} {getattr(args, name)} needs a --learning_rate of its own: those known by "
-                "the size of a model are of sgd with two points"
+                f"{name} {getattr(args, name)} needs a --learning_rate: the rates by model size "
+                "are for sgd with two-point estimates"
             )
     given = args.learning_rate, args.mezo_eps
-    rate, eps = (own if one is None else one for one, own in zip(given, (rate, eps), strict=True))
+    recipe = zip(given, (rate, eps), strict=True)
+    rate, eps = (default if value is None else value for value, default in recipe)
     return replace(args, learning_rate=rate, mezo_eps=eps)
 
 
 def told(model_args: ModelArguments, given: "TrainArguments", taken: "TrainArguments") -> str:
-    """What was left to the recipe, in one line; "" where nothing was."""
+    """Return a line that says which values the recipe chose, or "" if it chose none."""
     names = [n for n in ("learning_rate", "mezo_eps") if getattr(given, n) != getattr(taken, n)]
     if not names or (names == ["mezo_eps"] and taken.mezo_eps == MeZOConfig.mezo_eps):
         return ""
     chosen = ", ".join(f"{name} {getattr(taken, name):g}" for name in names)
     part = part_of(model_args) or "all weights"
-    return f"{chosen}: for {part} and a model of this size; what is given by hand wins"
+    return f"{chosen}: chosen for {part} and a model of this size; give your own to override"

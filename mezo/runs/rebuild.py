@@ -1,9 +1,10 @@
-"""The tuned model of a run, from its base model and its log.
+"""Rebuild the tuned model of a run from its base model and its log.
 
     model = mezo.load("facebook/opt-1.3b", "runs/sst2/run.mezo")
     model = mezo.load("facebook/opt-1.3b", "user/sst2-opt")     # a log on the hub
 
-And for the command line: the same, saved, without loading the model, or as an adapter alone.
+For the command line, the model can also be saved, written without loading it, or saved as an
+adapter alone.
 """
 
 import os
@@ -25,13 +26,13 @@ from mezo.rules import Rule
 from mezo.trajectory.replay import steps_until
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What of a log's config makes the adapter that the run began with, and what each may be: a log may
-# say how the adapter is made, not where weights come from or what code to run.
+# The options in a log's config that define the adapter of the run, and a check of each value. A log
+# may say how the adapter is made, but not where weights come from or what code to run.
 ADAPTER: dict[str, Callable[[Any], bool]] = {
     "use_peft": lambda x: type(x) is bool,
-    "peft_type": lambda x: isinstance(x, str),  # looked up in a list, as the option is
+    "peft_type": lambda x: isinstance(x, str),  # looked up in a fixed list
     "num_virtual_tokens": lambda x: type(x) is int and 0 < x < 2**20,
-    "peft_options": lambda x: x is None or isinstance(x, str),  # numbers alone: tuners.options_of
+    "peft_options": lambda x: x is None or isinstance(x, str),  # see tuners.options_of
     "load_in_8bit": lambda x: type(x) is bool,
     "load_in_4bit": lambda x: type(x) is bool,
     "lora_r": lambda x: type(x) is int and x > 0,
@@ -82,18 +83,24 @@ def rebuilt(
     *,
     rules: Sequence[type[Rule]] = (),
 ) -> tuple:
-    """(model, tokenizer, steps): the base model with what the run began with, and replayed."""
-    found = trajectory.read(log)
-    steps = steps_until(log, found, until)
-    args = arguments_of(args, log, found.header)
-    _check_file(args, log, found.header)
-    model, tokenizer = models.load(args, adapter_seed=found.header["seed"])
+    """Load the base model as the run did, replay the log, and return (model, tokenizer, steps).
+
+    Raises InputError as `trajectory.replay` does.
+    """
+    run = trajectory.read(log)
+    steps = steps_until(log, run, until)
+    args = arguments_of(args, log, run.header)
+    _check_file(args, log, run.header)
+    model, tokenizer = models.load(args, adapter_seed=run.header["seed"])
     trajectory.replay(log, model, until=until, rules=rules)
     return model, tokenizer, len(steps)
 
 
 def arguments_of(args: ModelArguments, log: str | Path, header: dict[str, Any]) -> ModelArguments:
-    """`args` with the adapter and, if it is "auto", the dtype that the run began with."""
+    """Return `args` with the run's adapter and, if the dtype is "auto", the run's dtype.
+
+    Raises InputError for a value in the log's config that cannot be used.
+    """
     config = header["config"]
     for name, good in ADAPTER.items():
         if name in config and not good(config[name]):
@@ -108,7 +115,7 @@ def arguments_of(args: ModelArguments, log: str | Path, header: dict[str, Any]) 
 
 
 def _check_file(args: ModelArguments, log: str | Path, header: dict[str, Any]) -> None:
-    """InputError where the run began with one GGUF file and the model is another."""
+    """Raise InputError if the run began with another GGUF file than the model's."""
     began, name = header["config"].get("gguf_sha256"), args.model_name_or_path
     here = models.gguf_fingerprint(name) if isinstance(began, str) else None
     if here not in (None, began):
@@ -125,7 +132,7 @@ def replay_by_tensor(
     *,
     rules: Sequence[type[Rule]] = (),
 ) -> dict[str, Any]:
-    """`trajectory.replay_checkpoint` on a local folder or an embedded model."""
+    """Call `trajectory.replay_checkpoint` on a local folder or an embedded model."""
     if args.dtype != "auto":
         raise InputError("the dtype of a replay by tensor is the log's: leave out --dtype")
     _check_file(args, log, trajectory.read(log).header)
@@ -142,9 +149,9 @@ def save_adapter(
     *,
     rules: Sequence[type[Rule]] = (),
 ) -> dict[str, Any]:
-    """Rebuild the adapter of a run and save it alone, as peft does; no base weights, no tokenizer.
+    """Rebuild the adapter of a run and save it as peft does, without base weights or tokenizer.
 
-    Raises InputError for a run that trained weights of the base model.
+    Raises InputError if the run trained weights of the base model.
     """
     names = [entry["name"] for entry in trajectory.read(log).header["tensors"]]
     own = [name for name in names if not tuners.is_of_adapter(name)]

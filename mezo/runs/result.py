@@ -1,4 +1,4 @@
-"""What a run leaves and where it goes on: the output folder, result.json, the environment."""
+"""A run's output folder: result.json, the environment, and where to resume."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ RESULT = "result.json"  # in output_dir, written last
 
 
 def write_result(output_dir: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Leaves it as result.json, and returns it."""
+    """Write the result as result.json, and return it."""
     Path(output_dir, RESULT).write_text(json.dumps(result, indent=1, default=str))
     return result
 
 
 def make_folder(output_dir: str) -> None:
-    """An output folder, with its parents. InputError where there can be none."""
+    """Create an output folder with its parents. Raises InputError if that is impossible."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,7 +33,11 @@ def make_folder(output_dir: str) -> None:
 
 
 def checkpoint_of(args: Any, has_log: bool = True) -> str | bool | None:
-    """Where to go on: a folder; True for wherever the run in output_dir ended; None to begin."""
+    """Return where to resume: a folder, True for the end of the run in output_dir, None to begin.
+
+    Raises InputError if a finished or interrupted run would be overwritten, or if the named
+    checkpoint is damaged.
+    """
     asked, log = str(args.resume_from_checkpoint or False), Path(args.output_dir, "run.mezo")
     if asked.lower() == "false":
         if trajectory.begun(log):
@@ -68,7 +72,7 @@ def packages() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """What a result depends on beside its configuration."""
+    """Return what a result depends on besides its configuration: versions and device."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "mezo": __version__,

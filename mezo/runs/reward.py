@@ -1,10 +1,10 @@
-"""What `mezo train --reward` does, as a function.
+"""Train on rewards: what `mezo train --reward` does, as a function.
 
     result = reward_run.train(ModelArguments("Qwen/Qwen2.5-0.5B-Instruct"),
                               RewardArguments(["rules.py:short"], train_file="prompts.jsonl"),
                               RewardTrainArguments("runs/short"))
 
-It leaves in the output folder what lifecycle.py says.
+lifecycle.py says what the output folder then holds.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,10 @@ def train(
     args: RewardTrainArguments,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Train on the rewards that `data` names; return the result, which is also written."""
+    """Train on the rewards that `data` names, and return the result, which is also written.
+
+    Raises InputError for options, rewards or prompts that do not fit.
+    """
     if not data.reward:
         raise InputError("--reward names no function and no command")
     if args.method != "mezo":
@@ -45,7 +48,7 @@ def train(
 
 @dataclass(frozen=True)
 class RewardKind:
-    """What a run on rewards has of its own (lifecycle.Kind)."""
+    """The parts of a run that are specific to rewards (lifecycle.Kind)."""
 
     names: list[str]
     functions: list[Any]
@@ -58,7 +61,7 @@ class RewardKind:
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
         if not model.can_generate():
             raise InputError(f"model {plan.model.model_name_or_path} generates no text")
-        plan.args.dataloader_pin_memory = False  # there is nothing but text
+        plan.args.dataloader_pin_memory = False  # batches hold only text
         data = (self.train_rows, self.dev_rows, tokenizer)
         return MeZOPolicyTrainer(model, self.functions, plan.args, *data)
 
@@ -76,7 +79,10 @@ class RewardKind:
 
 
 def prompts(data: RewardArguments) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows to evaluate, with a `prompt` each."""
+    """Return the rows to train on and the rows to evaluate on, each with a `prompt`.
+
+    Raises InputError if the file is missing, a row has no prompt, or there are too few.
+    """
     if not data.train_file:
         raise InputError("--train_file is missing: a file of prompts")
     for name in ("num_train", "num_dev"):

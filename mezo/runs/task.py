@@ -38,10 +38,10 @@ def train(
     args: TrainArguments,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Tune a model on a task; return the result, which is also written. Resume where told to.
+    """Tune a model on a task and return the result, which is also written; resume if asked to.
 
-    `tell` is told in a line each, before the first step, of a learning rate or an eps that were
-    taken because none was given, and of how many tensors and weights `trainable` found. Raises
+    Before the first step, `tell` is called with a line about a learning rate or eps that was chosen
+    because none was given, and with one about the tensors that `trainable` selected. Raises
     InputError for options or data that do not fit.
     """
     if args.method == "icl" and data_args.demonstrations < 1:
@@ -55,7 +55,7 @@ def train(
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What a run on a task has of its own (lifecycle.Kind)."""
+    """The parts of a run that are specific to a task (lifecycle.Kind)."""
 
     task: Task
     splits: Splits
@@ -67,7 +67,7 @@ class TaskKind:
         return form_of(model, tokenizer, self.task, self.model_args, self.data_args, shown)
 
     def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
-        """Return the plan at the rate that a few estimates advise, where none was given."""
+        """Return the plan with a learning rate measured on the model, if none was given."""
         args = plan.args
         if not (plan.measures and self.task.kind == "classification"):
             return plan
@@ -75,7 +75,7 @@ class TaskKind:
             form, train = self.form(model, tokenizer), self.splits["train"]
             rate = rates.measured(model, form, train, args, args.max_steps)
         if rate is None:
-            plan.tell(f"no better rate can be measured: learning_rate {args.learning_rate:g} it is")
+            plan.tell(f"no rate could be measured: learning_rate stays {args.learning_rate:g}")
             return plan
         plan.tell(f"learning_rate {rate:g}: measured on this model for {args.max_steps:,} steps")
         return plan.at_rate(rate)
@@ -94,7 +94,7 @@ class TaskKind:
         return self.named(evaluate_form(*given, size, progress=plan.progress))
 
     def named(self, zero_shot: Result) -> dict[str, Any]:
-        """Return what was asked, and how the model did before."""
+        """Return the task's name and metric, and the zero-shot results."""
         named = {"task": self.task.name, "metric": self.task.metric}
         return named | {"zero_shot": zero_shot.metrics | {"loss": zero_shot.loss}}
 
@@ -116,7 +116,7 @@ class TaskKind:
 
 
 def tested_as(test: Result) -> dict[str, Any]:
-    """Return what the result says of the test examples."""
+    """Return the result's fields about the test examples."""
     found = {"test": test.metrics | {"loss": test.loss, "n": test.n}}
     return found | {"demonstrations_dropped": test.dropped}
 
@@ -145,9 +145,9 @@ def form_of(
     data_args: DataArguments,
     demonstrations: Sequence[Example] = (),
 ) -> Form:
-    """Return the form as the options ask for it: with demonstrations in front, then calibrated.
+    """Return the form that the options ask for: with demonstrations in front, then calibrated.
 
-    As published, calibration stands behind no demonstrations, and cuts are by tokens.
+    With `as_published`, calibration uses no demonstrations, and texts are cut by tokens.
     """
     if data_args.as_published:
         published.set_first_token(tokenizer, model)
@@ -173,7 +173,18 @@ def evaluate(
     offload: bool = False,
     progress: Progress = SILENT,
 ) -> dict:
-    """Metrics on the test examples: zero-shot, in context, or after replaying a run log."""
+    """Return metrics on the test examples: zero-shot, in context, or after replaying a run log.
+
+    Args:
+        model_args: The model, or the base model of `log`.
+        data_args: The task and its examples.
+        log: Run log to replay first.
+        until: Replay only the first steps of the run, up to this one.
+        batch_size: Examples per forward pass.
+        offload: Leave the weights in their files and load them block by block; not with `log`.
+
+    Raises InputError for options or data that do not fit.
+    """
     if data_args.demonstrations < 0:
         raise InputError(f"demonstrations must not be negative, got {data_args.demonstrations}")
     if log is None and until is not None:

@@ -14,15 +14,15 @@ from mezo.runs.data import Splits
 from mezo.tasks import Example, Task
 from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
 
-PLACE = "dev_place"  # of an example among the dev examples, in features and batches
+PLACE = "dev_place"  # key, in features and batches, of an example's index in the dev examples
 
 
 def task_trainer(model: Any, form: Form, splits: Splits, args: TrainArguments) -> Any:
-    """Return the Trainer that trains on splits["train"] and is validated on splits["dev"].
+    """Return the Trainer that trains on splits["train"] and validates on splits["dev"].
 
-    The weights that it keeps are the best by args.metric_for_best_model, as a rule the task's own
-    metric, computed as `evaluate` computes it. A task that generates is validated by its loss:
-    writing at every evaluation would take longer than training.
+    It keeps the best weights by args.metric_for_best_model, by default the task's metric as
+    `evaluate` computes it. A task that generates text is validated by its loss, since generating at
+    every evaluation would take longer than training.
     """
     args.remove_unused_columns, args.label_names = False, ["labels"]
     dev = [form.encode(example) for example in splits["dev"]]
@@ -64,7 +64,7 @@ def _choose_metric(args: TrainArguments, task: Task) -> None:
 
 
 def _collate(form: Form, features: Sequence[Feature]) -> Batch:
-    """The form's batch; with the places of dev examples, which may come in any order."""
+    """Return the form's batch, with the indices of dev examples, which may come in any order."""
     batch = form.collate(features)
     if PLACE in features[0]:
         batch[PLACE] = torch.tensor([feature[PLACE] for feature in features])
@@ -72,11 +72,11 @@ def _collate(form: Form, features: Sequence[Feature]) -> Batch:
 
 
 def _metrics(task: Task, dev: Sequence[Example], prediction) -> dict[str, float]:
-    """The metrics of `evaluate` on the scores that the Trainer gathered."""
+    """Return the metrics of `evaluate` from the scores that the Trainer gathered."""
     _, places = prediction.label_ids
     examples = [dev[place] for place in places]
     scores = torch.from_numpy(prediction.predictions)
     for row, example in zip(scores, examples, strict=True):
         own = len(task.candidates_of(example)) or len(task.labels)
-        row[own:] = -torch.inf  # where the Trainer filled up with -100
+        row[own:] = -torch.inf  # the Trainer pads with -100
     return candidate_metrics(task, chosen(scores), examples)

@@ -1,10 +1,10 @@
-"""Tuning on one's own text: TRL's trainers with MeZO, and `mezo sft` and `mezo dpo` over them.
+"""Tune on your own text with TRL's trainers and MeZO: the functions of `mezo sft` and `mezo dpo`.
 
     MeZOSFTTrainer(model, MeZOSFTConfig("out"), train_dataset=rows, processing_class=tokenizer)
 
-Data formats, chat templates, packing and losses are TRL's own. A row is {"text"}, {"prompt",
-"completion"} (the loss is the completion's alone) or {"messages"}; for DPO and reward models
-{"prompt", "chosen", "rejected"}.
+Data formats, chat templates, packing and losses are those of TRL. A row has "text", or "prompt" and
+"completion" (only the completion counts for the loss), or "messages"; for DPO and reward models it
+has "prompt", "chosen" and "rejected".
 """
 
 import warnings
@@ -28,7 +28,7 @@ from mezo.trainers.placement import load
 from mezo.trainers.trl import MeZODPOConfig, MeZODPOTrainer, MeZOSFTConfig, MeZOSFTTrainer
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COLUMNS = {  # what a row may have, in TRL's names
+COLUMNS = {  # the columns that a row may have, by TRL's names
     "sft": (("messages",), ("prompt", "completion"), ("text",)),
     "dpo": (("chosen", "rejected"),),
 }
@@ -36,13 +36,19 @@ COLUMNS = {  # what a row may have, in TRL's names
 
 @dataclass
 class _CommandLine:
-    """Defaults of `mezo sft` and `mezo dpo`: those of `mezo train`, the rate by size included."""
+    """Defaults of `mezo sft` and `mezo dpo`: those of `mezo train`, with a rate by model size."""
 
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Default: by what is trained and the size of the model."}
+        default=None,
+        metadata={
+            "help": "Learning rate; by default chosen by the model's size and by what is trained."
+        },
     )
     mezo_eps: float | None = field(
-        default=None, metadata={"help": "Default 1e-3; for adapters 1e-2, for a prefix 1e-1."}
+        default=None,
+        metadata={
+            "help": "Size of the perturbation; default 1e-3, for adapters 1e-2, for a prefix 1e-1."
+        },
     )
     max_steps: int = 20_000  # Table 16
     per_device_train_batch_size: int = 16  # Table 16
@@ -79,15 +85,18 @@ def train(
     args: Any,
     tell: Tell = lambda line: None,
 ) -> dict[str, Any]:
-    """Tune a model on rows of text or of preferences; return the result, which is also written.
+    """Tune a model on rows of text or preferences, and return the result, which is also written.
+
+    The log can be replayed without TRL and without data.
 
     Args:
         kind: "sft" or "dpo".
+        model_args: The model, and which of its weights are trained.
+        data_args: The rows.
         args: SFTArguments or DPOArguments, or another config of the same TRL trainer.
-        tell: Told in a line of what was chosen because it was not given.
+        tell: Called with a line about values that were chosen because they were not given.
 
-    The log needs neither TRL nor data. Raises InputError for a file of another format, in
-    TRL's words where it is TRL's.
+    Raises InputError for rows in none of TRL's formats, and for whatever TRL refuses.
     """
     if kind == "dpo" and models.is_adapter(model_args.model_name_or_path):
         raise InputError(
@@ -105,7 +114,7 @@ def train(
 
 @dataclass(frozen=True)
 class TextKind:
-    """What a run on text has of its own (lifecycle.Kind)."""
+    """The parts of a run that are specific to text (lifecycle.Kind)."""
 
     kind: str  # "sft" or "dpo"
     rows: Dataset
@@ -118,7 +127,7 @@ class TextKind:
         if not model.can_generate():
             name = type(model).__name__
             raise InputError(f"{self.kind} is for causal language models, {name} is none")
-        reference = None  # None: TRL loads it, where it needs one
+        reference = None  # with None, TRL loads one if it needs it
         beside = self.kind == "dpo" and not hasattr(model, "peft_config")
         if plan.args.offload and beside and not plan.args.precompute_ref_log_probs:
             reference = load(plan.begins, plan.args)[0]
@@ -141,7 +150,7 @@ def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any
         adapter = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     options = {"train_dataset": data[0], "eval_dataset": data[1], "processing_class": tokenizer}
     options |= {} if reference is None else {"ref_model": reference}
-    with warnings.catch_warnings():  # of names that transformers and peft have given up
+    with warnings.catch_warnings():  # about names that transformers and peft have replaced
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         warnings.filterwarnings("ignore", "Adapter name 'ref'")
         try:
@@ -163,7 +172,7 @@ def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any
 
 
 def load_rows(kind: str, args: TextArguments) -> tuple[Dataset, Dataset | None]:
-    """Training rows, and those to evaluate on if there are any, from files or a set of the hub."""
+    """Return the training rows and the rows to evaluate on (or None), from files or the hub."""
     if (args.train_file is None) == (args.dataset_name is None):
         raise InputError("give --train_file or --dataset_name, one of them")
     if args.dataset_name is not None:
@@ -187,7 +196,7 @@ def _from_file(name: str | None) -> Dataset:
     if check_file(path).stat().st_size == 0:
         raise InputError(f"{path} is empty")
     kind = FORMATS[path.suffix]
-    if kind == "csv":  # datasets would take 1 for a number, and NA for a missing value
+    if kind == "csv":  # datasets would read 1 as a number and NA as missing
         rows = [{name: row[name] or None for name in row} for _, row in read(path, READERS)]
         with foreign(f"{path} cannot be read as {kind}"):
             return Dataset.from_list(rows)
@@ -207,7 +216,7 @@ def _from_hub(args: TextArguments, split: str) -> Dataset:
 
 
 def _check(kind: str, name: str, rows: Dataset) -> None:
-    """The columns are one of TRL's formats, and every row has them."""
+    """Raise InputError unless the columns are one of TRL's formats and every row has them."""
     had, formats = set(rows.column_names), COLUMNS[kind]
     needed = next((columns for columns in formats if had.issuperset(columns)), None)
     if needed is None:
@@ -230,7 +239,7 @@ def _check(kind: str, name: str, rows: Dataset) -> None:
 
 
 def _is_text_or_messages(column: str, value: Any) -> bool:
-    """Whether a value is what TRL takes: text, or a conversation of messages with text in them."""
+    """Return whether TRL accepts a value: a text, or a conversation of messages with text."""
     if isinstance(value, str):
         return column != "messages"
     return isinstance(value, list) and all(

@@ -1,9 +1,9 @@
-"""Which options may change when a run goes on: one rule, with and without a checkpoint.
+"""Which options may change when a run is resumed, with or without a checkpoint.
 
-An option that decides no weight (steps, saving, evaluating, logging, where things run) is taken as
-it is now. Those in HONOURED are taken too, from the step that the run goes on with; the log says at
-every step which values were in force, and a warning names them. Every other option that differs is
-refused by name: with another batch size, seed, rule or data set it would be another run.
+Options that do not affect the weights (steps, saving, evaluating, logging, where things run) may
+change freely. Those in HONOURED may change, too, and take effect from the resumed step on; the log
+records the values in force at every step, and a warning names them. Every other option that differs
+is refused by name: with another batch size, seed, rule or data set it would be another run.
 """
 
 import json
@@ -93,35 +93,35 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "ddp_", "trackio_", "jit_
 
 
 def is_free(name: str) -> bool:
-    """Return whether an option decides no weight of a run."""
+    """Return whether an option does not affect the weights of a run."""
     return name in _FREE or name.startswith(_FREE_PREFIXES)
 
 
 def check(had: Mapping[str, Any], now: Mapping[str, Any], args: Any, told: str) -> list[str]:
-    """Return a line for each option that is honoured with another value than before.
+    """Return a line for each option in HONOURED whose value has changed.
 
     Args:
-        had: The options as the run's log has them: those that are not at their default.
-        now: The same, of the run that goes on.
-        args: The dataclass with the defaults of those that one of the two lacks.
-        told: What the run is called in a message.
+        had: The options in the run's log that differ from their defaults.
+        now: The same options of the resumed run.
+        args: The dataclass with the defaults of options that `had` or `now` lacks.
+        told: The name of the run in messages.
 
-    Raises InputError that names the first option that differs and must not. Says nothing of a log
-    whose options are of another kind, as a user's own `run_config` may be.
+    Raises InputError that names the first option that differs and must not. A log whose options are
+    of another kind, such as a user's own `run_config`, is not checked.
     """
     if not {"seed", "learning_rate"} <= had.keys() or not {"seed", "learning_rate"} <= now.keys():
         return []
     defaults = defaults_of(args)
     lines = []
     for name in sorted(had.keys() | now.keys()):
-        before, after = (_plain(one.get(name, defaults.get(name))) for one in (had, now))
+        before, after = (_plain(options.get(name, defaults.get(name))) for options in (had, now))
         if before == after or is_free(name):
             continue
         plateau = now.get("lr_scheduler_type") == "reduce_lr_on_plateau"
         if name not in HONOURED or (plateau and name == "learning_rate"):
             raise InputError(
-                f"{told} has {name} {before}, not {after}: leave it as it was to go on with that "
-                "run, or begin another one in another --output_dir"
+                f"{told} has {name} {before}, not {after}: leave it as it was to resume that run, "
+                "or begin a new run in another --output_dir"
             )
         lines.append(f"{name} is {after} from here on; {told} had {before}")
     return lines
@@ -134,21 +134,21 @@ def defaults_of(args: Any) -> dict[str, Any]:
 
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:
-    """Return, for each parameter group, the settings that may change, as they are now."""
+    """Return the present values of the settings that may change, for each parameter group."""
     groups = getattr(optimizer, "optimizer", optimizer).param_groups
     return [{name: group.get(name) for name in _SETTINGS} for group in groups]
 
 
 def reinstate_(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -> None:
-    """Put back what a checkpoint has overwritten: `settings_of` the optimizer before it.
+    """Restore settings that loading a checkpoint overwrote; `settings` come from `settings_of`.
 
-    The schedule goes on at its place, on the learning rate that is given now.
+    The schedule continues at its place, with the learning rate that is given now.
     """
     groups = getattr(optimizer, "optimizer", optimizer).param_groups
     bases = getattr(scheduler, "base_lrs", None)
     for i, (group, given) in enumerate(zip(groups, settings, strict=True)):
         group |= {name: x for name, x in given.items() if name not in ("lr", "initial_lr")}
-        if bases is None:  # reduce_lr_on_plateau: its rate is what the run has made of it
+        if bases is None:  # reduce_lr_on_plateau: its rate is the result of the run so far
             continue
         before, base = group["initial_lr"], given["initial_lr"]
         if isinstance(scheduler, LambdaLR):
@@ -161,6 +161,6 @@ def reinstate_(optimizer: Any, scheduler: Any, settings: list[dict[str, Any]]) -
 
 
 def _plain(value: Any) -> Any:
-    """As a log has it: what JSON makes of it."""
+    """Return a value as a log holds it, after a round trip through JSON."""
     value = value.value if isinstance(value, Enum) else value
     return json.loads(json.dumps(value, default=str))

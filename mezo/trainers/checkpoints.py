@@ -1,7 +1,7 @@
-"""Checkpoints in a run's folder: which is the newest that is whole, and what is wrong with others.
+"""Checkpoints in a run's folder: find the newest intact one, and say what is wrong with others.
 
-A checkpoint whose save was cut off lacks its trainer_state.json, which is written last. One that
-was damaged later has a file that is cut, or whose checksums are wrong.
+A checkpoint whose save was interrupted lacks trainer_state.json, which is written last. One that
+was damaged later has a truncated file or a wrong checksum.
 """
 
 import json
@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from mezo.errors import InputError
 
 STATE = "trainer_state.json"
-_ZIPS = (".pt", ".pth", ".bin")  # by torch.save: zip archives with a checksum of each member
+_ZIPS = (".pt", ".pth", ".bin")  # torch.save writes zip archives with a checksum of each member
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the folder of the newest checkpoint that is whole, or None.
+    """Return the folder of the newest intact checkpoint, or None.
 
-    A newer one that is damaged is passed over, and a warning says so.
+    Newer ones that are damaged are skipped with a warning.
     """
     folders = Path(output_dir).glob("checkpoint-[0-9]*")
     numbered = [path for path in folders if path.name.split("-")[1].isdecimal()]
@@ -35,7 +35,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def damage(folder: str | Path) -> str | None:
-    """Return what is wrong with a checkpoint, in words, or None if it is whole."""
+    """Return a description of what is wrong with a checkpoint, or None if it is intact."""
     state = Path(folder, STATE)
     if not state.is_file():
         return f"it has no {STATE}, so its save was cut off"
@@ -56,16 +56,16 @@ def damage(folder: str | Path) -> str | None:
 
 @contextmanager
 def saving(output_dir: str | Path, step: int) -> Iterator[None]:
-    """Raise InputError, within, where a checkpoint cannot be written: a full disk, say.
+    """Raise InputError if a checkpoint cannot be written within the context, as on a full disk.
 
-    What was written of it is passed over when the run goes on: from the checkpoint before it, or
-    from the base model, and from there by the run log.
+    A resumed run skips the partial checkpoint. It starts from an earlier checkpoint or from the
+    base model, and replays the run log from there.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise  # of something else than torch.save
+            raise  # not an error of torch.save
         words = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise InputError(
             f"{output_dir}/checkpoint-{step} cannot be saved: {words}; the run log has all "

@@ -1,4 +1,4 @@
-"""The Trainer's log history of steps that were replayed: a resumed run has no gap in its curve."""
+"""The Trainer's log history for replayed steps, so that a resumed run's curve has no gap."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from mezo.trajectory import Step
 
 @dataclass(frozen=True)
 class Window:
-    """What was replayed of the steps whose mean loss the Trainer logs next."""
+    """The replayed part of the steps whose mean loss the Trainer logs next."""
 
     steps: int = 0
-    end: int = 0  # the step that the Trainer goes on from
-    total: float = 0.0  # of the losses
+    end: int = 0  # the step from which the Trainer continues
+    total: float = 0.0  # sum of the losses
 
     def mean(self, loss: float, step: int) -> float:
-        """Return the mean loss of the whole window, at `step`, from that of its steps after end."""
+        """Return the window's mean loss at `step`; `loss` is the mean of its steps after `end`."""
         made = step - self.end
         return (self.total + loss * made) / (self.steps + made)
 
@@ -27,15 +27,16 @@ class Window:
 def replayed(
     steps: Sequence[Step], saved: int, end: int, args: Any, loader: Any = None
 ) -> tuple[list[dict[str, Any]], Window]:
-    """Return what the Trainer would have logged in steps saved + 1 to end, and the rest.
+    """Return what the Trainer would have logged in steps saved + 1 to end, and the open window.
+
+    A logged loss is the mean since the previous entry, summed in float32 as the Trainer does.
 
     Args:
-        steps: Those of the run log, from its first on.
-        saved: The step of the checkpoint, whose own history ends there.
-        args: The Trainer's, which say how often it logs.
-        loader: Its data loader, from which the epochs follow; entries have none without a length.
-
-    A loss is the mean since the entry before, summed in float32 as the Trainer sums it.
+        steps: The steps of the run log, from its first step on.
+        saved: The step of the checkpoint, where its own history ends.
+        end: The step up to which the run was replayed.
+        args: The Trainer's arguments, which say how often it logs.
+        loader: Its data loader, from which epochs are computed; without a length there are none.
     """
     first = steps[0].record.step if len(steps) else 0
     start = _last_logged(saved, args)
@@ -53,7 +54,7 @@ def replayed(
 
 
 def _loss(loss: float, total: Any, steps: int) -> Any:
-    """As logging_nan_inf_filter has it: in place of a loss that is not finite, the mean so far."""
+    """Return the loss, or the mean so far if it is not finite, as logging_nan_inf_filter does."""
     return np.float32(loss) if math.isfinite(loss) else total / np.float32(1 + steps)
 
 
@@ -68,7 +69,7 @@ def _entry(step: Step, loss: float) -> dict[str, Any]:
 
 
 def _logs(step: int, args: Any) -> bool:
-    if args.logging_strategy != "steps":  # at the end of an epoch, say: it is not replayed
+    if args.logging_strategy != "steps":  # such as at the end of an epoch, which is not replayed
         return False
     every = args.logging_steps
     whole = every if every >= 1 else math.ceil(max(args.max_steps, 0) * every)
@@ -76,7 +77,7 @@ def _logs(step: int, args: Any) -> bool:
 
 
 def _last_logged(step: int, args: Any) -> int:
-    """The last step up to `step` at which the Trainer logged; 0 for none."""
+    """Return the last step up to `step` at which the Trainer logged, or 0."""
     while step and not _logs(step, args):
         step -= 1
     return step

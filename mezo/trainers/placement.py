@@ -1,8 +1,8 @@
-"""Where a Trainer's weights are: on its device, or, with `offload`, on the CPU or in a file.
+"""Where a Trainer's weights are: on its device or, with `offload`, on the CPU or in a file.
 
-In the first case there is nothing to do. In the second, `Placement.open()` is entered around
-training, evaluation and whatever else computes with the model; within it, blocks of weights come to
-the device as they are needed (offload.py).
+Without offload there is nothing to do. With it, `Placement.open()` is entered around training,
+evaluation and whatever else computes with the model; within it, blocks of weights are copied to the
+device as they are needed (offload/context.py).
 """
 
 from collections.abc import Iterator
@@ -21,18 +21,18 @@ from mezo.trainers.config import MeZOConfig, rounding_of, rule_of
 
 
 class Placement:
-    """Of a Trainer's model, and of the reference model that a DPO trainer has beside it."""
+    """The placement of a Trainer's model and of the reference model that a DPO trainer also has."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self.offloads = getattr(trainer.args, "offload", False)  # any TrainingArguments will do
-        self._own: Offload | None = None  # made once: its file is written once
+        self._own: Offload | None = None  # created once, so that its file is written once
         self._opened = False
-        self._unwritten = False  # updates are in the run log alone
+        self._unwritten = False  # whether updates are in the run log alone
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Within, the model is computed with on the device. It may be entered again within."""
+        """Compute with the model on the device within the context, which may be nested."""
         if not self.offloads or self._opened:
             yield
             return
@@ -44,7 +44,7 @@ class Placement:
         with ExitStack() as stack:
             own = stack.enter_context(self.own())
             if (reference := self._trainer.ref_model) is not None:
-                device = self._trainer.args.device  # it is read: from where it is
+                device = self._trainer.args.device  # it is only read
                 stack.enter_context(Offload(reference, device=device, write_every=0))
             self._opened = True
             try:
@@ -54,7 +54,7 @@ class Placement:
                 self._unwritten = not own.write_every and own.optimizer is not None
 
     def own(self) -> Offload:
-        """Of the model; InputError for a model or options that it does not take."""
+        """Return the model's Offload. Raises InputError for a model or options it cannot handle."""
         args = self._trainer.args
         if self._own is None:
             self._own = Offload(
@@ -67,19 +67,19 @@ class Placement:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """`open`, and what reads a weight in this thread gets it from the device."""
+        """Enter `open`, and let reads of a weight in this thread get it from the device."""
         with self.open(), ExitStack() as stack:
             if self._own is not None:
                 stack.enter_context(self._own.reading())
             yield
 
     def take(self, optimizer: Any) -> None:
-        """Training begins with this optimizer, whose settings are known now."""
+        """Begin training with this optimizer, whose settings are final now."""
         if self._opened and self._own is not None:
             self._own.take(optimizer)
 
     def check_saved(self) -> None:
-        """InputError if the model's weights are not those to be saved."""
+        """Raise InputError if the model's weights are not the tuned ones and so cannot be saved."""
         if self._unwritten or (self._own and self._own.optimizer and not self._own.write_every):
             raise InputError(
                 "offload_write_every=0 leaves the tuned weights in the run log alone: "
@@ -87,36 +87,39 @@ class Placement:
             )
 
     def flush(self) -> None:
-        """The weights are, where they lie, those after the last step; none is on the device."""
+        """Write all updates back, so that no weight is on the device."""
         if self._opened and self._own is not None:
             self._own.flush()
 
 
 def place(model: torch.nn.Module, device: Any = None) -> None:
-    """Moves a model to `device`, or the accelerator, unless its loading has placed it."""
-    found = accelerator() if device is None else torch.device(device)
+    """Move a model to `device` or the accelerator, unless loading has already placed it."""
+    target = accelerator() if device is None else torch.device(device)
     placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
-    if found is not None and not placed:
-        model.to(found)
+    if target is not None and not placed:
+        model.to(target)
 
 
 def load(model_args: ModelArguments, args: MeZOConfig) -> tuple[Any, Any]:
-    """(model, tokenizer) to begin a run with; with `offload` no weight is read yet."""
+    """Load the model and tokenizer of a run; with `offload` no weight is read yet.
+
+    Raises InputError if the output folder is the model's own folder.
+    """
     folders = {Path(str(x)).resolve() for x in (model_args.model_name_or_path, args.output_dir)}
     if args.offload and len(folders) == 1:
         raise InputError(
             f"output_dir {args.output_dir} is the model's own folder, from which offload reads "
-            "the weights while others are saved: take another"
+            "the weights while new ones are saved: choose another"
         )
     return models.load(model_args, args.seed, offload=args.offload, folder=args.offload_folder)
 
 
 @contextmanager
 def inference(model: torch.nn.Module, device: Any = None, offload: bool = True) -> Iterator[None]:
-    """Within, a model that is not trained is computed with on `device`, or the accelerator.
+    """Compute with a model that is not trained, on `device` or the accelerator, in the context.
 
     With `offload` its weights stay where they are and are read block by block; nothing is moved,
-    pinned or written. Without, they are moved there for good.
+    pinned or written. Without it they are moved to the device permanently.
     """
     if not offload:
         place(model, device)
@@ -127,7 +130,7 @@ def inference(model: torch.nn.Module, device: Any = None, offload: bool = True) 
 
 
 def check(trainer: Any) -> None:
-    """InputError for arguments, a model or an optimizer that do not go with offload."""
+    """Raise InputError for arguments, a model or an optimizer that offload does not support."""
     args = trainer.args
     if not isinstance(args, MeZOConfig):
         return
@@ -142,16 +145,16 @@ def check(trainer: Any) -> None:
 
 
 def check_arguments(args: MeZOConfig) -> None:
-    """InputError for arguments that do not go with offload, or with nothing else."""
+    """Raise InputError for arguments that offload does not support, or that need offload."""
     if not args.offload:
         if args.offload_folder is not None or args.offload_write_every != 1:
             raise InputError("offload_folder and offload_write_every are for offload")
         return
     if not args.offload_write_every and (args.save_strategy != "no" or args.load_best_model_at_end):
         raise InputError(
-            "offload_write_every 0 writes no weights, and a checkpoint would hold the base model's "
-            "own: take save_strategy no and load_best_model_at_end false; the run log is enough to "
-            "go on"
+            "offload_write_every 0 writes no weights, so that a checkpoint would hold the base "
+            "model: set save_strategy no and load_best_model_at_end false; the run log is enough "
+            "to resume"
         )
     refused = {
         "torch_compile": args.torch_compile,

@@ -1,8 +1,8 @@
-"""Going on with a Trainer's run from the last checkpoint and the tail of its run log.
+"""Resume a Trainer's run from its last checkpoint and the tail of its run log.
 
-A checkpoint is as old as `save_steps` allows; the log is as old as the last step. What lies between
-them is replayed, without forward passes, when training begins. The Trainer is shown a folder with
-a trainer_state.json of the log's last step, so that schedule and data go on from there.
+A checkpoint may be `save_steps` steps old, while the log holds every step. The steps between them
+are replayed, without forward passes, when training begins. The Trainer is given a folder with a
+trainer_state.json of the log's last step, so that schedule and data continue from there.
 """
 
 import logging
@@ -27,27 +27,27 @@ LOGGER = logging.getLogger("mezo")
 
 
 class Tail:
-    """The steps of a run that its log has and its last checkpoint has not."""
+    """The steps of a run that are in its log but not in its last checkpoint."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self._folder: tempfile.TemporaryDirectory | None = None  # of the state shown to the Trainer
+        self._folder: tempfile.TemporaryDirectory | None = None  # holds the Trainer's state
         self._checkpoint: str | None = None
-        self._steps = (0, 0)  # those of the checkpoint, and those to catch up to
-        self.window = history.Window()  # of the loss that is logged next: what was replayed of it
+        self._steps = (0, 0)  # the checkpoint's step, and the step to catch up to
+        self.window = history.Window()  # the replayed part of the loss that is logged next
 
     @property
     def _log(self) -> Path:
         return Path(self.trainer.args.output_dir, "run.mezo")
 
     def begin(self) -> str | None:
-        """Return what to resume from: a checkpoint, the folder that stands for the log's end, None.
+        """Return the folder to resume from: a checkpoint, or one that stands for the log's end.
 
-        None is a new beginning: nothing of the run is left but a log that has not begun, or one
-        whose steps cannot be gone on from. A warning says so.
+        Returns None, with a warning, to begin anew if the log has not begun or its steps cannot be
+        resumed from. Raises InputError if there is nothing to resume or an option has changed.
         """
         args = self.trainer.args
-        # the Trainer cannot load one into a model that `from_pretrained` has sharded
+        # the Trainer cannot load a checkpoint into a model that `from_pretrained` has sharded
         sharded = is_sharded_at_load(self.trainer)
         found = None if sharded else last_checkpoint(args.output_dir)
         log = self._log
@@ -65,8 +65,8 @@ class Tail:
         if option:
             if found is None:
                 LOGGER.warning(
-                    "%s has no checkpoint, and with %s a run goes on from one alone: it begins "
-                    "anew, and makes its %d steps again",
+                    "%s has no checkpoint, which a run with %s needs to resume: it begins anew, "
+                    "and repeats its %d steps",
                     *(args.output_dir, option, steps),
                 )
             return found
@@ -80,13 +80,13 @@ class Tail:
         return self._folder.name
 
     def check(self, checkpoint: str) -> None:
-        """Raise InputError for a named checkpoint that is damaged, or of a run that is not this."""
+        """Raise InputError for a named checkpoint that is damaged or belongs to another run."""
         if what := damage(checkpoint):
             raise InputError(f"resume_from_checkpoint {checkpoint}: {what}: take another one")
         self.check_options()
 
     def check_options(self) -> None:
-        """Warn of options that differ from the log's and are honoured; refuse all others."""
+        """Warn of changed options that are honoured, and refuse all other changes."""
         if not trajectory.begun(self._log):
             return
         args, given = self.trainer.args, self.trainer.run_config
@@ -96,7 +96,7 @@ class Tail:
             LOGGER.warning("%s", line)
 
     def ended(self, checkpoint: str) -> TrainOutput | None:
-        """What a run that has made all its steps returns: the Trainer would make one more."""
+        """Return a complete run's output, or None; the Trainer would make one more step."""
         trainer = self.trainer
         if not Path(checkpoint, STATE).is_file() or trainer.args.max_steps <= 0:
             return None

@@ -241,7 +241,7 @@ def test_a_run_that_no_log_resumes_begins_anew_before_its_first_checkpoint(
     stopped(path, 3, **options)
     with caplog.at_level(logging.WARNING, "mezo"):
         again = run(path, resume=True, **options)
-    assert "begins anew, and makes its 3 steps again" in caplog.text
+    assert "begins anew, and repeats its 3 steps" in caplog.text
     assert torch.equal(weights(again.model), weights(whole.model))
     assert grads(path) == grads(tmp_path / "whole")
     assert len(trajectory.read(path / "run-1.mezo").steps) == 3

@@ -267,7 +267,7 @@ def test_all_directions_of_a_step_take_one_pass(tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"offload_folder": "x", "offload": False}, "are for offload"),
-        ({"offload_write_every": 0, "save_strategy": "steps"}, "take save_strategy no"),
+        ({"offload_write_every": 0, "save_strategy": "steps"}, "set save_strategy no"),
         ({"offload_write_every": -1}, "write_every must be at least 1"),
         ({"offload_write_every": 0, "offload_folder": "x"}, "with write_every=0 none is"),
         ({"torch_compile": True}, "torch_compile does not go with offload"),
