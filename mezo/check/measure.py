@@ -1,4 +1,4 @@
-"""`mezo check`: what a dozen estimates say of a model, a prompt, eps and the learning rate.
+"""`mezo check`: examine a model, a prompt, eps and the learning rate by a dozen estimates.
 
 The arithmetic of the gradient, the curvature and the best rate is in mezo/runs/examiner.py.
 """
@@ -34,8 +34,8 @@ from mezo.runs.task import form_of
 from mezo.watch import last_place
 
 SHOWN = 200  # dev examples for the zero-shot accuracy
-SCANNED = 4  # directions that are estimated at eps / 10 and 10 eps too
-IN_PAPER = {  # kind of tuning -> the end of its grids' names
+SCANNED = 4  # number of directions that are also estimated at eps / 10 and 10 eps
+IN_PAPER = {  # kind of tuning -> suffix of its grids' names
     "all weights": "mezo",
     "a part of the weights": "mezo",
     "LORA": "mezo-lora",
@@ -44,7 +44,7 @@ IN_PAPER = {  # kind of tuning -> the end of its grids' names
 
 
 def of_paper(kind: str) -> tuple[str, str] | None:
-    """The learning rates and eps of Tables 15 and 16; None for what they do not train."""
+    """Return the learning rates and eps of Tables 15 and 16, or None for a kind not in them."""
     if kind not in IN_PAPER:
         return None
     tables = {"RoBERTa-large": "table15", "OPT": "table16"}
@@ -56,14 +56,20 @@ def of_paper(kind: str) -> tuple[str, str] | None:
 
 
 def changes(grads: np.ndarray) -> tuple[float, float]:
-    """Relative changes (rms) of g (directions, [eps / 10, eps, 10 eps]) from eps to the others."""
+    """Return the relative rms changes of g from eps to eps / 10 and to 10 eps.
+
+    `grads` has the shape (directions, 3), for eps / 10, eps and 10 eps.
+    """
     with np.errstate(invalid="ignore", divide="ignore"):  # of infinite losses, or of none: NaN
         low, size, high = np.sqrt(((grads - grads[:, 1:2] * [1, 0, 1]) ** 2).mean(0))
         return float(low / size), float(high / size)
 
 
 def reach(eps: float, high: float) -> float:
-    """How far along z the slope lasts: to a change by 1/4, as it grows as eps^2; at most 10 eps."""
+    """Return how far along z the slope is valid: until it changes by 1/4, and at most 10 eps.
+
+    The change is assumed to grow as eps^2; `high` is the relative change at 10 eps.
+    """
     return 10 * eps * min(1.0, math.sqrt(0.25 / high)) if high > 0 else eps
 
 
@@ -78,11 +84,22 @@ def check(
     steps: int = STEPS,
     seed: int = 42,
 ) -> dict[str, Any]:
-    """The numbers, "findings": {"level", "text"} each, and "next": options, as JSON can hold them.
+    """Measure a model on a task, and return the numbers, "findings" and "next", fit for JSON.
 
-    level: "ok", "note" or "warning". A direction takes two estimates and a forward pass. eps and lr
-    are those of `mezo train` where they are None; `steps` is the length of the run to come, at a
-    constant rate.
+    Each finding has a "text" and a "level": "ok", "note" or "warning". "next" holds the advised
+    options of `mezo train`.
+
+    Args:
+        model_args: The model, and which of its weights would be trained.
+        data_args: The task and its examples; it must be a classification task.
+        eps: Size of the perturbation; None uses that of `mezo train`.
+        lr: Learning rate to judge; None uses that of `mezo train`.
+        batch_size: Batch size of the planned run.
+        directions: Number of directions; each takes two estimates and a forward pass.
+        steps: Length of the planned run, at a constant rate.
+        seed: Seed of the directions and of the choice of examples.
+
+    Raises InputError for values out of range, tasks without fixed candidates or too little data.
     """
     for name, value in {"eps": eps, "lr": lr}.items():
         if value is not None and not 0 < value < math.inf:
@@ -124,7 +141,7 @@ def check(
 def measure(
     examiner: Examiner, features: list[Feature], eps: float, size: int, n: int, steps: int
 ) -> dict[str, Any]:
-    """Gradient, curvature, eps and time, from two disjoint batches of `size` along n directions."""
+    """Measure gradient, curvature, eps and time, on two disjoint batches along n directions."""
     rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
     rows, scan = [], []
     for d in range(n):
@@ -152,13 +169,13 @@ def measure(
     value = torch.tensor(found["loss"], dtype=unwrap(examiner.model).dtype)
     found |= {"last_place": unit, "last_place_of": str(dtype).removeprefix("torch.")}
     found["spacing"] = last_place([value])[0]
-    if found["gap"] <= found["spacing"] or eps < unit / 2:  # what was seen is rounding
+    if found["gap"] <= found["spacing"] or eps < unit / 2:  # only rounding was measured
         found["best_lr"] = found["run_lr"] = math.nan
     return found
 
 
 def _numbers(rows: list, eps: float, size: int, longest: float, steps: int) -> dict[str, Any]:
-    """Of the gradient, the curvature and the rates; from rows of loss, seconds, and two Seen."""
+    """Return the numbers about gradient, curvature and rates, from (loss, seconds, Seen, Seen)."""
     land = Landscape.of([(one, two) for _, _, one, two in rows], size)
     grads = np.array([[one.grad, two.grad] for _, _, one, two in rows])
     curved = np.array([(one.curvature + two.curvature) / 2 for _, _, one, two in rows])
@@ -214,7 +231,7 @@ def _prompt(form: Form, found: Result) -> dict[str, Any]:
 
 
 def _candidates(form: Form, features: Sequence[Feature]) -> dict[str, list[str]]:
-    """The tokens of each candidate in context: of one that names columns, the most it has."""
+    """Return each candidate's tokens in context; if it names columns, those of its longest form."""
     rows = [[word] for word in form.words] if isinstance(form, Masked) else []
     texts = form.task.verbalizers
     if isinstance(form, Causal):
@@ -225,7 +242,7 @@ def _candidates(form: Form, features: Sequence[Feature]) -> dict[str, list[str]]
 
 
 def _repeated(examiner: Examiner, batch: Batch, eps: float) -> dict[str, Any]:
-    """The same forward pass and the same estimate twice, and their memory the second time."""
+    """Repeat a forward pass and an estimate, compare the results, and measure their memory."""
     for p in examiner.model.parameters():
         p.detach().sum()  # files are mapped: a weight counts once it was read
     loss = examiner.loss(batch)

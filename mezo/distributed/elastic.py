@@ -1,16 +1,16 @@
-"""Runs whose processes come and go: whoever is new makes the steps it has missed from the log.
+"""Runs whose processes come and go: a new process replays the steps it has missed from the log.
 
     dist.init_process_group("gloo")
     model = load()                                       # the base model
     optimizer = MeZO(model.named_parameters(), ...)
-    elastic.catch_up(optimizer, "run.mezo")              # to where the run was
+    elastic.catch_up(optimizer, "run.mezo")              # to the end of the run so far
     distributed.join(optimizer, model)
     with elastic.record(optimizer, "run.mezo", model=model):
         while optimizer.param_groups[0]["step"] < steps: ...
 
-When a process dies or joins, `torchrun --max-restarts` starts this script anew in all of them. A
-step that was made is in the log, and is made again without a forward pass; a step that a process
-died in was made nowhere.
+When a process dies or joins, `torchrun --max-restarts` restarts this script in all processes. Every
+completed step is in the log and is replayed without a forward pass. A step during which a process
+died is not recorded, and is repeated.
 """
 
 import os
@@ -31,12 +31,12 @@ from mezo.optimizer import OneProcess
 
 
 def catch_up(optimizer: MeZO, path: str | Path, *, group: dist.ProcessGroup | None = None) -> int:
-    """Bring this process's weights to the run's end, by the longest log that a process has.
+    """Bring this process's weights to the run's end, by the longest log that any process has.
 
-    Called by all processes, before `distributed.join`; `path` may name a file on a shared disk or
-    one on each machine. Whoever has none is sent it (16 bytes a step and direction), and rank 0,
-    which is to go on with it, then keeps it. Returns the steps made; 0 where no process has a log.
-    Raises InputError as `trajectory.catch_up`.
+    Call it in all processes, before `distributed.join`. `path` may name a file on a shared disk or
+    one on each machine. The log is sent to all processes (16 bytes per step for one direction), and
+    rank 0, which continues it, keeps it. Returns the number of replayed steps, 0 if there is no
+    log. Raises InputError as `trajectory.catch_up` does.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return trajectory.catch_up(path, optimizer) if Path(path).exists() else 0
@@ -56,7 +56,7 @@ def catch_up(optimizer: MeZO, path: str | Path, *, group: dist.ProcessGroup | No
 
 
 def _end(path: str | Path) -> int:
-    """The step at which a log ends; -1 where there is none."""
+    """Return the step at which a log ends, or -1 if there is none."""
     if not (Path(path).exists() and Path(path).stat().st_size):
         return -1
     return trajectory.resumable(trajectory.read(path))
@@ -75,9 +75,9 @@ def _replace(path: str | Path, data: bytes) -> None:
 def record(
     optimizer: MeZO, path: str | Path, *, model: Any = None, config: dict[str, Any] | None = None
 ) -> Iterator[trajectory.Writer | None]:
-    """`trajectory.record` for all processes: rank 0 writes the log, going on with one that exists.
+    """Call `trajectory.record` for all processes: rank 0 writes the log or continues one.
 
-    The others get None. Called by all after `distributed.join`.
+    The other processes get None. Call it in all processes, after `distributed.join`.
     """
     writer = writer_of(optimizer, path, model=model, config=config, resume=True)
     with nullcontext() if writer is None else writer:
@@ -87,9 +87,9 @@ def record(
 def writer_of(
     optimizer: MeZO, path: str | Path, *, model: Any, config: dict[str, Any] | None, resume: bool
 ) -> trajectory.Writer | None:
-    """`trajectory.record`, called by all processes; None for those that do not write the log.
+    """Call `trajectory.record` from all processes; return None in those that do not write the log.
 
-    The fingerprints of sharded weights are of the whole ones, which takes every process.
+    Fingerprints are of whole tensors, so that for sharded weights every process must take part.
     """
     processes: OneProcess = optimizer.processes
     if not isinstance(processes, Link):
@@ -99,8 +99,8 @@ def writer_of(
         processes.send(b"" if begun else b"fresh", 0)
         return trajectory.record(optimizer, path, model=model, config=config, resume=resume)
     fresh = processes.send(b"", 0) == b"fresh"
-    known = [p for _, p, _ in optimizer.trained()]
-    known += [] if model is None else model.parameters()
-    if fresh and any(map(is_sharded, known)):
+    tensors = [p for _, p, _ in optimizer.trained()]
+    tensors += [] if model is None else model.parameters()
+    if fresh and any(map(is_sharded, tensors)):
         trajectory.writer.header_of(optimizer, model, config)  # rank 0 waits for these shards
     return None

@@ -1,4 +1,4 @@
-"""What processes say to each other: a few numbers, or a text, from each to all, in rank order."""
+"""Exchange small messages between processes: numbers or a text from each to all, in rank order."""
 
 import json
 from collections.abc import Sequence
@@ -10,41 +10,42 @@ from torch import distributed as dist
 
 from mezo.noise.sharded import is_sharded
 
-_TAG = 0x6D657A6F  # of our messages, so that they are told from a program's own
-_MOST = 64  # processes that send to each other directly: then it is a few KB a step in all
-_CHUNK = 2**20  # elements of a fingerprint at a time: its integers then take 16 MiB
-_ODD = 0x1E3779B97F4A7C15  # of a fingerprint: element i has the factor (2 i + 1) _ODD
+_TAG = 0x6D657A6F  # the tag of our messages, which a program's own messages will not have
+_MOST = 64  # up to this many processes send to each other directly: a few KB per step in all
+_CHUNK = 2**20  # elements of a fingerprint computed at a time, with 16 MiB of integers
+_ODD = 0x1E3779B97F4A7C15  # in a fingerprint, element i has the factor (2 i + 1) _ODD
 
 
 class Link:
     """Exchanges small values between all processes of a group, in rank order.
 
     Args:
-        device: where the weights are. NCCL sends from there, other backends from the CPU.
-        group: the processes; None is all of them.
+        device: The device of the weights. NCCL sends from it, other backends send from the CPU.
+        group: The processes; None means all of them.
 
     Attributes:
-        rank, size: this process's number in the group, and how many there are.
+        rank, size: This process's number in the group, and the number of processes.
     """
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self._device = device if dist.get_backend(group) == "nccl" else torch.device("cpu")
         self._direct = dist.get_backend(group) == "gloo" and self.size <= _MOST
-        self._wanted: dict[int, tuple[torch.Tensor, Any]] = {}  # by rank: receipts under way
+        self._wanted: dict[int, tuple[torch.Tensor, Any]] = {}  # pending receipts by rank
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """Every process's `values`, in rank order. All give equally many."""
+        """Return every process's `values`, in rank order. All must pass equally many."""
         mine = torch.tensor(values, dtype=torch.float64, device=self._device)
-        found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine, group=self.group)
-        return [row.tolist() for row in found]
+        rows = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(rows, mine, group=self.group)
+        return [row.tolist() for row in rows]
 
     def expect(self, count: int) -> None:
-        """Ask all others for `count` numbers, before a forward pass: they may send without asking.
+        """Post receives of `count` numbers from all others before a forward pass.
 
-        On a link of 50 ms the `exchange` after it then takes 50 ms for any number of processes,
-        where gloo's ring takes 100 ms for each but one of them.
+        They can then send at once. On a link with a latency of 50 ms, the following `exchange`
+        takes 50 ms for any number of processes, while gloo's ring takes 100 ms for each process but
+        one.
         """
         if not self._direct or self._wanted:
             return
@@ -53,7 +54,7 @@ class Link:
             self._wanted[rank] = row, dist.irecv(row, self._global(rank), self.group, _TAG)
 
     def exchange(self, values: Sequence[float]) -> list[list[float]]:
-        """`gather`, of as many numbers as are expected."""
+        """Do what `gather` does, for as many numbers as were announced by `expect`."""
         if not self._direct:
             return self.gather(values)
         self.expect(len(values))
@@ -69,9 +70,9 @@ class Link:
         return [rank for rank in range(self.size) if rank != self.rank]
 
     def ranks(self, of_all: Sequence[int]) -> list[int]:
-        """In this group, of ranks among all processes."""
-        known = self.group
-        return [r if known is None else dist.get_group_rank(known, r) for r in of_all]
+        """Translate global ranks into ranks of this group."""
+        group = self.group
+        return [r if group is None else dist.get_group_rank(group, r) for r in of_all]
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
@@ -85,7 +86,7 @@ class Link:
             tensor.copy_(sent)
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Every process's `value`, which JSON can hold: nothing is executed to read it."""
+        """Return every process's `value`, in rank order; it is sent as JSON, never as code."""
         return [json.loads(text) for text in self._gather_bytes(json.dumps(value).encode())]
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:
@@ -93,31 +94,31 @@ class Link:
         padded = np.zeros(max(1, *sizes), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         mine = torch.from_numpy(padded).to(self._device)
-        found = [torch.empty_like(mine) for _ in sizes]
-        dist.all_gather(found, mine, group=self.group)
-        pairs = zip(found, sizes, strict=True)
+        rows = [torch.empty_like(mine) for _ in sizes]
+        dist.all_gather(rows, mine, group=self.group)
+        pairs = zip(rows, sizes, strict=True)
         return [row[:size].cpu().numpy().tobytes() for row, size in pairs]
 
     def send(self, data: bytes, source: int) -> bytes:
-        """`data` of rank `source`, at every process: each receives it once."""
+        """Return, in every process, the `data` of rank `source`; each receives it once."""
         place: dict[str, Any] = {"src": self._global(source), "group": self.group}
         size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
         dist.broadcast(size, **place)
         held = np.zeros(int(size), np.uint8)
         if self.rank == source:
             held[:] = np.frombuffer(data, np.uint8)
-        found = torch.from_numpy(held).to(self._device)
+        received = torch.from_numpy(held).to(self._device)
         if len(held):
-            dist.broadcast(found, **place)
-        return found.cpu().numpy().tobytes()
+            dist.broadcast(received, **place)
+        return received.cpu().numpy().tobytes()
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A checksum of the elements' bits and of their order, in [0, 2^64), computed on their device.
+    """Return a checksum in [0, 2^64) of the elements' bits and order, computed on their device.
 
-    It is the sum of bits_i (2 i + 1) _ODD modulo 2^64, over the elements in row-major order: two
-    elements that change places change it, as does any one that changes. It tells accidents, not
-    forgeries. 0 for a tensor that this process does not hold as a whole.
+    It is the sum of bits_i (2 i + 1) _ODD modulo 2^64 over the elements in row-major order, so that
+    a changed element changes it, as do two swapped elements. It detects accidents, not forgeries.
+    It is 0 for a tensor that this process does not hold as a whole.
     """
     if tensor.is_meta or is_sharded(tensor) or not tensor.numel():
         return 0
@@ -132,5 +133,5 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 
 def _wrapped(value: int) -> int:
-    """As a signed integer of 64 bits, whose arithmetic is modulo 2^64."""
+    """Return the signed 64-bit integer that equals the value modulo 2^64."""
     return (value + 2**63) % 2**64 - 2**63

@@ -1,16 +1,17 @@
-"""Several processes, one run: what travels is some dozen bytes a step, and no gradient.
+"""One run in several processes, which exchange a few dozen bytes per step and no gradients.
 
     optimizer = MeZO(model.named_parameters(), ...)
-    distributed.join(optimizer, model)                 # under torchrun; alone, it does nothing
-    loss = optimizer.step(lambda: model(**mine).loss)  # of this process's part of the batch
+    distributed.join(optimizer, model)                 # under torchrun; in one process a no-op
+    loss = optimizer.step(lambda: model(**mine).loss)  # on this process's part of the batch
 
-Data parallel, the default: all processes have one z, each its own examples, and the losses are
-averaged. Probe parallel, `probes=n`: n groups of processes have each its own z (and examples), and
-everybody applies the sum: n-SPSA and evolution strategies in the time of one direction.
+Data parallel, the default: all processes share one z, each has its own examples, and the losses are
+averaged. Probe parallel, `probes=n`: each of n groups of processes has its own z and examples, and
+all processes apply the sum. This gives n-SPSA and evolution strategies in the time of one
+direction.
 
-Each step has one exchange, of float64: every process's estimates, how many examples they are of,
-and a checksum of what it has done up to then. All of them compute the same sums, in rank order, so
-that weights stay equal to the bit; an all-reduce would not do: its order may differ between ranks.
+Each step has one exchange of float64 numbers: every process's estimates, their numbers of examples,
+and a checksum of its history. All processes compute the same sums in rank order, so that weights
+stay equal to the bit. An all-reduce could not be used, since its order may differ between ranks.
 """
 
 import hashlib
@@ -37,17 +38,18 @@ from mezo.optimizer import (
 )
 from mezo.record import Record
 
-_FIELDS = 6  # of a direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
-_CHECKS = 2  # before them: of the settings of all steps, and of the weights; then the first probe
+_FIELDS = 6  # per direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
+_CHECKS = 2  # in front: checksums of all settings and of the weights; then the first probe
 _SETTINGS = "step eps seed distribution num_samples estimator shaping rule rank interval rounding"
 _SETTINGS += " clip clip_quantile layers"
 
 
 class Processes(Link, OneProcess):
-    """Several, of which every one calls `step` equally often. `join` makes it.
+    """Several processes, each of which calls `step` equally often; `join` creates it.
 
     Attributes:
-        probes: groups of processes with directions of their own; `place` is this one's group.
+        probes: The number of process groups with their own directions.
+        place: The number of this process's group.
     """
 
     def __init__(
@@ -64,8 +66,8 @@ class Processes(Link, OneProcess):
         self.around = sharded.closure if sharded.modules else None
         self.probes, self.place, self.check_every = probes, place, check_every
         self._sharded, self._model = sharded, model
-        self._history = 0  # a checksum of the settings of all steps up to now
-        self._weights = 0  # a checksum of the weights, where it is due
+        self._history = 0  # checksum of the settings of all steps so far
+        self._weights = 0  # checksum of the weights, when it is due
         self.share(optimizer.param_groups[0]["num_samples"])
         others = [seen for seen in optimizer.observers if not isinstance(seen, _ChecksumsAtRest)]
         optimizer.observers[:] = [*others, _ChecksumsAtRest(self, optimizer)]
@@ -112,7 +114,7 @@ class Processes(Link, OneProcess):
         return found, cycles
 
     def verify(self, optimizer: MeZO) -> None:
-        """InputError, naming the rank, unless all processes have the same weights and settings."""
+        """Raise InputError, naming the rank, unless all have equal weights and settings."""
         self.blame(self.gather_json(self._details(optimizer)))
 
     def take_checksum(self, optimizer: ZerothOrderOptimizer) -> None:
@@ -140,7 +142,7 @@ class Processes(Link, OneProcess):
         return row + [0.0] * _FIELDS * (self._most(n) - len(mine))
 
     def _most(self, n: int) -> int:
-        """The most directions that any process has, so that all rows are equally long."""
+        """Return the largest number of directions of a process, so that rows have equal length."""
         return -(-n // self.probes)
 
     def _compare(self, rows: Sequence[Sequence[float]], optimizer: ZerothOrderOptimizer) -> None:
@@ -165,7 +167,7 @@ class Processes(Link, OneProcess):
         what += [f"the weights of {min(names)}" + _more(len(names))] if names else []
         raise InputError(
             f"step {theirs['step']}: rank {_list(odd)} differs from rank {others}: "
-            f"{'; '.join(what)}: the run is stopped; go on from its log"
+            f"{'; '.join(what)}: the run is stopped; resume it from its log"
         )
 
 
@@ -190,23 +192,29 @@ def join(
     group: dist.ProcessGroup | None = None,
     check_every: int = 100,
 ) -> OneProcess:
-    """Make the optimizer's steps those of all processes together; called by all of them.
+    """Make all processes carry out the optimizer's steps together; call it in every process.
+
+    Start the processes with `torchrun --nproc_per_node=N`. Without a process group, the call
+    changes nothing.
 
     Args:
-        model: its weights and buffers become those of rank 0, what differs alone being sent; None:
-            the trained ones. Needed where FSDP or tensor parallelism has sharded it.
-        probes: so many groups of successive ranks have each its own share of the `num_samples`
-            directions; within a group the losses are averaged. -1: every process.
-        mesh: a DeviceMesh instead, of all processes, with a dimension "probe": the groups are its
-            slices. The other dimensions are data parallel, or shard the weights.
-        group: of processes; None is all of them.
-        check_every: steps between two comparisons of all weights and persistent buffers of `model`
-            (None: of the trained weights), by a checksum; 0: none. Settings (step, lr, eps, ...)
-            are compared at every step.
+        optimizer: The optimizer, with the same options in every process.
+        model: Its weights and buffers are set to those of rank 0; only those that differ are sent.
+            With None this holds for the trained weights alone. Required if FSDP or tensor
+            parallelism has sharded the model.
+        probes: Number of groups of successive ranks. Each group estimates its share of the
+            `num_samples` directions, and averages losses within itself. -1 means one group per
+            process.
+        mesh: A DeviceMesh of all processes with a dimension "probe", instead of `probes`: its
+            slices are the groups. The other dimensions are data parallel or shard the weights.
+        group: The processes; None means all of them.
+        check_every: Number of steps between comparisons of all weights and persistent buffers of
+            `model` (or of the trained weights), by a checksum; 0 means never. Settings (step, lr,
+            eps, ...) are compared at every step.
 
-    A process whose settings or weights come to differ stops the run, with an InputError everywhere
-    that names its rank. Without a process group, one process does it all. Returns the optimizer's
-    `processes`. Start with `torchrun --nproc_per_node=N`.
+    Returns the optimizer's `processes`. Raises InputError for options that cannot be used together.
+    If the settings or weights of a process come to differ later, every process stops with an
+    InputError that names its rank.
     """
     if hasattr(optimizer, "optimizer"):
         raise InputError("this is Accelerate's wrapper of an optimizer: take its .optimizer")
@@ -223,31 +231,31 @@ def join(
         if probes < 1 or size % probes:
             raise InputError(f"{size} processes cannot be split into {probes} groups for probes")
         place = dist.get_rank(group) * probes // size
-    found = Processes(optimizer, group, probes, place, check_every, sharded, model)
+    processes = Processes(optimizer, group, probes, place, check_every, sharded, model)
     trained = [(name, p) for name, p, _ in optimizer.trained()]
     settings = _settings(optimizer) | {"tensors": {n: [*p.shape, str(p.dtype)] for n, p in trained}}
-    found.blame(found.gather_json(settings))
-    sharded.begin(optimizer, found, found.place)
+    processes.blame(processes.gather_json(settings))
+    sharded.begin(optimizer, processes, processes.place)
     tensors = trained if model is None else named_tensors(model)
-    _send(found, tensors)
-    found.take_checksum(optimizer)
-    optimizer.processes = found
-    return found
+    _send(processes, tensors)
+    processes.take_checksum(optimizer)
+    optimizer.processes = processes
+    return processes
 
 
 def leave() -> None:
-    """Leave the process group, if there is one. Call it at a process's end, or torch warns."""
+    """Leave the process group, if there is one. Call it when a process ends, or torch warns."""
     if number_of_processes():
         dist.destroy_process_group()
 
 
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """The parameters and buffers of a module."""
+    """Return the parameters and buffers of a module, by name."""
     return list(chain(module.named_parameters(), module.named_buffers()))
 
 
 def _send(processes: Processes, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Send what differs from rank 0 to all: mostly nothing, if all have loaded the same files."""
+    """Send tensors that differ from rank 0's to all; if all loaded the same files, none do."""
     digests = processes.gather_json([fingerprint(tensor) for _, tensor in tensors])
     for (_, tensor), of_ranks in zip(tensors, zip(*digests, strict=True), strict=True):
         # an offloaded or sharded tensor has the fingerprint 0 everywhere: it is frozen, or refused
@@ -277,7 +285,7 @@ def _directions(rows: Sequence[Sequence[float]], sides: int) -> Joined:
 
 
 def _check_walks(rows: Sequence[Sequence[float]]) -> None:
-    """In place, each estimate rounds the weights: all processes must make equally many."""
+    """Raise InputError unless all made equally many estimates, each of which rounds weights."""
     for start in range(1, len(rows[0]), _FIELDS):
         walks = [int(row[start]) for row in rows]
         made = {w or 1 for w in walks if any(walks)}  # who makes none walks once
@@ -308,10 +316,10 @@ def _settings(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
 
 
 def _fingerprints(optimizer: ZerothOrderOptimizer, model: torch.nn.Module | None) -> dict[str, int]:
-    """Of every trained weight with the buffers of its rule, and of all else that `model` saves.
+    """Return fingerprints of trained weights, their buffers, and all else that `model` saves.
 
-    Buffers that a model does not save may depend on the batches that a process has seen, as the
-    frequencies of dynamic rotary embeddings do.
+    Buffers that a model does not save are left out, since they may depend on the batches that a
+    process has seen, as the frequencies of dynamic rotary embeddings do.
     """
     found, trained = {}, set()
     for name, p, _ in optimizer.trained():
@@ -327,19 +335,19 @@ def _fingerprints(optimizer: ZerothOrderOptimizer, model: torch.nn.Module | None
 
 
 def _saved(model: torch.nn.Module | None) -> list[tuple[str, torch.Tensor]]:
-    """The parameters and persistent buffers of a model."""
+    """Return the parameters and persistent buffers of a model, by name."""
     return [] if model is None else list(model.state_dict(keep_vars=True).items())
 
 
 def _checksum(value: Any) -> int:
-    """A checksum of a JSON value in 53 bits, which a float64 holds exactly."""
+    """Return a checksum of a JSON value in 53 bits, which a float64 holds exactly."""
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 11
 
 
 def _odd(texts: Sequence[str]) -> list[int]:
     """Return the ranks that differ from the majority; in a tie the lowest rank's value counts."""
-    common, _ = Counter(texts).most_common(1)[0]  # of equally many, the first met
+    common, _ = Counter(texts).most_common(1)[0]  # in a tie, the first one
     return [i for i, text in enumerate(texts) if text != common]
 
 

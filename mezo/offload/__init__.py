@@ -1,4 +1,4 @@
-"""Models larger than the memory: blocks of weights come and go."""
+"""Train models that are larger than the device's memory, block by block."""
 
 from mezo.offload.context import load_offloaded, offload
 

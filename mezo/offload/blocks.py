@@ -1,11 +1,11 @@
-"""Blocks of weights travel to the device and back while it computes with others.
+"""Copy blocks of weights to the device and back while it computes with other blocks.
 
-    a block is needed           it is loaded, unless it is there; the updates queued for it are made
-    it has changed              it is written back while it is computed with
-    both passes have left it    it is dropped, and the block that will be needed next is loaded
+    a block is needed           it is loaded if it is absent, and its queued updates are made
+    it has changed              it is written back while the device computes with it
+    both passes have left it    it is evicted, and the block that is needed next is loaded
 
-One thread loads and updates, another writes back. The order of the last pass tells which block is
-needed next. On a CPU nothing is copied: weights in a mapped file are read and updated in place.
+One thread loads and updates, another writes back. The next block is predicted from the order of the
+last pass. On a CPU nothing is copied: weights in a mapped file are read and updated in place.
 """
 
 from collections import Counter
@@ -64,9 +64,9 @@ def blocks_of(model: torch.nn.Module) -> list[Block]:
 
 
 def must_copy(device: torch.device, write_every: int) -> bool:
-    """Whether a block is copied before it is computed with.
+    """Return whether a block is copied before it is used.
 
-    On a CPU it is read, and updated, where it lies, unless its updates are to wait.
+    On a CPU it is read and updated in place, unless updates are to be delayed.
     """
     return write_every != 1 or device.type != "cpu"
 
@@ -76,7 +76,7 @@ class Loaded:
     """A block on the device: its tensors, by the id of the parameter."""
 
     tensors: dict[int, torch.Tensor]
-    made: Counter = field(default_factory=Counter)  # by parameter: how many queued updates are made
+    made: Counter = field(default_factory=Counter)  # number of queued updates made, by parameter
     ready: Any = None  # CUDA: the event after which it may be read
 
 
@@ -86,12 +86,12 @@ class BlockCache:
     `update(p, *actions)` queues a program's actions on a weight, until its block is next loaded.
 
     Args:
-        blocks: of the model, as `blocks_of` returns them.
-        device: where they are computed with.
-        write_every: updates that are queued before a block is written back. With 0 it never is, and
+        blocks: The model's blocks, as `blocks_of` returns them.
+        device: The device that computes.
+        write_every: Number of updates after which a block is written back. With 0 it never is, and
             each load makes all of its updates again.
-        settings: returns the noise's settings, with the keys of a run log's header.
-        given_up: is called with a block that will not be needed for a while.
+        settings: Returns the noise's settings, with the keys of a run log's header.
+        given_up: Called with a block that will not be needed for a while.
     """
 
     def __init__(
@@ -106,7 +106,10 @@ class BlockCache:
         self.settings, self.given_up = settings, given_up
         self.home = {id(p): block for block in blocks for _, p in block.named}
         self.copies = must_copy(device, write_every)
-        self.loads, self.stores = Counter[Block](), Counter[Block]()  # transfers, for who counts
+        self.loads, self.stores = (
+            Counter[Block](),
+            Counter[Block](),
+        )  # numbers of transfers, for tests
         self._waiting: dict[int, list[tuple[Action, ...]]] = {key: [] for key in self.home}
         self._resident: dict[Block, Future[Loaded]] = {}
         self._stored: dict[Block, Future[None]] = {}

@@ -57,5 +57,5 @@ class CudaCopyStreams(CopyStreams):
 
 
 def copy_streams_of(device: torch.device) -> CopyStreams:
-    """The streams of a device."""
+    """Return the streams of a device."""
     return CudaCopyStreams(device) if device.type == "cuda" else CopyStreams()

@@ -1,4 +1,4 @@
-"""A program as a reward function: one line of JSON in, one line out, a sample at a time.
+"""A program as a reward function: for each sample it reads one line of JSON and writes one line.
 
     in   {"prompt": ..., "completion": ..., "sample": 7, and the data set's columns}
     out  0.5    or null, to leave the sample out    or {"reward": 0.5, "sample": 7}
@@ -6,11 +6,11 @@
     for line in sys.stdin:                                    # score.py
         print(json.dumps(len(json.loads(line)["completion"])), flush=True)
 
-The program is started once and stays. It is run without a shell, and reads text as data. The end of
-what it writes to stderr is kept, for the report of a crash. A sample has no reward if the program
-crashes at it or exceeds the time limit, and the program is started anew for the next one. It is
-also started anew after an interrupted call, so that a late answer cannot be taken for that of
-another sample. An answer that repeats the number `sample` is checked against it.
+The program is started once, without a shell, and keeps running; it reads text as data. The last
+lines that it writes to stderr are kept for the report of a crash. If it crashes or exceeds the time
+limit, the sample has no reward, and the program is restarted for the next one. It is also restarted
+after an interrupted call, so that a late answer cannot be taken for that of another sample. An
+answer that repeats the number `sample` is checked against it.
 """
 
 import json
@@ -57,7 +57,7 @@ class Command:
         self._finalizer: weakref.finalize | None = None
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
-        """One reward for each completion, None for a sample that was lost or left out."""
+        """Return one reward per completion, and None for a sample that was lost or left out."""
         passed = ("completion_ids", "trainer_state", "log_extra", "log_metric")
         columns = {name: values for name, values in columns.items() if name not in passed}
         rewards, reasons = [], []

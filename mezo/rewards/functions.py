@@ -1,12 +1,12 @@
-"""Calling reward functions, in the way of TRL's GRPOTrainer, and checking what they return.
+"""Call reward functions as TRL's GRPOTrainer does, and check what they return.
 
     f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=, log_metric=)
 
-    reward(sample) = sum over functions of weight * f(sample), of those that did not return None
+    reward(sample) = sum over functions of weight * f(sample), without those that return None
 
-completions are texts, or, where the prompts are conversations, conversations of one message:
-[{"role": "assistant", "content": text}]. columns are the data set's other columns, a list each.
-An `async def` runs beside the other async ones, in one event loop that lives as long as they do.
+Completions are texts or, if the prompts are conversations, conversations of one message:
+[{"role": "assistant", "content": text}]. The columns are the data set's other columns, a list each.
+All `async def` functions run concurrently in one event loop, which lives as long as they do.
 """
 
 import asyncio
@@ -27,23 +27,23 @@ import torch
 from mezo.errors import InputError
 from mezo.objectives.generation import Completion
 
-RewardFunc = Callable[..., Any]  # -> list[float | None], or a coroutine of it
+RewardFunc = Callable[..., Any]  # returns list[float | None], or a coroutine that does
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or a conversation
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the functions said of a batch of completions."""
+    """The rewards of a batch of completions."""
 
     per_function: dict[str, list[float | None]]
-    total: list[float | None]  # weighted sum; None where every function left the sample out
-    extra: dict[str, list[Any]] = field(default_factory=dict)  # of log_extra: column -> values
-    metrics: dict[str, list[float]] = field(default_factory=dict)  # of log_metric
+    total: list[float | None]  # weighted sums; None if every function left the sample out
+    extra: dict[str, list[Any]] = field(default_factory=dict)  # from log_extra: column -> values
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # from log_metric
 
     @property
     def mean(self) -> float:
-        """Of the samples that have a reward; nan if none has. Exact, so that its order is none."""
+        """The mean over samples with a reward, or nan; it is exact, whatever their order."""
         scored = [value for value in self.total if value is not None]
         return math.fsum(scored) / len(scored) if scored else math.nan
 
@@ -51,9 +51,9 @@ class Scores:
 class RewardFunctions:
     """One or several reward functions with weights, called as one.
 
-    Raises InputError, when it is made, for what is no function or a wrong number of weights; when
-    it is called, for a function that takes other arguments, or returns another number of rewards
-    than completions, a reward that is nan or infinite, or one that is no number.
+    Creating it raises InputError for an object that is not a function and for a wrong number of
+    weights. Calling it raises InputError if a function takes other arguments, returns a wrong
+    number of rewards, or returns a reward that is not a finite number or None.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RewardFunctions:
         *,
         trainer_state: Any = None,
     ) -> Scores:
-        """Score a batch: one reward a completion and function."""
+        """Score a batch, with one reward per completion and function."""
         if not prompts:
             raise InputError("there are no prompts to score")
         extra: dict[str, list[Any]] = defaultdict(list)
@@ -128,19 +128,19 @@ class RewardFunctions:
 
 
 def is_conversation(prompt: Prompt) -> bool:
-    """Whether a prompt is a list of messages rather than a text."""
+    """Return whether a prompt is a list of messages rather than a text."""
     return not isinstance(prompt, str)
 
 
 def name_of(f: RewardFunc) -> str:
-    """As TRL names it in the logs: the function's name, a callable object's class."""
+    """Return TRL's name for it in logs: the function's name, or a callable object's class."""
     while isinstance(f, functools.partial):
         f = f.func
     return str(getattr(f, "__name__", type(f).__name__))
 
 
 def checked(name: str, returned: Any, count: int) -> list[float | None]:
-    """One float or None a completion. InputError that names the function."""
+    """Return one float or None per completion. Raises InputError that names the function."""
     try:
         values = list(returned)
     except TypeError:
@@ -186,7 +186,7 @@ def _check_function(f: Any) -> None:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """A number behind every name that occurs again: they are the columns of the logs."""
+    """Append a number to repeated names, which become columns of the logs."""
     return [
         name if names.index(name) == i else f"{name}_{names[:i].count(name) + 1}"
         for i, name in enumerate(names)
@@ -203,14 +203,16 @@ def _columns(columns: Mapping[str, Sequence[Any]], count: int) -> Mapping[str, S
 
 
 class _Loop:
-    """An event loop in a thread of its own: the caller may be in a loop already (a notebook)."""
+    """An event loop in its own thread, since the caller may already run one (in a notebook)."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
-        self._runner: asyncio.Runner | None = None  # one for all calls: clients are bound to it
+        self._runner: asyncio.Runner | None = (
+            None  # one for all calls, as clients are bound to their loop
+        )
 
     def await_all(self, returned: list[Any]) -> list[Any]:
-        """The values, those that are awaitable awaited together."""
+        """Return the values, after awaiting all awaitable ones together."""
         pending = {i: x for i, x in enumerate(returned) if inspect.isawaitable(x)}
         if not pending:
             return returned

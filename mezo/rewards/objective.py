@@ -1,9 +1,9 @@
-"""From prompts to a loss: generate, score, minus the mean; and the count of ties.
+"""The loss of a batch of prompts: generate, score, and take minus the mean reward.
 
     loss = -mean reward        projected_grad = (reward_minus - reward_plus) / (2 eps)
 
-A tie, reward_plus = reward_minus, changes no weight: the step was for nothing. Rewards that take
-few values tie often, and less the more prompts there are in a batch.
+A tie, reward_plus = reward_minus, changes no weight, so that the step is wasted. Rewards with few
+distinct values tie often; larger batches tie less often.
 """
 
 import logging
@@ -26,7 +26,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class Sampled:
-    """Completions of a batch of prompts, and what they were worth."""
+    """The completions of a batch of prompts, and their rewards."""
 
     prompts: list[Prompt]
     completions: list[Completion]
@@ -34,7 +34,7 @@ class Sampled:
 
     @property
     def loss(self) -> float:
-        """Minus the mean reward; nan, which refuses the update, if nothing has a reward."""
+        """Minus the mean reward, or nan, which refuses the update, if no sample has a reward."""
         if all(value is None for value in self.scores.total):
             logging.getLogger("mezo").warning(
                 "no reward function scored any of %d completions", len(self.completions)
@@ -54,12 +54,19 @@ def sample(
     batch_size: int | None = None,
     trainer_state: Any = None,
 ) -> Sampled:
-    """Generate a completion a prompt and score it, with the weights as they are.
+    """Generate one completion per prompt with the present weights, and score them.
 
     Args:
-        prompts: texts, or conversations, put into words by the tokenizer's chat template.
-        columns: for the reward functions: name -> one value a prompt.
-        draw, batch_size: see `generate`.
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or conversations, which the tokenizer's chat template renders.
+        reward_funcs: One or several reward functions.
+        generation: How to generate.
+        columns: Further columns for the reward functions: name -> one value per prompt.
+        draw, batch_size: See `generate`.
+        trainer_state: Passed on to the reward functions.
+
+    Raises InputError as `generate` and `RewardFunctions` do.
     """
     functions = _functions(reward_funcs)
     tokens = _worded(tokenizer, prompts)
@@ -81,11 +88,17 @@ def closure(
     batch_size: int | None = None,
     on_sample: Callable[[Sampled], None] | None = None,
 ) -> Callable[[], float]:
-    """The loss of one step, for `MeZO.step`: minus the mean reward of `prompts`.
+    """Return a closure for `MeZO.step`, whose loss is minus the mean reward of `prompts`.
 
-    Both calls within a step generate with the same noise; give every step another `draw`, or it is
-    the same noise again. `on_sample` is told of what each call generated. Make the RewardFunctions
-    once if some are async or commands: it is they that keep the event loop and the processes.
+    Both calls within a step generate with the same noise. Pass another `draw` in every step, or the
+    noise repeats. If reward functions are async or commands, create the RewardFunctions once and
+    pass them, because they own the event loop and the processes.
+
+    Args:
+        weights: Weights of the reward functions; default: 1 each.
+        on_sample: Called with what each call of the closure generated.
+
+    The other arguments are those of `sample`. Raises InputError as `sample` does.
     """
     if weights is not None and isinstance(reward_funcs, RewardFunctions):
         raise InputError("weights are RewardFunctions' own: RewardFunctions(functions, weights)")
@@ -124,7 +137,7 @@ def _functions(
 
 
 def _worded(tokenizer, prompts: Sequence[Prompt]) -> list[str] | list[list[int]]:
-    """Texts as they are; conversations as the tokens of the chat template, the answer begun."""
+    """Return texts as they are, and conversations as tokens of the chat template for an answer."""
     kinds = {is_conversation(prompt) for prompt in prompts}
     if kinds == {True, False}:
         raise InputError("prompts are all texts or all conversations")

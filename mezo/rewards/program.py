@@ -1,8 +1,8 @@
-"""A running program that answers lines of text: bounded in time, in output and in what it leaves.
+"""A running program that answers lines of text, with limits on its time and its output.
 
-The program leads a process group of its own, so that ending it ends everything it has started, and
-a Ctrl-C in the terminal does not reach it. Three threads write to it and read from it: the time
-limit of an answer then covers a program that does not read what it is sent.
+The program leads its own process group, so that ending it ends everything it has started, and a
+Ctrl-C in the terminal does not reach it. Three threads write to it and read from it, so that the
+time limit of an answer also covers a program that does not read its input.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from typing import IO
 
 from mezo.errors import InputError
 
-MAX_LINE = 2**20  # bytes of an answer
-MAX_WORDS = 2**12  # bytes kept of what the program wrote last to stderr
+MAX_LINE = 2**20  # most bytes of an answer
+MAX_WORDS = 2**12  # bytes kept of the program's last output to stderr
 _ENDED = b""
 
 
 class Lost(Exception):
-    """The program gave no answer; the message says why."""
+    """Raised if the program gives no answer; the message says why."""
 
 
 class Chatter(Exception):
-    """The program wrote a line that nobody had asked for, which is the message."""
+    """Raised if the program writes a line without being asked; the line is the message."""
 
 
 class Program:
-    """A program that has been started. Raises InputError if that is impossible."""
+    """A started program. Raises InputError if it cannot be started."""
 
     def __init__(self, words: Sequence[str]):
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a print is an answer
@@ -60,11 +60,11 @@ class Program:
         """Send a line and return the one that answers it.
 
         Args:
-            timeout: seconds for sending the line and for the answer together.
+            line: One line of text, without the line break.
+            timeout: Seconds for sending the line and receiving the answer.
 
-        Raises Lost or Chatter. After these, and after any other exception that ends a call, a
-        KeyboardInterrupt for one, the program must be ended: a late answer would be taken for that
-        of the next line.
+        Raises Lost or Chatter. After these and any other exception, such as KeyboardInterrupt, the
+        program must be ended; otherwise a late answer would be taken for that of the next line.
         """
         if not self._answers.empty() and (early := self._answers.get()):
             raise Chatter(_text(early))
@@ -106,7 +106,7 @@ class Program:
                     rest = rest[stdin.write(rest) :]
 
     def _read(self, stdout: IO[bytes]) -> None:
-        """Hand on lines. One too many ends the reading: the program then blocks, or ends."""
+        """Pass on lines. A line too many stops the reading, so that the program blocks or ends."""
         line = b""
         with stdout:
             while self._answers.qsize() < 2 and len(line) <= MAX_LINE:

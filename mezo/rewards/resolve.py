@@ -1,11 +1,11 @@
-"""A reward function by its name, as the command line takes it.
+"""Resolve the name of a reward function, as given on the command line.
 
     rules.py:short            the function `short` in a file
     my_package.rules:short    in an installed module, or in my_package/rules.py below this folder
     mezo.rewards:token_f1
     python score.py           anything else is a command (command.py)
 
-The user names code of their own; it is loaded as `import` would.
+The user names their own code, and it is loaded as `import` would load it.
 """
 
 import re
@@ -19,7 +19,10 @@ _FUNCTION = re.compile(r"(?P<where>[^\s:]+):(?P<name>[A-Za-z_]\w*)")
 
 
 def resolve(text: str, timeout: float = 10.0) -> RewardFunc:
-    """The function that `text` names, or a Command with that time limit in seconds."""
+    """Return the function that `text` names, or a Command with that time limit in seconds.
+
+    Raises InputError if there is no such function or the command is malformed.
+    """
     match = _FUNCTION.fullmatch(text.strip())
     if match is None:
         return Command(text, timeout)

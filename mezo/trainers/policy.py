@@ -1,11 +1,11 @@
-"""Training on reward functions under transformers' Trainer; a script for TRL's GRPO runs here.
+"""Train on reward functions with transformers' Trainer; a script for TRL's GRPO can be used as is.
 
     trainer = MeZOPolicyTrainer(model, reward_funcs=short, args=MeZOPolicyConfig("out"),
                                 train_dataset=prompts, processing_class=tokenizer)
 
 A row has a `prompt`, a text or a conversation; its other columns go to the reward functions. An
-update generates a completion a prompt at theta + eps z and at theta - eps z: no group of
-generations, no reference model, no old policy. Another update samples with other noise.
+update generates one completion per prompt at theta + eps z and one at theta - eps z. It needs no
+group of generations, no reference model and no old policy. Every update samples with new noise.
 """
 
 import json
@@ -26,7 +26,7 @@ from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties, sample
 from mezo.trainers.config import MeZOConfig, changed
 from mezo.trainers.trainer import MeZOMixin
 
-_EVALUATION = 2**31  # draws from here on are of evaluations: the same in each of them
+_EVALUATION = 2**31  # draws from here on belong to evaluations, which all use the same ones
 
 
 @dataclass
@@ -34,16 +34,27 @@ class MeZOPolicyConfig(MeZOConfig):
     """MeZOConfig with the options of generation and rewards, named as in TRL's GRPOConfig."""
 
     remove_unused_columns: bool = False  # type: ignore[assignment]  # rewards read the columns
-    max_completion_length: int = field(default=64, metadata={"help": "Limit in tokens."})
-    min_completion_length: int = field(default=0, metadata={"help": "No end before so many."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "Longest completion, in tokens."}
+    )
+    min_completion_length: int = field(
+        default=0, metadata={"help": "Number of tokens before which a completion may not end."}
+    )
     stop: list[str] = field(
         default_factory=list, metadata={"help": "Strings that end a completion and are cut off."}
     )
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling, as GRPO's; 0: greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from this much probability."})
-    top_k: int = field(default=0, metadata={"help": "Sample from so many tokens; 0: all."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature, as in GRPO; 0 is greedy decoding."}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "Sample only from the likeliest tokens with this total probability."},
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "Sample only from this many of the likeliest tokens; 0: all."}
+    )
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One a reward function; default: 1 each."}
+        default=None, metadata={"help": "One weight per reward function; default: 1 each."}
     )
     log_completions: bool = field(
         default=False,
@@ -51,7 +62,7 @@ class MeZOPolicyConfig(MeZOConfig):
     )
 
     def generation(self) -> Generation:
-        """InputError for what cannot be."""
+        """Return the options of generation. Raises InputError for a value out of range."""
         return Generation(
             max_new_tokens=self.max_completion_length,
             min_new_tokens=self.min_completion_length,
@@ -64,24 +75,26 @@ class MeZOPolicyConfig(MeZOConfig):
 
 
 class MeZOPolicyTrainer(MeZOMixin, Trainer):
-    """MeZO on the rewards of generated text.
+    """Trains a language model by MeZO on the rewards of the text that it generates.
 
-    The logs have `reward`, `rewards/<function>/mean`, `completions/mean_length`,
-    `completions/clipped_ratio` (no end within the limit) and `ties`, the fraction of estimates
-    whose two rewards were equal; both halves of all estimates since the last log count. `evaluate`
-    gives `eval_reward` and the like; `metric_for_best_model="reward"` works. Data parallel: each
-    process generates for its own prompts, and the losses are averaged; evaluations repeat some
-    prompts where processes cannot share them evenly.
+    The logs contain `reward`, `rewards/<function>/mean`, `completions/mean_length`,
+    `completions/clipped_ratio` (the fraction without an end within the limit) and `ties`, the
+    fraction of estimates whose two rewards were equal. They cover both halves of all estimates
+    since the last log. `evaluate` returns `eval_reward` and so on, and
+    `metric_for_best_model="reward"` works. With several processes, each generates for its own
+    prompts, and the losses are averaged; evaluations repeat some prompts if they cannot be shared
+    evenly.
 
     Args:
-        model: a causal language model, peft's wrapper of one, or a name or folder to load.
-        reward_funcs: one or several, see rewards.functions; `rewards.Command` for programs.
-        args: with the options of generation; None is MeZOPolicyConfig's defaults.
-        train_dataset, eval_dataset: rows with `prompt` and the reward functions' columns.
-        processing_class: the tokenizer; None loads the model's own.
-        peft_config: of an adapter to train in place of all weights.
+        model: A causal language model, peft's wrapper of one, or a name or folder to load.
+        reward_funcs: One or several functions (see rewards.functions); `rewards.Command` for
+            programs.
+        args: The options, including those of generation; None uses MeZOPolicyConfig's defaults.
+        train_dataset, eval_dataset: Rows with `prompt` and the reward functions' columns.
+        processing_class: The tokenizer; None loads the model's own.
+        peft_config: The config of an adapter to train instead of all weights.
 
-    Raises InputError as MeZOMixin, and for a data set without prompts.
+    Raises InputError as MeZOMixin does, and for a data set without prompts.
     """
 
     def __init__(
@@ -131,7 +144,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         self.run_config |= {"generation": asdict(self.generation)}
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """As MeZOMixin's; both halves of every estimate of a micro-batch sample with one draw."""
+        """Do what MeZOMixin does; both halves of a micro-batch's estimates sample with one draw."""
         args, state = self.args, self.state
         self._micro = 0 if not self._window else self._micro + 1
         draw = state.global_step * args.gradient_accumulation_steps + self._micro
@@ -144,7 +157,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Minus the mean reward of the rows' completions, with the weights as they are."""
+        """Return minus the mean reward of completions for the rows, with the present weights."""
         sampled = self.sample(inputs["rows"], inputs["draw"], model)
         if inputs["draw"] < _EVALUATION:
             self._tally.add(sampled)
@@ -155,7 +168,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         return (loss, {}) if return_outputs else loss
 
     def sample(self, rows: Sequence[dict[str, Any]], draw: int, model: Any = None) -> Sampled:
-        """Completions of rows of a data set, and their rewards."""
+        """Return completions for rows of a data set, and their rewards."""
         prompts, columns = _columns(rows)
         tokenizer: Any = self.processing_class
         with self._placement.reading():

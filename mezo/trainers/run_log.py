@@ -1,4 +1,4 @@
-"""The run log under the Trainer: opened when a run begins, never written over another run's."""
+"""The run log of a Trainer: it is opened when a run begins, and never overwrites another run's."""
 
 import logging
 from pathlib import Path
@@ -15,10 +15,10 @@ from mezo.trajectory.writer import frozen_fingerprint
 
 
 class RunLog(TrainerCallback):
-    """Opens the run's log when everything is loaded and the optimizer's step is known.
+    """Opens the run log once everything is loaded and the optimizer's step is known.
 
-    It is run.mezo in the output folder; in a hyperparameter search each trial has one in its own
-    folder, beside its checkpoints.
+    The log is run.mezo in the output folder. In a hyperparameter search each trial has its own log
+    in its own folder, beside its checkpoints.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -55,7 +55,7 @@ def log_of(trainer: Any) -> Path:
 
 
 def _check_frozen(path: Path, optimizer: Any, model: Any) -> None:
-    """Raise InputError if what is not trained is not what the log's run had: another base."""
+    """Raise InputError if the frozen weights differ from those of the log's run."""
     if not trajectory.begun(path):
         return
     had = trajectory.read(path, recover=True).header["frozen"]
@@ -65,9 +65,9 @@ def _check_frozen(path: Path, optimizer: Any, model: Any) -> None:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Give another run's log at `path` the first free name, run-1.mezo say, and return that.
+    """Rename another run's log at `path` to the first free name, such as run-1.mezo; return that.
 
-    A log without a step is left, to be replaced. A warning says what was done.
+    A log without a step is left to be replaced. A warning says what was done.
     """
     if not (path.exists() and trajectory.begun(path) and _has_steps(path)):
         return None
@@ -83,5 +83,5 @@ def set_aside(path: Path) -> Path | None:
 def _has_steps(path: Path) -> bool:
     try:
         return len(trajectory.read(path, recover=True).steps) > 0
-    except InputError:  # no log, or one that cannot be read: not ours to replace
+    except InputError:  # not a log, or an unreadable one: do not replace it
         return True

@@ -1,4 +1,4 @@
-"""Trainers on a task: they train on a form's loss and are evaluated by its scores.
+"""Trainers for tasks: they train on a form's loss and are evaluated by its scores.
 
 trainer = MeZOTaskTrainer(model, args, form=form, train_dataset=..., eval_dataset=...)
 """
@@ -32,11 +32,11 @@ class TaskMixin:
 
 
 class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
-    """Fine-tuning on a task by forward passes alone."""
+    """Fine-tunes on a task by forward passes alone."""
 
     def pair_loss(self, model, inputs, both):
         return self.form.pair_loss(model, inputs, both)
 
 
 class AdamTaskTrainer(TaskMixin, Trainer):
-    """Fine-tuning by back-propagation, the baseline: the Trainer's own AdamW."""
+    """Fine-tunes by backpropagation with the Trainer's AdamW, as the baseline."""
