@@ -40,9 +40,9 @@ class MeZOMixin(_Host):
     """Puts MeZO into a Trainer class: `class MeZODPOTrainer(MeZOMixin, DPOTrainer): ...`.
 
     Trains whatever has requires_grad=True. Both passes run in eval mode: dropout would drown their
-    difference. Only the `training` flag of a transformers or peft model itself stays True, by which
-    TRL tells training from evaluation. `compute_loss` is called twice a micro-batch and direction,
-    without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
+    difference. In a trainer of TRL, the `training` flag of the transformers or peft model itself
+    stays True: TRL tells training from evaluation by it. `compute_loss` is called twice a
+    micro-batch and direction, without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
     absolute value, and `output_dir/run.mezo` is the run's log (see trajectory.py).
 
     Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, `fsdp=`, context

@@ -33,9 +33,11 @@ def test_autocast_gives_the_estimate_of_separate_forwards(tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_dropout_is_off_and_training_is_on_for_the_root(tmp_path):
-    """Traps 4, 5: both passes in eval mode; TRL and callbacks read the root's flag."""
+@pytest.mark.parametrize("trl", [False, True])
+def test_dropout_is_off_and_training_is_on_for_the_root_of_trl_alone(tmp_path, monkeypatch, trl):
+    """Traps 4, 5: both passes are in eval mode; TRL's trainers read the root's flag."""
     seen = []
+    monkeypatch.setattr("mezo.trainers.trainer._is_trl", lambda kind: trl)
 
     class Seeing(MeZOTrainer):
         def compute_loss(self, model, *args, **kwargs):
@@ -44,7 +46,8 @@ def test_dropout_is_off_and_training_is_on_for_the_root(tmp_path):
 
     dropped = trained(tmp_path / "a", model=llama(dropout=0.5), kind=Seeing)
     assert torch.equal(dropped, trained(tmp_path / "b"))
-    assert all(flags[0] and not any(flags[1:]) for flags in seen)
+    assert seen
+    assert all(flags[0] == trl and not any(flags[1:]) for flags in seen)
 
 
 def test_the_root_of_a_plain_module_is_in_eval_mode_too(tmp_path):
