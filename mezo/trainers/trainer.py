@@ -42,8 +42,9 @@ class MeZOMixin(_Host):
     Trains whatever has requires_grad=True. Both passes run in eval mode: dropout would drown their
     difference. In a trainer of TRL, the `training` flag of the transformers or peft model itself
     stays True: TRL tells training from evaluation by it. `compute_loss` is called twice a
-    micro-batch and direction, without gradients; it may return any scalar. The logs gain `projected_grad`, `grad_norm` is its
-    absolute value, and `output_dir/run.mezo` is the run's log (see trajectory.py).
+    micro-batch and direction, without gradients; it may return any scalar. The logs gain
+    `projected_grad`, `grad_norm` is its absolute value, and `output_dir/run.mezo` is the run's log
+    (see trajectory.py).
 
     Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, `fsdp=`, context
     parallelism, DataParallel, another optimizer. Not for trainers that generate in
