@@ -1,16 +1,18 @@
 """Models that FSDP2 (`fully_shard`) or tensor parallelism has spread over processes.
 
 Each process moves its own shards by the same z as one device would (noise/sharded.py). Perturbed in
-place, they are gathered as they are; in scratch and along low-rank directions they lie still, and
-what stands in their place in a forward pass is perturbed where it is read: what FSDP has gathered,
-or the plain tensor that transformers takes a tensor parallel weight for. Three things would spoil a
-run without a word, and are seen to here:
+place, the shards are gathered as they are. With scratch or low-rank perturbation they do not move;
+the tensors that replace them in a forward pass are perturbed where they are read: those that FSDP
+has gathered, or the plain tensors that transformers uses for tensor parallel weights. Three things
+would spoil a run silently, and are handled here:
 
-    After a forward pass without a backward one, FSDP's root module keeps its gathered weights, and
-    the next pass would read those, not the perturbed shards: they are dropped around every pass.
-    An optimizer made of such gathered weights would move copies that are about to be dropped: it
-    is refused.
-    What is read is not the optimizer's parameter: `find` says whose place it has.
+    After a forward pass without a backward pass, FSDP's root module keeps its gathered weights, and
+    the next pass would read those instead of the perturbed shards. They are dropped around every
+    pass.
+    An optimizer created from such gathered weights would move copies that are soon dropped. It is
+    refused.
+    The tensor that is read is not the optimizer's parameter. `find` returns the shard that it
+    stands for.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Models larger than the device's memory: weights wait in the host's, or in files.
+"""Train models that are larger than the device's memory, with weights on the host or in files.
 
     model = load_offloaded("opt-66b/")                     # nothing is read yet
     optimizer = MeZO(model.named_parameters(), lr=1e-6)
@@ -6,12 +6,14 @@
         for batch in loader:
             optimizer.step(lambda: model(**batch).loss)
 
-A step is one pass over the weights. Each block (a decoder layer, an embedding) comes once, gets the
-update of the step before, is used by both forward passes, which take turns, and goes back. So the
-device holds two blocks, a perturbed matrix, and two times the activations of one forward pass.
+A step makes one pass over the weights. Each block (a decoder layer, an embedding) is copied to the
+device once, takes the update of the previous step, is used by both forward passes, which take
+turns, and is written back. The device therefore holds two blocks, a perturbed matrix, and twice the
+activations of one forward pass.
 
-Weights, losses and run log are those of the run without offloading, to the bit. No module knows of
-it: torch's functions are given what is on the device wherever they read a parameter.
+Weights, losses and run log equal those of the run without offloading, to the bit. The model's
+modules need no change: torch's functions are given the copy on the device wherever they read a
+parameter.
 """
 
 import threading
@@ -52,17 +54,20 @@ def load_offloaded(
     auto: Any = None,
     **kwargs: Any,
 ) -> Any:
-    """A model, in evaluation mode, whose weights stay in its safetensors files: none is read yet.
+    """Load a model, in eval mode, whose weights stay in its safetensors files until they are read.
 
-    They are mapped: it is a model on the CPU like any other, of any size, and takes memory as
-    weights are read. Writing to a weight takes memory for good; the files are never written.
+    The weights are memory-mapped, so that the model behaves like any model on the CPU, and takes
+    memory as weights are read. A modified weight keeps its memory; the files are never written.
 
     Args:
-        dtype: of the model; weights that the files have in another one are converted.
-        folder: for what is converted (without: memory), and for experts' weights, that files have
-            one by one and the model has joined.
+        name: A folder or a name on the hub.
+        dtype: The model's dtype; weights with another dtype in the files are converted.
+        folder: A folder for converted weights (without it they take memory), and for experts'
+            weights, which files hold one by one and the model joins.
         auto: transformers.AutoModelForCausalLM, or another such class.
-        kwargs: of its `from_pretrained`.
+        kwargs: Passed to its `from_pretrained`.
+
+    Raises InputError for a model that cannot be loaded.
     """
     import transformers
 
@@ -78,26 +83,31 @@ def offload(
     folder: str | Path | None = None,
     write_every: int = 1,
 ) -> "Offload":
-    """A context in which `model`, on the CPU, is computed with on `device`, block by block.
+    """Return a context in which `model`, whose weights are on the CPU, computes on `device`.
+
+    Within the context the weights on the CPU lag behind by the queued updates, so call
+    `optimizer.write()` or `flush()` before you read or save them; leaving the context flushes.
+    Calls of the model use the updated weights. Inputs may be on any device, and outputs are
+    returned on the device of the inputs.
 
     Args:
-        optimizer: without one, `model(...)` alone works: inference.
-        device: None: the accelerator, if there is one, else the CPU.
-        folder: where the weights go, to a file of the model's size, mapped: for models larger than
-            the host's memory. It is scratch paper: the run is in its log.
-        write_every: write a block back after so many updates. 0: never, and `folder` is not
-            needed. Each visit makes all updates again, which costs a draw of z for each; nothing
-            is written but the run log, from which `mezo replay --by_tensor` makes the tuned model.
+        model: The model, with all parameters on the CPU.
+        optimizer: The optimizer of its parameters; without one, only inference is possible.
+        device: The device that computes; None means the accelerator, or the CPU if there is none.
+        folder: Folder for a memory-mapped file of the model's size that holds the weights, for
+            models larger than the host's memory. The file is temporary; the run is in its log.
+        write_every: Number of updates after which a block is written back. With 0 it never is, and
+            `folder` must be None. Every visit then repeats all updates, at the cost of a draw of z
+            for each, and only the run log is written, from which `mezo replay --by_tensor` makes
+            the tuned model.
 
-    Within the context weights lie still where they were, behind by the updates that wait:
-    `optimizer.write()`, or `flush()`, before they are read or saved. Leaving it flushes. Calls of
-    the model see them all, with inputs anywhere; outputs come to where the inputs were.
+    Raises InputError for a model, an optimizer or options that cannot be offloaded.
     """
     return Offload(model, optimizer, device=device, folder=folder, write_every=write_every)
 
 
 class Offload:
-    """See `offload`. Raises InputError for what cannot be offloaded."""
+    """The context that `offload` returns."""
 
     def __init__(
         self,
@@ -170,7 +180,7 @@ class Offload:
             self.flush()
 
     def take(self, optimizer: MeZO) -> None:
-        """The optimizer's weights are those here, until the context is left."""
+        """Let the optimizer use the offloaded weights until the context is left."""
         if optimizer.weights is self:
             return
         self._check(optimizer)
@@ -184,15 +194,15 @@ class Offload:
             self.optimizer.weights = Weights()
 
     def flush(self) -> None:
-        """The weights are, where they lie, those after the last step: to be read or saved."""
+        """Make all queued updates, so that the weights on the CPU can be read or saved."""
         if self.write_every:
             self.blocks.flush()
 
     @contextmanager
     def reading(self, turns: Turns | None = None, number: int = 0) -> Iterator[None]:
-        """Whatever reads a parameter in this thread gets it from the device, as `model(...)` does.
+        """Let this thread read parameters from the device within the context, as `model(...)` does.
 
-        With `turns`, this is one of several that take turns.
+        With `turns`, it is one of several threads that take turns.
         """
         before = getattr(self._local, "mode", None)
         if before is not None and turns is None:
@@ -346,7 +356,10 @@ def _check_parameter(name: str, p: torch.Tensor) -> None:
 
 
 def check_settings(settings: Mapping[str, Any], half: bool) -> None:
-    """InputError for a parameter group's settings that do not go with it; half: 16-bit weights."""
+    """Raise InputError for settings that offload does not support.
+
+    `half` says whether there are 16-bit weights.
+    """
     if not settings["rule"].linear:
         name = name_of(type(settings["rule"]))
         raise InputError(f"rule {name} does not go with offload: take sgd")

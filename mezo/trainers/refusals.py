@@ -1,4 +1,4 @@
-"""Settings of a Trainer, and kinds of Trainers, that MeZO cannot honour: refused by name."""
+"""Refuse, by name, settings of a Trainer and kinds of Trainers that MeZO cannot honour."""
 
 import logging
 
@@ -11,7 +11,7 @@ from mezo.trainers.config import MeZOConfig
 
 
 def check(trainer: Trainer) -> None:
-    """InputError for settings that MeZO cannot honour; a warning for those without effect."""
+    """Raise InputError for settings that MeZO cannot honour, and warn of those without effect."""
     args, mezo = trainer.args, (type(None), MeZO)
     refused = {
         "fp16=True": (args.fp16, "it scales gradients, and there are none: use bf16=True"),
@@ -47,7 +47,7 @@ _WRAPPING = {"SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"}
 
 
 def _check_kind(kind: type) -> None:
-    """Refuse a class of trainers whose own way of making a step MeZO would take the place of."""
+    """Raise InputError for a Trainer class with its own training step, which MeZO would replace."""
     for base in kind.__mro__:
         if base is Trainer:
             return
@@ -67,6 +67,6 @@ def _check_kind(kind: type) -> None:
 
 
 def _is_hosted(kind: type, base: type) -> bool:
-    """Whether `base` comes before the mixin, so that its own training_step is called."""
+    """Return whether `base` precedes the mixin, so that its own training_step is called."""
     names = [one.__name__ for one in kind.__mro__]
     return names.index(base.__name__) < names.index("MeZOMixin")

@@ -5,9 +5,9 @@
 
     class MeZOSFTTrainer(MeZOMixin, SFTTrainer): ...
 
-The loop, schedules, evaluation, callbacks, checkpoints and loggers are the Trainer's own. Where it
-would run one backward pass a micro-batch, an update here is one walk theta + eps z, theta - eps z,
-theta with all micro-batches evaluated at either end.
+The loop, schedules, evaluation, callbacks, checkpoints and loggers are those of the Trainer.
+Instead of a backward pass per micro-batch, an update walks to theta + eps z, to theta - eps z and
+back to theta, and evaluates all micro-batches at both ends.
 """
 
 import math
@@ -39,16 +39,16 @@ _Host: Any = object  # for the type checker: a Trainer class comes after the mix
 class MeZOMixin(_Host):
     """Puts MeZO into a Trainer class: `class MeZODPOTrainer(MeZOMixin, DPOTrainer): ...`.
 
-    Trains whatever has requires_grad=True. Both passes run in eval mode: dropout would drown their
-    difference. In a trainer of TRL, the `training` flag of the transformers or peft model itself
-    stays True: TRL tells training from evaluation by it. `compute_loss` is called twice a
-    micro-batch and direction, without gradients; it may return any scalar. The logs gain
-    `projected_grad`, `grad_norm` is its absolute value, and `output_dir/run.mezo` is the run's log
-    (see trajectory.py).
+    All parameters with requires_grad=True are trained. Both passes run in eval mode, because the
+    noise of dropout would exceed their difference. In a trainer of TRL, the `training` flag of the
+    transformers or peft model itself stays True, since TRL uses it to tell training from
+    evaluation. `compute_loss` is called twice per micro-batch and direction, without gradients; it
+    may return any scalar. The logs contain `projected_grad`, whose absolute value is `grad_norm`,
+    and `output_dir/run.mezo` is the run's log (see mezo/trajectory).
 
-    Raises InputError for what cannot work: fp16=True (bf16=True can), DeepSpeed, `fsdp=`, context
-    parallelism, DataParallel, another optimizer. Not for trainers that generate in
-    `_prepare_inputs` (GRPO, RLOO): for their reward functions there is MeZOPolicyTrainer.
+    Raises InputError for settings that cannot work: fp16=True (use bf16=True), DeepSpeed, `fsdp=`,
+    context parallelism, DataParallel or another optimizer. Do not use it for trainers that generate
+    in `_prepare_inputs` (GRPO, RLOO); use MeZOPolicyTrainer for their reward functions.
     """
 
     optimizer: Any  # MeZO; while training, in Accelerate's wrapper
@@ -64,31 +64,32 @@ class MeZOMixin(_Host):
         super().__init__(*args, **kwargs)
         refusals.check(self)
         placement.check(self)
-        self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the update to come
-        self._estimates: list[Estimate] = []  # of the latest update, one a direction
+        self._window: list[tuple[dict, Any, int]] = []  # micro-batches of the next update
+        self._estimates: list[Estimate] = []  # of the latest update, one per direction
         self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # by _keep_eval
         self._tail = Tail(self)
         self._run_log = RunLog(self)
         self.add_callback(self._run_log)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's; with `offload` nothing else moves the model to the device."""
+        """Create the accelerator; with `offload` it must not move the model to the device."""
         super().create_accelerator_and_postprocess()
         self._placement = placement.Placement(self)
         self.accelerator.device_placement &= not self._placement.offloads
 
     def offloaded(self) -> AbstractContextManager[None]:
-        """With args.offload: within this context `self.model` is computed with on the device.
+        """Return a context in which, with args.offload, `self.model` computes on the device.
 
-        Training, evaluation and prediction enter it by themselves. Around several of them it is
-        entered once; the model's own calls, such as `generate`, want it. Without, it does nothing.
+        Training, evaluation and prediction enter it themselves. Enter it around several of them to
+        set it up once, and around the model's own calls, such as `generate`. Without args.offload
+        it does nothing.
         """
         return self._placement.open()
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """As the Trainer's; True goes on from the last checkpoint *and* the tail of the run log.
+        """Train as the Trainer does; True resumes from the last checkpoint *and* the run log.
 
-        Without a checkpoint, from the model as it was given and the log (see resume.py).
+        Without a checkpoint, the run is resumed from the given model and the log (see resume.py).
         """
         with self.offloaded():
             try:
@@ -112,14 +113,14 @@ class MeZOMixin(_Host):
             super()._load_from_checkpoint(checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        """The Trainer's; what may change on the way (changes.py) is as the arguments have it."""
+        """Load the states, and then restore the options that may change (changes.py)."""
         given = changes.settings_of(self.optimizer)
         super()._load_optimizer_and_scheduler(self._tail.checkpoint_of(checkpoint))
         if self._tail.checkpoint_of(checkpoint) is not None:
             changes.reinstate_(self.optimizer, self.lr_scheduler, given)
 
     def take_up(self, optimizer: MeZO, loader: Any = None) -> None:
-        """Training begins: all is loaded. Replay what the checkpoint lacks of the run."""
+        """Begin training once everything is loaded: replay the steps that the checkpoint lacks."""
         self._placement.take(optimizer)
         self._tail.catch_up(loader)
 
@@ -128,7 +129,7 @@ class MeZOMixin(_Host):
             super()._save_checkpoint(*args, **kwargs)
 
     def _write(self) -> None:
-        """Low-rank directions, offload: bring the weights up to date."""
+        """Bring the weights up to date, for low-rank directions and offload."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, MeZO):
             optimizer.write()
@@ -148,7 +149,7 @@ class MeZOMixin(_Host):
         super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """MeZO over the Trainer's two groups, by name: z does not depend on who is decayed."""
+        """Create MeZO with the Trainer's groups; z does not depend on the weight-decay grouping."""
         if self.optimizer is None:
             model, args = self.model if model is None else model, self.args
             reshard(model)  # after an evaluation
@@ -167,7 +168,7 @@ class MeZOMixin(_Host):
         return self.optimizer
 
     def _groups_of_the_host(self, model: Any, named: list[tuple[str, Any]]) -> list[dict[str, Any]]:
-        """The parameter groups that a subclass's create_optimizer makes, with their own rates."""
+        """Return the parameter groups of a subclass's create_optimizer, with their own rates."""
         theirs = super().create_optimizer(model)
         self.optimizer, names = None, {id(p): name for name, p in named}
         groups = []
@@ -178,14 +179,15 @@ class MeZOMixin(_Host):
         return groups
 
     def _wrap_model(self, model, training=True, dataloader=None):
-        """Autocast and compile, without DDP: its gradient buckets are as large as the weights."""
+        """Autocast and compile without DDP, whose gradient buckets are as large as the weights."""
         model = super()._wrap_model(model, training=False, dataloader=dataloader)
         return self.accelerator.prepare_model(model, evaluation_mode=True) if training else model
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Keep the micro-batch; with the last one of the update, estimate along every direction.
+        """Keep the micro-batch; with the update's last one, estimate along every direction.
 
-        Returns the update's loss, the mean of both passes, once: 0 for the other micro-batches.
+        Returns the update's loss, the mean of both passes, with the last micro-batch, and 0 with
+        the others.
         """
         scaled = loss_is_scaled(self, num_items_in_batch)
         divisor = 1 if scaled else self.current_gradient_accumulation_steps
@@ -213,9 +215,9 @@ class MeZOMixin(_Host):
         return torch.tensor(loss, device=self.args.device)
 
     def _keep_eval(self, model: torch.nn.Module) -> None:
-        """Within the model's own forward pass its flag is that of evaluation, once and for all.
+        """Set the model's own flag to evaluation within every forward pass, by hooks.
 
-        Some classes read `self.training` in their outermost module, to drop out say.
+        Some classes read `self.training` in their outermost module, for dropout for example.
         """
         if model in self._watched:
             return
@@ -239,7 +241,7 @@ class MeZOMixin(_Host):
         return Paired(alone, partial(self._window_pair, model, window))
 
     def _window_pair(self, model, window, both: Both) -> tuple[float, float]:
-        """Both losses of an update, each micro-batch and its copy in one forward pass."""
+        """Return both losses of an update, with each micro-batch and its copy in one pass."""
         losses = [0.0, 0.0]
         for inputs, _, divisor in window:
             with self.compute_loss_context_manager():
@@ -248,10 +250,10 @@ class MeZOMixin(_Host):
         return losses[0], losses[1]
 
     def _window_loss(self, model, window) -> float:
-        """The loss over this process's micro-batches of an update."""
+        """Return the loss over this process's micro-batches of an update."""
         loss = 0.0
         for inputs, num_items, divisor in window:
-            # a new dict each time: compute_loss pops from it, adds to it
+            # pass a new dict each time, as compute_loss changes it
             fresh = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 micro = self.compute_loss(model, fresh, num_items_in_batch=num_items)
@@ -259,9 +261,10 @@ class MeZOMixin(_Host):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> float:
-        """Length of the update in units of lr |z|: |projected_grad|, if there is one direction.
+        """Return the length of the update in units of lr |z|; for one direction, |projected_grad|.
 
-        `grad_norm` comes from clipping no gradients at all, and is 0. `log` has all processes'.
+        The Trainer's `grad_norm` is 0, since there are no gradients to clip. `log` replaces the
+        value by that of all processes.
         """
         return _norm([estimate.projected_grad for estimate in self._estimates])
 
@@ -278,7 +281,7 @@ class MeZOMixin(_Host):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """2 per weight, token and forward pass, where Trainer counts 6 with a backward pass."""
+        """Count 2 per weight, token and pass; the Trainer counts 6, including a backward pass."""
         tensors = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor)}
         mezo = self.optimizer.optimizer
         passes = mezo.estimator.passes(mezo.settings["num_samples"])
@@ -286,7 +289,7 @@ class MeZOMixin(_Host):
 
 
 class MeZOTrainer(MeZOMixin, Trainer):
-    """transformers' Trainer with MeZO: same arguments, same loop, forward passes alone."""
+    """transformers' Trainer with MeZO: the same arguments and loop, with forward passes alone."""
 
 
 def _is_trl(kind: type) -> bool:
@@ -294,7 +297,7 @@ def _is_trl(kind: type) -> bool:
 
 
 def _makes_groups(kind: type) -> bool:
-    """Whether a class behind the mixin makes an optimizer of its own."""
+    """Return whether a class behind the mixin overrides create_optimizer."""
     behind = kind.__mro__[kind.__mro__.index(MeZOMixin) + 1 :]
     hosts = [base for base in behind if base is not Trainer and issubclass(base, Trainer)]
     own = [base for base in hosts if "create_optimizer" in vars(base)]

@@ -1,7 +1,7 @@
-"""The header of a segment: JSON that is checked, key by key, before anything is done with it.
+"""The header of a segment: JSON that is checked, key by key, before it is used.
 
-A header comes from a file that anybody may have written. What passes here has the types, ranges and
-lengths that the rest of the package counts on; keys that are not listed are ignored.
+A header comes from a file that anybody may have written. A checked header has the types, ranges and
+lengths on which the rest of the package relies; unknown keys are ignored.
 """
 
 import json
@@ -40,11 +40,11 @@ _OF_A_USER = re.compile(r"[\w.]+:[\w.<>]+")  # a rule or an estimator of their o
 
 
 class Damage(Exception):
-    """What is wrong with a log, in words; readers add the file and the place to it."""
+    """Raised for a malformed log; the message says what is wrong, and readers add the place."""
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """The JSON object in `text`. Raises Damage for anything else, however deep or long."""
+    """Return the JSON object in `text`. Raises Damage for anything else, however deep or long."""
     try:
         header = json.loads(text.decode(), parse_constant=str)  # NaN is no JSON, but was written
     except (ValueError, RecursionError):
@@ -55,7 +55,7 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def text_of(header: dict[str, Any]) -> bytes:
-    """A header as JSON. Raises Damage for what JSON cannot hold."""
+    """Return a header as JSON. Raises Damage for values that JSON cannot hold."""
     try:
         return json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -63,7 +63,7 @@ def text_of(header: dict[str, Any]) -> bytes:
 
 
 def check_version(header: dict[str, Any]) -> None:
-    """InputError for a log that a newer version of mezo has written."""
+    """Raise InputError for a log that a newer version of mezo wrote."""
     found = header.get("format"), header.get("noise")
     if found != (FORMAT, noise.CONTRACT):
         raise InputError(
@@ -76,7 +76,10 @@ def check_version(header: dict[str, Any]) -> None:
 
 
 def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
-    """Damage, naming the key, unless `header` is one; `first` is the file's first, if another."""
+    """Raise Damage, naming the key, unless the header is valid.
+
+    `first` is the header of the file's first segment, or None if `header` itself is that.
+    """
     required = {key: rule for key, rule in _FIRST.items() if key not in _OPTIONAL}
     check_keys(header, _EVERY if first is not None else _EVERY | required)
     check_keys(header, dict.fromkeys({"written"} & header.keys(), _WRITTEN))
@@ -93,13 +96,13 @@ def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
 
 
 def places(entries: list[dict[str, Any]]) -> dict[str, tuple]:
-    """By name, what does not change in a run: shape, dtype, parameter group and own settings."""
+    """Return, by name, what is constant: shape, dtype, parameter group, scale and threshold."""
     keys = ("shape", "dtype", "group", *_OWN)
     return {e["name"]: tuple(e.get(key) for key in keys) for e in entries}
 
 
 def check_keys(header: dict[str, Any], keys: Keys) -> None:
-    """Damage unless `header` has all `keys`, each with a value that is good, in words `meaning`."""
+    """Raise Damage unless `header` has all `keys`, each with a valid value."""
     for key, (good, meaning) in keys.items():
         if key not in header:
             raise Damage(f"a header without {key}")
@@ -108,7 +111,7 @@ def check_keys(header: dict[str, Any], keys: Keys) -> None:
 
 
 def _check_kinds(header: dict[str, Any]) -> None:
-    """The keys that only some runs have."""
+    """Check the keys that only some runs have."""
     if header["perturbation"] == "low_rank":
         check_keys(header, _LOW_RANK)
     check_keys(header, {key: _FIRST[key] for key in _OPTIONAL if key in header})
@@ -143,7 +146,7 @@ def _check_tensors(entries: list, groups: int) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value from a file, as a message can hold it."""
+    """Return a value from a file in a form that is short and safe to print."""
     return ascii(reprlib.repr(value))[1:-1]
 
 
@@ -160,7 +163,7 @@ def are(good: Callable, least: int = 0) -> Callable:
 
 
 def _names(key: str, value: str) -> bool:
-    """Whether it is one of the names that a key may have; nothing is imported to find out."""
+    """Return whether a key may have this name as its value; nothing is imported to find out."""
     own = key in ("rule", "estimator") and _OF_A_USER.fullmatch(value) is not None
     return own or value in _KNOWN[key]
 

@@ -1,4 +1,4 @@
-"""Writing a run log: one record a step, appended before the step is over."""
+"""Write a run log: one record per step, appended before the step ends."""
 
 import hashlib
 import os
@@ -32,9 +32,9 @@ except ImportError:  # Windows: two runs that write one log are not noticed ther
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
-    """16 hexadecimal digits of the SHA-256 of the elements' bytes, row-major, little-endian.
+    """Return 16 hexadecimal digits of the SHA-256 of the elements' bytes, row-major, little-endian.
 
-    Of a DTensor, those of the whole tensor: every process that has a shard must call it.
+    For a DTensor they are those of the whole tensor, and every process with a shard must call this.
     """
     whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     data = whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -42,19 +42,19 @@ def fingerprint(tensor: torch.Tensor) -> str:
 
 
 class Writer:
-    """Appends a record for every step of `optimizer`. Close it, or use it in a `with`.
+    """Appends a record for every step of `optimizer`. Close it, or use it in a `with` statement.
 
-    If a record cannot be written, for want of space say, the step raises InputError after its
-    update: the weights are then one step beyond the log, which ends with a whole record. The
-    missing one is kept in memory, and goes first when there is a next one, or at the end.
+    If a record cannot be written, for example on a full disk, the step raises InputError after its
+    update. The weights are then one step beyond the log, which ends with a whole record. The
+    missing record is kept in memory and written before the next one or on closing.
     """
 
     def __init__(
         self, optimizer: MeZO, path: str | Path, file: FileIO, end: int, header: dict[str, Any]
     ):
-        """For `record`, which has checked that `file` is locked, and whole up to byte `end`.
+        """Called by `record`, which has checked that `file` is locked and intact up to byte `end`.
 
-        `header` is what only a file's first segment has; empty if the file has one already.
+        `header` holds what only a file's first segment has; it is empty if the file has a segment.
         """
         self.optimizer, self.path, self._file = optimizer, path, file
         self._end = end  # all before it is in the file, and whole
@@ -100,7 +100,7 @@ class Writer:
             raise InputError(f"{self.path}: the log cannot have {damage}") from None
 
     def _check_constants(self) -> None:
-        """InputError, before a step, if what the log takes as constant has changed."""
+        """Raise InputError, before a step, if a setting that must be constant has changed."""
         settings = self.optimizer.settings
         same = all(settings[key] == value for key, value in self._known.items())
         if same and self.optimizer.trained() is self._trained:
@@ -153,7 +153,7 @@ class Writer:
     def _check_place(self) -> None:
         """Raise InputError if the file is no longer the one at its path, or has become shorter.
 
-        What is written to a file that was deleted is lost, and nothing else would say so.
+        Writes to a deleted file are lost without any other notice.
         """
         if not self._end:  # it begins
             return
@@ -212,18 +212,19 @@ def record(
     config: dict[str, Any] | None = None,
     resume: bool = False,
 ) -> Writer:
-    """Log every step of `optimizer` from now on to `path`, until the writer is closed.
+    """Log every step of `optimizer` to `path`, until the returned writer is closed.
 
     Args:
-        model: its frozen parameters' fingerprint goes into the log too (an adapter's base).
-        config: anything JSON can hold that a reader of the log may want to know.
-        resume: continue an existing log: records from the optimizer's step on are dropped. Where
-            there is none, the new log begins at the optimizer's step; `trajectory.merge` joins it
-            with the log of the steps before.
+        optimizer: The optimizer whose steps are logged.
+        path: The log's file; without `resume` an existing file is replaced.
+        model: The model, to include the fingerprint of its frozen parameters (an adapter's base).
+        config: Anything that JSON can hold and a reader of the log may want to know.
+        resume: Continue an existing log; its records from the optimizer's step on are dropped. If
+            there is none, the new log begins at the optimizer's step, and `trajectory.merge` can
+            join it with the log of the earlier steps.
 
-    Without `resume` an existing file is replaced. Raises InputError, and leaves the file as it is,
-    if another process writes it, if it is of another run, if it has no record of a step before the
-    optimizer's, or if the log cannot be written.
+    Raises InputError, and leaves the file as it is, if another process is writing it, if it is of
+    another run, if it lacks steps before the optimizer's, or if the log cannot be written.
     """
     created, file = not Path(path).exists(), _locked(path)
     try:
@@ -242,7 +243,7 @@ def record(
 
 
 def _locked(path: str | Path) -> FileIO:
-    """The file, open for writing and locked, its contents as they were; made if need be."""
+    """Open and lock the file for writing, with its contents unchanged; create it if necessary."""
 
     def create(name: str, flags: int) -> int:  # "wb" would empty another run's log before the lock
         return os.open(name, flags | os.O_CREAT, 0o666)
@@ -265,7 +266,7 @@ def _locked(path: str | Path) -> FileIO:
 def header_of(
     optimizer: MeZO, model: torch.nn.Module | None, config: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What the first segment alone has."""
+    """Return the part of the header that only a log's first segment has."""
     names = {name for name, _, _ in optimizer.trained()}
     if model is not None:
         _check_names(names, model)
@@ -280,7 +281,7 @@ def header_of(
 
 
 def _check_names(names: set[str], model: torch.nn.Module) -> None:
-    """InputError for a name that no replay onto the model would find."""
+    """Raise InputError for a name that the model does not have, as no replay would find it."""
     known = {noise.canonical_name(name) for name, _ in model.named_parameters()}
     if unknown := sorted(names - known):
         raise InputError(
@@ -290,7 +291,7 @@ def _check_names(names: set[str], model: torch.nn.Module) -> None:
 
 
 def identity(optimizer: MeZO) -> dict[str, Any]:
-    """What a log says of the whole run and a replay goes by, beside the tensors."""
+    """Return the settings of the whole run that a replay depends on, besides the tensors."""
     group, rule = optimizer.settings, rules.options(optimizer.rule.replayed, optimizer.rules)
     found = {key: group[key] for key in ("seed", "distribution")}
     found |= {"perturbation": optimizer.perturbation, "rounding": group["rounding"]}
@@ -314,13 +315,13 @@ _TAKEN += ["rank", "interval"]
 
 
 def _constants(optimizer: MeZO) -> dict[str, Any]:
-    """What a log takes as constant: the settings of `identity`, and what is trained."""
+    """Return what must stay constant during a log: the settings of `identity`, and the tensors."""
     entries = places([entry for entry, _ in _entries(optimizer)])
     return identity(optimizer) | {f"parameter {name}": place for name, place in entries.items()}
 
 
 def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:
-    """InputError, `told` and what differs, if the header is not of the optimizer's run."""
+    """Raise InputError, beginning with `told`, if the header is not of the optimizer's run."""
     here = identity(optimizer)
     for key in IDENTITY:
         if header.get(key) != here.get(key):
@@ -331,7 +332,7 @@ def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:
 
 
 def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
-    """One fingerprint for all that is not trained: an adapter's base. None: nothing is frozen."""
+    """Return one fingerprint of all untrained parameters (an adapter's base), or None if none."""
     named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
     digests = "".join(fingerprint(unpacked(p)) for name, p in named.items() if name not in trained)
     return hashlib.sha256(digests.encode()).hexdigest()[:16] if digests else None
@@ -347,7 +348,7 @@ def _place_of(name: str, p: torch.Tensor) -> dict[str, Any]:
 
 
 def _entries(optimizer: MeZO) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """What the log says of every trained tensor, but for its fingerprint; and the tensor."""
+    """Return the log's entry, without the fingerprint, of every trained tensor, and the tensor."""
     index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
     own = scales_of(optimizer.param_groups[0]["layers"])
     entries: list[tuple[dict[str, Any], torch.Tensor]] = []
@@ -361,7 +362,7 @@ def _entries(optimizer: MeZO) -> list[tuple[dict[str, Any], torch.Tensor]]:
 
 
 def _end_of(path: str | Path, optimizer: MeZO) -> int:
-    """The byte at which the log of the steps before the optimizer's ends."""
+    """Return the byte at which the records of the steps before the optimizer's end."""
     log, step = read(path), optimizer.param_groups[0]["step"]
     if log.compact:
         raise InputError(f"{path} is compact, and complete: mezo log merge makes a log to continue")
