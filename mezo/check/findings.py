@@ -13,7 +13,7 @@ AGREES = 0.1  # change of the projected gradient that is small beside the noise 
 
 @dataclass(frozen=True)
 class Trained:
-    """What would be trained, and how its weights are perturbed and rounded."""
+    """The part that would be trained, and how its weights are perturbed and rounded."""
 
     kind: str  # "all weights", "a part of the weights", or the adapter's type
     paper: list[str] | None  # the paper's learning rates and eps for it
@@ -41,7 +41,7 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What `mezo check` has measured, as JSON holds it. None stands for NaN."""
+    """The measurements of `mezo check`, as JSON holds them; None stands for NaN."""
 
     trained: Trained
     prompt: ZeroShot

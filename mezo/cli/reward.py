@@ -40,7 +40,7 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
 
 
 def asked(argv: list[str]) -> bool:
-    """Whether options, or the file of --config, name a reward."""
+    """Return whether the options, or the file of --config, name a reward."""
     return any(word.split("=")[0] == "--reward" for word in with_config(argv))
 
 

@@ -42,7 +42,7 @@ _SAVED += " training_args.bin README.md"  # by the Trainer with the weights
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. `grid`: one of GRIDS, or a YAML file with a section for each method."""
+    """What to compare. `grid` is one of GRIDS, or a YAML file with a section for each method."""
 
     methods: Sequence[str] = recipes.DEFAULT
     seeds: Sequence[int] = (13, 21, 42)
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run that is planned; its options are those of mezo train."""
+    """One planned run, with the options of `mezo train`."""
 
     method: str
     seed: int

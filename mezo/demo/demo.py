@@ -35,7 +35,7 @@ from mezo.tasks import Example
 
 @dataclass(frozen=True)
 class Setting:
-    """What the demo does with one of the embedded models."""
+    """The settings of the demo for one of the embedded models."""
 
     introduction: str  # shown before anything runs
     recipes: dict[str, Recipe]  # by the name of the method; the last one is Adam's
@@ -81,7 +81,7 @@ SETTINGS = {
 
 @dataclass
 class Row:
-    """One line of the table. Memory counts bytes above those of inference on the same batch."""
+    """One row of the table. Memory is in bytes above that of inference on the same batch."""
 
     method: str
     accuracy: float

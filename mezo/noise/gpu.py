@@ -330,7 +330,7 @@ def _launch(moves: np.ndarray, dtype, distribution: str, pairs: int = 0) -> dict
 
 
 def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
-    """As `mezo.noise.apply_`, for tensors that `supports` accepts."""
+    """Do what `mezo.noise.apply_` does, for tensors that `supports` accepts."""
     out, n = tensor.detach(), tensor.numel()
     stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
     table = _on_device(moves.tobytes(), moves.dtype, len(moves), out.device, stream)
@@ -356,7 +356,7 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
 
 
 def apply_all_(tensors, keys, moves: np.ndarray, distribution: str, offsets) -> None:
-    """As `mezo.noise.apply_all_`, for tensors of one dtype and device that `supports` accepts."""
+    """Do what `mezo.noise.apply_all_` does, for supported tensors of one dtype and device."""
     device, dtype = tensors[0].device, tensors[0].dtype
     stream = tensors[0].is_cuda and torch.cuda.current_stream(device).cuda_stream
     launch = _launch(moves, dtype, distribution)

@@ -62,9 +62,9 @@ class Causal(Form):
         ]  # no special token at the end
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """As Form.encode. Demonstrations that do not fit are dropped, the first ones first.
+        """Encode as Form.encode does; demonstrations that do not fit are dropped, the first first.
 
-        Return rows (token ids), the index of each candidate's row and its target tokens, label,
+        Returns rows (token ids), the index of each candidate's row and its target tokens, label,
         length, and `dropped`, the number of demonstrations left out.
         """
         shown = self.demonstrations if demonstrations is None else demonstrations
@@ -124,12 +124,13 @@ class Causal(Form):
         return replace(self, demonstrations=tuple(demonstrations))
 
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> Form:
-        """As Form.calibrate; "sfc": surface-form competition (Holtzman et al., 2021).
+        """Calibrate as Form.calibrate does, or by surface-form competition with kind="sfc".
 
-        The score is log p(candidate | prompt) - log p(candidate | the task's sfc_prompt), summed
-        over tokens, so that a candidate which is likely after any text gains nothing by it. For an
-        example's own candidates, what is subtracted is computed with each batch, with the weights
-        of that moment. The demonstrations that the form has by now stand before either prompt.
+        For "sfc" (Holtzman et al., 2021) the score is log p(candidate | prompt) - log p(candidate |
+        the task's sfc_prompt), summed over tokens, so that a candidate that is likely after any
+        text has no advantage. For an example's own candidates, the subtracted scores are computed
+        with each batch, with the weights of that moment. The form's present demonstrations precede
+        both prompts.
         """
         task = self.task
         if kind == "sfc":

@@ -30,7 +30,7 @@ class Generated(Causal):
         return [(self._prompt(example, demonstrations), completion)]
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """As Causal.encode, with `prompt`: the tokens after which the model writes."""
+        """Encode as Causal.encode does, and add `prompt`: the tokens after which it writes."""
         shown = self.demonstrations if demonstrations is None else demonstrations
         feature = super().encode(example, shown)
         prompt = self._prompt(example, shown[feature["dropped"] :]).rstrip(" ")

@@ -65,7 +65,7 @@ class Masked(Form):
         return ids[0]
 
     def encode(self, example: Example, demonstrations: Sequence[Example] | None = None) -> Feature:
-        """As Form.encode. Returns input_ids, mask (its position), label, length."""
+        """Encode as Form.encode does. Returns input_ids, mask (its position), label, length."""
         if demonstrations:
             raise InputError("demonstrations in the context are for causal models and encoders")
         self._fixed(example)

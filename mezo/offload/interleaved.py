@@ -1,4 +1,4 @@
-"""Forward passes that take turns at each block, so that all share one pass over the weights."""
+"""Forward passes that take turns at each block, so that all of them share one pass over weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ LossPair = tuple[float, float]  # loss_plus, loss_minus
 
 
 class Walked(Scratch):
-    """The weights of a walk in place, made for each operation that reads them.
+    """The perturbed weights of a walk in place, made for each operation that reads them.
 
     These are theta + eps z, and from there theta - eps z, with the roundings on the way. Theta
     itself stays as it is until the walk is repeated on it together with the update.
@@ -113,6 +113,6 @@ class Interleaved(Direction):
         return self.inner.way_home()
 
     def check(self, closure: Callable) -> None:
-        """InputError if the loss depends on a weight that is read past torch's functions."""
+        """Raise InputError if the loss depends on a weight that torch's functions do not read."""
         with self.offload.reading():
             self.inner.check(closure)

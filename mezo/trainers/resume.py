@@ -112,7 +112,7 @@ class Tail:
         return TrainOutput(state.global_step, 0.0, {})
 
     def _fresh(self) -> TrainerState:
-        """As the Trainer makes it for a new run."""
+        """Return a state like that which the Trainer creates for a new run."""
         trainer = self.trainer
         known = [*trainer.callback_handler.callbacks, trainer.control]
         stateful: Any = [one for one in known if isinstance(one, ExportableState)]
@@ -123,13 +123,13 @@ class Tail:
         return state
 
     def checkpoint_of(self, path: str | None) -> str | None:
-        """`path`, or if it is the folder made here, the checkpoint behind it."""
+        """Return `path` or, if it is the folder that `begin` created, the checkpoint behind it."""
         return self._checkpoint if self._folder and path == self._folder.name else path
 
     def catch_up(self, loader: Any = None) -> None:
-        """Called when all is loaded: replay the tail, move the schedule on, complete the history.
+        """Replay the tail, advance the schedule and complete the history, once all is loaded.
 
-        `loader` is the Trainer's, from which the epochs of the steps follow.
+        `loader` is the Trainer's data loader, from which the epochs of the steps are computed.
         """
         self.window = history.Window()
         if self._folder is None:
@@ -154,7 +154,10 @@ class Tail:
 
 
 def _next_stop(args, step: int) -> float:
-    """The first step after `step` at which the Trainer evaluates or saves: it is to be made."""
+    """Return the first step after `step` at which the Trainer evaluates or saves.
+
+    That step must not be replayed, but made.
+    """
     stops = [float("inf")]
     kinds = ((args.eval_strategy, args.eval_steps), (args.save_strategy, args.save_steps))
     for strategy, every in kinds:
