@@ -7,10 +7,13 @@ was damaged later has a truncated file or a wrong checksum.
 import json
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from mezo.errors import InputError
@@ -52,6 +55,29 @@ def damage(folder: str | Path) -> str | None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {str(error) or 'unreadable'}"
     return None
+
+
+class TiedWeights:
+    """Says nothing of missing keys that a Trainer's checkpoint leaves out because they are tied.
+
+    transformers warns of lm_head.weight when it loads the best checkpoint of a tied model, although
+    nothing is missing: the embedding, which is the same tensor, was loaded.
+    """
+
+    model: Any
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        missing = untied(self.model, load_result.missing_keys)
+        left = SimpleNamespace(missing_keys=missing, unexpected_keys=load_result.unexpected_keys)
+        super()._issue_warnings_after_load(left)  # type: ignore[misc]
+
+
+def untied(model: torch.nn.Module, missing: Sequence[str]) -> list[str]:
+    """Return the missing names whose tensor no other name has loaded."""
+    named: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    named |= dict(model.named_buffers(remove_duplicate=False))
+    loaded = {id(tensor) for name, tensor in named.items() if name not in missing}
+    return [name for name in missing if name not in named or id(named[name]) not in loaded]
 
 
 @contextmanager

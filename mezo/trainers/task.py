@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from mezo.objectives import Form, Generated
+from mezo.trainers.checkpoints import TiedWeights
 from mezo.trainers.trainer import MeZOMixin
 
 
-class TaskMixin:
+class TaskMixin(TiedWeights):
     """Puts a form's loss, scores and batches into a Trainer class."""
 
     run_config: dict[str, Any] | None = None

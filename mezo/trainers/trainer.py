@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from mezo.distributed.sharding import reshard
 from mezo.estimators import merged
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
-from mezo.trainers import changes, checkpoints, placement, refusals
+from mezo.trainers import changes, checkpoints, model_card, placement, refusals
 from mezo.trainers.config import MeZOConfig, mezo_options, schedule_of
 from mezo.trainers.history import Window
 from mezo.trainers.resume import Tail
@@ -36,7 +37,7 @@ from mezo.trainers.run_log import RunLog
 _Host: Any = object  # for the type checker: a Trainer class comes after the mixin in the bases
 
 
-class MeZOMixin(_Host):
+class MeZOMixin(checkpoints.TiedWeights, _Host):
     """Puts MeZO into a Trainer class: `class MeZODPOTrainer(MeZOMixin, DPOTrainer): ...`.
 
     All parameters with requires_grad=True are trained. Both passes run in eval mode, because the
@@ -143,6 +144,12 @@ class MeZOMixin(_Host):
         self._placement.check_saved()
         self._write()
         super().save_model(*args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the Trainer's; the card names MeZO, and how run.mezo rebuilds the weights."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            model_card.complete(Path(self.args.output_dir, "README.md"), self)
 
     def _load_best_model(self):
         self._write()  # or what is summed up would be added to what is loaded
