@@ -1,5 +1,6 @@
 """The command `mezo env`: what a report of a fault has to say of the machine and its packages."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from mezo.cli.parsing import JSON, Parser, print_result
@@ -20,13 +21,25 @@ def main(argv: list[str]) -> None:
 
 def _noise() -> str:
     """Name the kernels that draw the directions here."""
-    import torch
-
     from mezo import noise
 
-    kernels = "cpu: numba"
-    if torch.cuda.is_available():
-        from importlib.util import find_spec
+    return f"contract {noise.CONTRACT}, cpu: numba; cuda: {_cuda()}"
 
-        kernels += "; cuda: " + ("triton" if find_spec("triton") else "torch, slow: no triton")
-    return f"contract {noise.CONTRACT}, {kernels}"
+
+def _cuda() -> str:
+    """Return what draws on a CUDA device, or why there is none: a broken driver has to be named."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "none, torch is built without it"
+    try:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError) as error:
+        return f"fails, {str(error).splitlines()[0]}"
+    if not names:
+        return f"no device found by torch for CUDA {torch.version.cuda}"
+    try:
+        kernels = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        kernels = "torch, slow: triton is not installed"
+    return f"{kernels}, CUDA {torch.version.cuda}, {len(names)} x {', '.join(dict.fromkeys(names))}"

@@ -197,7 +197,8 @@ def _run(cell: Cell, told: Callable[[str], None], tell: Tell) -> dict[str, Any]:
     peak = result.get("peak_memory_of_steps", result["peak_memory_above_model"])
     row |= {"peak_memory": max(0, peak)}
     row |= {"curve": result.get("curve", []), "environment": result["environment"]}
-    row["command"] = shlex.join([*train_command(options), "--output_dir", str(cell.folder)])
+    again = f"{cell.folder}-again"  # the folder itself has a run, which is not overwritten
+    row["command"] = shlex.join([*train_command(options), "--output_dir", again])
     log = cell.folder / "run.mezo"
     row["replay"] = shlex.join(replay_command(cell, result)) if log.is_file() else None
     return row
@@ -218,8 +219,11 @@ def train_command(options: dict[str, Any]) -> list[str]:
     """Return `mezo train` with these options."""
     words = ["mezo", "train"]
     for name, value in options.items():
-        words.append(f"--{name}")
-        words += [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words.append(f"--{name}={text}")  # in one word, which may begin with a dash
     return words
 
 

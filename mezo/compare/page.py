@@ -10,14 +10,23 @@ from typing import Any
 from mezo.compare.plots import METRICS, label
 
 STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --soft: #555; --line: #ddd;
+        --block: #f4f4f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --paper: #16181b; --soft: #a8adb3; --line: #3a3f45; --block: #22262a; }
+}
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
+       color: var(--ink); background: var(--paper); overflow-wrap: break-word; }
+.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+         white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; font-size: 13px; }
-img { max-width: 100%; } figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: 14px; }
+pre { background: var(--block); padding: .6rem; overflow-x: auto; font-size: 13px; }
+figure { margin: 1.5rem 0; } figcaption { color: var(--soft); font-size: 14px; }
+img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 summary { cursor: pointer; }
+@media (max-width: 40rem) { body { margin: 1rem auto; font-size: 15px; } }
 """
 CAPTIONS = {
     "Learning curves": "On the dev examples, by which the weights are chosen. Lines are means over "
@@ -86,7 +95,9 @@ def html(found: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
     parts += ["<h2>Cells</h2>", *map(_cell, found["cells"])]
     environment = json.dumps(found["environment"], indent=1)
     parts += ["<h2>Environment</h2>", f"<pre>{escape(environment)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    meta = '<meta charset="utf-8">\n'
+    meta += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"{meta}<title>{escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
 
@@ -103,7 +114,8 @@ def _table_html(rows: Sequence[Sequence[str]]) -> str:
         return f"<tr>{cells}</tr>"
 
     body = "\n".join(line(row, "td") for row in rows[1:])
-    return f"<table><thead>{line(rows[0], 'th')}</thead>\n<tbody>{body}</tbody></table>"
+    head = f"<thead>{line(rows[0], 'th')}</thead>"
+    return f'<div class="wide"><table>{head}\n<tbody>{body}</tbody></table></div>'
 
 
 def _image(name: str, path: Path) -> str:

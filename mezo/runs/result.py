@@ -73,7 +73,10 @@ def packages() -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """Return what a result depends on besides its configuration: versions and device."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    try:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    except RuntimeError:  # a device that is busy, or a driver that fails: mezo env names it
+        gpu = ""
     return {
         "mezo": __version__,
         "torch": str(torch.__version__),

@@ -15,6 +15,8 @@ import yaml
 from folders import OWN, mezo, model_folder, reviews
 
 from mezo.cli import compare as cli_compare
+from mezo.cli.parsing import JSON, hf_parser, parse
+from mezo.cli.train import SEARCH
 from mezo.compare import compare, grids, page, recipes
 from mezo.compare import plots as report
 from mezo.compare.compare import Settings
@@ -24,6 +26,7 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data_arguments import DataArguments
+from mezo.runs.plan import config_of
 
 METHODS = ("zero-shot", "icl", "lp", "ft", "mezo", "mezo-prefix")
 SHORT = {"--max_steps": 10, "--adam_steps": 10, "--eval_steps": 0.5, "--save_steps": 0.5}
@@ -115,7 +118,7 @@ def test_the_commands_of_a_cell_give_its_numbers(done, tmp_path, capsys):
     _, _, found = done
     cell = next(c for c in found["cells"] if c["method"] == "mezo")
     command = shlex.split(cell["command"])
-    assert command[-2:] == ["--output_dir", cell["folder"]]
+    assert command[-2:] == ["--output_dir", f"{cell['folder']}-again"]
     config = yaml.safe_load(compare.Path(cell["folder"], "config.yaml").read_text())
     assert compare.train_command(config) == command[:-2]
     again = [*command[1:-2], "--output_dir", tmp_path / "again", "--json"]
@@ -124,6 +127,34 @@ def test_the_commands_of_a_cell_give_its_numbers(done, tmp_path, capsys):
     replayed = json.loads(mezo(capsys, *shlex.split(cell["replay"])[1:], "--json")[1])
     assert (replayed["accuracy"], replayed["n"]) == (cell["test"]["accuracy"], 8)
     assert replayed["loss"] == pytest.approx(cell["test"]["loss"], rel=1e-6)
+
+
+def test_every_cell_s_command_is_one_that_mezo_train_takes(done):
+    """The report's command named the folder of the cell, which has a run: it could only fail."""
+    kinds = (ModelArguments, DataArguments, TrainArguments)
+    for cell in done[2]["cells"]:
+        words = shlex.split(cell["command"])
+        assert words[:2] == ["mezo", "train"]
+        parser = hf_parser("mezo train", kinds, json=JSON, **SEARCH)
+        model, data, args, _ = parse(words[2:], parser, kinds)
+        config = yaml.safe_load(compare.Path(cell["folder"], "config.yaml").read_text())
+        asked = config_of(model, data, args)
+        assert {name: asked[name] for name in config} == config
+        assert not compare.Path(args.output_dir).exists()
+
+
+def test_an_option_that_begins_with_a_dash_or_has_no_value_stays_whole():
+    """`--prompt "- {text}"` in two words is an unknown option."""
+    command = compare.train_command({"prompt": "- {text}", "k": None, "labels": ["a", "b"]})
+    assert command == ["mezo", "train", "--prompt=- {text}", "--labels", "a", "b"]
+
+
+def test_the_report_is_read_on_a_phone_and_in_the_dark(done):
+    """Without a viewport a phone shows the page of a desk, in letters of a millimetre."""
+    text = (done[1] / "report.html").read_text()
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "@media (prefers-color-scheme: dark)" in text
+    assert '<div class="wide"><table>' in text
 
 
 def test_the_plots_are_what_their_names_say(done):
