@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
+from textwrap import wrap
 from typing import Any
 
 from mezo.errors import InputError
 from mezo.foreign import read_options
 from mezo.runs.data_arguments import DataArguments
 
+_INDENT = "\n" + " " * 38  # of the continuation lines of an option's help
 JSON: dict[str, Any] = {"action": "store_true", "help": "print the result as one line of JSON"}
 
 
@@ -103,7 +105,8 @@ def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
         print(f"{kind.__doc__}")
         for f in fields(kind):
             default = f"  [{f.default}]" if isinstance(f.default, str | int) else ""
-            print(f"  {', '.join(_names(f)):<34}  {f.metadata['help']}{default}")
+            lines = wrap(f.metadata["help"] + default, 62, break_on_hyphens=False)
+            print(f"  {', '.join(_names(f)):<34}  {_INDENT.join(lines)}")
         print()
     print(tail.lstrip("\n"), end="")
 

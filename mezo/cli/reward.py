@@ -26,16 +26,16 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
   --output_dir DIR                    default runs/reward
   --max_completion_length N           default 64 tokens
   --temperature T                     default 1; 0 is greedy
-  --stop STRING [STRING ...]          end a completion, and are cut off
-  --reward_weights W [W ...]          one a reward function
+  --stop STRING [STRING ...]          strings that end a completion and are cut off
+  --reward_weights W [W ...]          one weight per reward function
   --learning_rate LR  --mezo_eps EPS  default: by the model's size and by what is trained
   --max_steps N                       default 1000
-  --per_device_train_batch_size N     prompts a step, default 16; more if rewards tie
+  --per_device_train_batch_size N     prompts per step; default 16; use more if rewards tie
   --eval_steps N  --save_steps N      default 100
-  --log_completions                   to output_dir/completions.jsonl
-  --offload                           the model stays on the CPU, and comes block by block
-  --resume_from_checkpoint true       go on after an interruption
-  --json                              the result as one line of JSON
+  --log_completions                   write completions to output_dir/completions.jsonl
+  --offload                           keep the model on the CPU and copy it block by block
+  --resume_from_checkpoint true       resume an interrupted run
+  --json                              print the result as one line of JSON
 """
 
 

@@ -27,16 +27,16 @@ training, named as TRL's {config} and transformers' (--help_all lists every one)
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
-  --max_length N                      tokens of a row; longer ones are cut
-{own}  --offload                           the model stays on the CPU, and comes block by block
-  --resume_from_checkpoint true       go on after an interruption
-  --json                              the result as one line of JSON
+  --max_length N                      longest row in tokens; longer rows are cut
+{own}  --offload                           keep the model on the CPU and copy it block by block
+  --resume_from_checkpoint true       resume an interrupted run
+  --json                              print the result as one line of JSON
 """
 OWN = {
-    "sft": "  --packing true                      rows one after another, without padding\n"
-    "  --assistant_only_loss true          messages: the loss is of the assistant's turns\n"
-    "  --completion_only_loss false        prompt and completion: the loss is of both\n",
-    "dpo": "  --beta BETA                         default 0.1: how close to the reference\n",
+    "sft": "  --packing true                      join rows without padding between them\n"
+    "  --assistant_only_loss true          for messages: train only the assistant's turns\n"
+    "  --completion_only_loss false        for prompt and completion: train both\n",
+    "dpo": "  --beta BETA                         closeness to the reference; default 0.1\n",
 }
 
 

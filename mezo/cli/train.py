@@ -29,39 +29,42 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
-  --num_samples N                     directions a step, whose estimates are averaged; default 1,
-                                      each costs two forward passes
-  --distribution NAME                 of the directions: gaussian (the default), rademacher (signs,
-                                      quicker to draw) or gaussian16
-  --perturbation NAME                 how a direction reaches the weights: in_place, scratch (the
-                                      default for 16-bit weights) or low_rank (the fastest)
+  --num_samples N                     number of directions averaged in each step; default 1; each
+                                      costs two forward passes
+  --distribution NAME                 distribution of the directions: gaussian (the default),
+                                      rademacher (random signs, quicker to draw) or gaussian16
+  --perturbation NAME                 how weights are perturbed: in_place, scratch (the default for
+                                      16-bit weights) or low_rank (the fastest)
   --estimator NAME                    two_point (the default), one_sided, one_point, or your own
                                       as module:name
-  --rule NAME                         what is done with an estimate: sgd (the default), momentum,
-                                      adam, sign, scalar_adam, or your own as module:Name
-  --rounding NAME                     of updates of 16-bit weights: stochastic (the default),
-                                      nearest, compensated or master
-  --bf16 true                         forward passes in bfloat16 where the weights have 32 bits
+  --rule NAME                         update rule: sgd (the default), momentum, adam, sign,
+                                      scalar_adam, or your own as module:Name
+  --rounding NAME                     how updates of 16-bit weights are rounded: stochastic (the
+                                      default), nearest, compensated or master
+  --bf16 true                         run forward passes of 32-bit weights in bfloat16
   --lr_scheduler_type NAME            default constant
-  --method NAME                       mezo; baselines: adam (back-propagation), lp, zero-shot
-  --grid NAME                         search: table15-mezo, table16-mezo-lora, ... or FILE.yaml
-  --paper TABLE                       table15 or table16: the paper's model, grid, data and steps
-                                      for the task, the method and the adapter
-  --dry_run                           print the commands that would run, one a line
-  --activation_checkpointing true     adam: less memory, a forward pass more
-  --seed N                            of the directions and the order of the data
+  --method NAME                       mezo, or a baseline: adam (backpropagation), lp, zero-shot
+  --grid NAME                         search over a grid: table15-mezo, table16-mezo-lora, ... or
+                                      FILE.yaml
+  --paper TABLE                       table15 or table16: use the paper's model, grid, data and
+                                      steps for the task, the method and the adapter
+  --dry_run                           print the commands that would run, one per line
+  --activation_checkpointing true     with adam: save memory at the cost of a forward pass
+  --seed N                            seed of the directions and of the order of the data
   --eval_steps N  --save_steps N      default 500
-  --resume_from_checkpoint true       go on after an interruption
-  --offload                           the model stays on the CPU, and comes block by block: for
-                                      models larger than the device's memory
-  --offload_folder DIR                with it, weights wait in a file: for models larger than the
-                                      host's memory
-  --offload_write_every N             the file is written every N updates; 0: never
-  --probe_groups N                    under torchrun -m mezo train: -1 is a direction a process
-  --report_to tensorboard
-  --json                              the result as one line of JSON
+  --resume_from_checkpoint true       resume an interrupted run
+  --offload                           keep the model on the CPU and copy it to the device block by
+                                      block, for models larger than the device's memory
+  --offload_folder DIR                with --offload, keep the weights in a file, for models larger
+                                      than the host's memory
+  --offload_write_every N             write a block back every N updates; 0: never
+  --probe_groups N                    under torchrun -m mezo train: number of process groups with
+                                      their own direction; -1: one per process
+  --report_to tensorboard             write the logs for TensorBoard
+  --json                              print the result as one line of JSON
 
-On what a function or program says of generated text, in place of a task: docs/rewards.md.
+To train on what a function or program says of generated text instead of a task, see
+docs/rewards.md.
 """
 
 

@@ -46,7 +46,10 @@ def told(model: torch.nn.Module, trainable: str) -> str:
 
 
 def biases_of(model: torch.nn.Module) -> str:
-    """Return an expression that matches the names of all biases. InputError where there is none."""
+    """Return an expression that matches the names of all biases.
+
+    Raises InputError if there are none.
+    """
     names = [n for n, _ in model.named_parameters() if n.rpartition(".")[2].endswith("bias")]
     return _any_of(names, model, "biases")
 
@@ -54,8 +57,8 @@ def biases_of(model: torch.nn.Module) -> str:
 def norms_of(model: torch.nn.Module) -> str:
     """Return an expression that matches the parameters of all normalising modules.
 
-    They are known by their classes: LayerNorm, LlamaRMSNorm, GroupNorm, ... InputError where there
-    is none.
+    They are recognised by the names of their classes: LayerNorm, LlamaRMSNorm, GroupNorm, ...
+    Raises InputError if there are none.
     """
     inside = {
         id(p)
