@@ -17,6 +17,7 @@ __all__ = [
     "cache_of",
     "checkpointing_option",
     "checkpoints_activations",
+    "delete_adapter",
     "enable_checkpointing",
     "is_sharded_at_load",
     "loss_is_scaled",
@@ -59,6 +60,20 @@ def checkpointing_option(arguments: Any) -> str:
 def checkpoints_activations(arguments: Any) -> bool:
     """Return whether TrainingArguments ask for activation checkpointing."""
     return bool(getattr(arguments, checkpointing_option(arguments)))
+
+
+def delete_adapter(model: Any, name: str) -> None:
+    """Delete an adapter from a PeftModel.
+
+    peft 0.19 hands this to the base model, which fails for prompts and prefixes: those lie in the
+    PeftModel itself.
+    """
+    prompts = getattr(model, "prompt_encoder", {})
+    if name not in prompts:
+        model.delete_adapter(name)
+        return
+    for owner in (model.peft_config, prompts, model.prompt_tokens):
+        del owner[name]
 
 
 def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:

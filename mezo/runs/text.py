@@ -15,6 +15,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
+from mezo.compatibility import delete_adapter
 from mezo.errors import InputError
 from mezo.foreign import check_file, foreign, reason_of
 from mezo.models import loading as models
@@ -163,7 +164,7 @@ def _trainer(kind: str, model, tokenizer, data: tuple, args: Any, reference: Any
             "row: raise it"
         )
     if adapter and "ref" in model.peft_config:  # TRL's copy of a new adapter, for the reference:
-        model.delete_adapter("ref")  # the base model is as good, and is what a replay has
+        delete_adapter(model, "ref")  # the base model is as good, and is what a replay has
         model.set_adapter("default")
     for name, p in model.named_parameters():
         if name in adapter:  # TRL casts it to bfloat16 on a 4-bit base, where a step would be lost
