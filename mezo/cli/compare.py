@@ -1,5 +1,6 @@
 """The command `mezo compare`: run many methods on one task and model, and report on them."""
 
+import os
 import shlex
 import sys
 import time
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return show_help("mezo compare", (ModelArguments, DataArguments), HELP)
     from mezo.compare import compare
+    from mezo.distributed.processes import leave
     from mezo.runs.arguments import TrainArguments
     from mezo.runs.result import make_folder
 
@@ -75,17 +77,24 @@ def main(argv: list[str]) -> None:
     chosen |= {name: getattr(own, name) for name in ("methods", "seeds") if getattr(own, name)}
     chosen |= {"max_steps": args.max_steps} if "max_steps" in words else {}
     make_folder(args.output_dir)
+    talks = args.process_index == 0  # of several processes the first one alone
     try:
-        with Path(args.output_dir, "log.txt").open("a") as log, redirect_stdout(log):
+        log_file = Path(args.output_dir, "log.txt") if talks else Path(os.devnull)
+        with log_file.open("a") as log, redirect_stdout(log):
             found = compare.compare(
                 *(model, data, args, compare.Settings(**chosen)),
                 given=words - {"max_steps"},
-                on_cell=_Cells(),
-                tell=say if args.process_index == 0 else (lambda line: None),
+                on_cell=_Cells() if talks else (lambda at, number, cell, what: None),
+                tell=say if talks else (lambda line: None),
             )
     except KeyboardInterrupt:
-        say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
+        if talks:
+            say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
         raise
+    finally:
+        leave()
+    if not talks:
+        return
     show(found, own.json)
     page = write(found, Path(args.output_dir))
     say(f"report: {page}")

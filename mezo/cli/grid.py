@@ -8,6 +8,7 @@ from typing import Any
 
 from mezo.cli.parsing import print_result, say
 from mezo.compare import grids, paper_grids
+from mezo.distributed.processes import leave
 from mezo.errors import InputError
 from mezo.models import adapters
 from mezo.models.arguments import ModelArguments
@@ -29,15 +30,23 @@ def main(own, options: list[str], model, data, args) -> None:
             raise InputError("paper and grid both name a grid: give one of them")
         name = _name_of(own.paper, model, data, args)
         model = _with_model(own.paper, model, given)
+    talks = args.process_index == 0  # of several processes the first one alone
+    if own.dry_run and not talks:
+        return
     if own.dry_run:
         return _show(own, _commands(name, given, model, data, args))
-    with redirect_stdout(sys.stderr):
-        found = grids.search(
-            *(model, data, args, name),
-            given=given,
-            on_cell=lambda name, what: say(f"{what}: {name}"),
-            tell=say,
-        )
+    try:
+        with redirect_stdout(sys.stderr):
+            found = grids.search(
+                *(model, data, args, name),
+                given=given,
+                on_cell=lambda name, what: say(f"{what}: {name}") if talks else None,
+                tell=say if talks else (lambda line: None),
+            )
+    finally:
+        leave()
+    if not talks:
+        return
     metric = found["metric"]
     shown = {"best": found["best"], "dev": found["dev"], metric: found["test"][metric]}
     shown |= {"cells": len(found["cells"]), "output_dir": args.output_dir}

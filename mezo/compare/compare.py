@@ -110,14 +110,22 @@ def compare(
             refused[cell.method] = str(error)
             continue
         finally:
-            _tidy(cell, settings.keep_weights)
+            if args.process_index == 0:  # of several processes the first one alone writes
+                _tidy(cell, settings.keep_weights)
         summary = _summary(found, refused, parameters, settings)
-        Path(args.output_dir, SUMMARY).write_text(json.dumps(summary, indent=1, default=str))
+        _write(args, summary)
     if not found:
         raise InputError("; ".join(dict.fromkeys(refused.values())))
     summary = _summary(found, refused, parameters, settings)
-    Path(args.output_dir, SUMMARY).write_text(json.dumps(summary, indent=1, default=str))
+    _write(args, summary)
     return summary
+
+
+def _write(args: TrainArguments, summary: dict[str, Any]) -> None:
+    """Write the summary, in the first of several processes."""
+    if args.process_index == 0:
+        text = json.dumps(summary, indent=1, default=str)
+        Path(args.output_dir, SUMMARY).write_text(text)
 
 
 def plan(
@@ -188,7 +196,9 @@ def _run(cell: Cell, told: Callable[[str], None], tell: Tell) -> dict[str, Any]:
     """Return the row of a cell: what its result says, and the commands that make it again."""
     options = options_of(cell)
     make_folder(str(cell.folder))
-    (cell.folder / CONFIG).write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+    if cell.args.process_index == 0:
+        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+        (cell.folder / CONFIG).write_text(text)
     result = finish(cell.model, cell.data, cell.args, told, tell)
     kept = ("dev", "test", "steps", "kept_step", "seconds", "forward_passes", "stored_bytes")
     row = {"method": cell.method, "seed": cell.seed, "name": cell.name, "folder": str(cell.folder)}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.compare.paper_grids import GRIDS, Grid, on_task
+from mezo.distributed.processes import together
 from mezo.errors import InputError
 from mezo.foreign import read_json, read_options
 from mezo.models.arguments import ModelArguments
@@ -144,7 +145,8 @@ def search(
             "metric": result["metric"],
             "cells": found,
         }
-        Path(args.output_dir, SUMMARY).write_text(json.dumps(summary, indent=1, default=str))
+        if args.process_index == 0:  # of several processes the first one alone writes
+            Path(args.output_dir, SUMMARY).write_text(json.dumps(summary, indent=1, default=str))
     return summary
 
 
@@ -166,6 +168,7 @@ def finish(
     if result is None:
         going_on = Path(args.output_dir, "run.mezo").exists() or last_checkpoint(args.output_dir)
         what = "resumed" if going_on else "run"
+    together()  # all have looked before the first one writes a result
     told(what)
     if result is None:
         resumed = replace(args, resume_from_checkpoint=_RESUME[what])

@@ -4,8 +4,9 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart. Markers 
 distinction: MeZO is solid, back-propagation dashed, and untrained methods are dotted.
 """
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -81,8 +82,8 @@ def _save(figure: Any, path: Path) -> Path:
     return path.with_suffix(".svg")
 
 
-def _axes(figure: Any, columns: int = 1) -> list[Any]:
-    made = figure.subplots(1, columns, squeeze=False)[0]
+def _axes(figure: Any, columns: int = 1, **more: Any) -> list[Any]:
+    made = figure.subplots(1, columns, squeeze=False, **more)[0]
     for axes in made:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
@@ -234,19 +235,27 @@ def learning_curves(
     except ImportError:
         logging.getLogger("mezo").warning("no plot: pip install 'mezo-lm[demo]'")
         return
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    colours = dict(zip(curves, ("C0", "C1", "C3", "C2", "C4"), strict=False))
+    left, right = _axes(figure, 2, width_ratios=(3, 2))
+    styles = dict(zip(curves, _demo_styles(curves), strict=True))
     for name, points in curves.items():
         passes, accuracies = [p.forward_passes for p in points], [100 * p.accuracy for p in points]
-        left.plot(passes, accuracies, marker="o", markersize=3, color=colours[name], label=name)
+        colour, marker, line = styles[name]
+        left.plot(passes, accuracies, marker=marker, markersize=4, color=colour, linestyle=line,
+                  label=name)  # fmt: skip
     left.set(xlabel="forward passes of one batch (a backward pass counts as two)")
     left.set(ylabel="test accuracy, %")
-    left.legend(loc="lower right")
+    left.legend(loc="lower right", frameon=False, fontsize=9)
     values = [memory[name] / 2**20 for name in curves]
-    bars = right.barh(list(curves), values, color=[colours[name] for name in curves])
+    bars = right.barh(list(curves), values, color=[styles[name][0] for name in curves])
     right.bar_label(bars, fmt="%.0f MiB", padding=3)
     right.set(xlabel="peak memory above inference, MiB", xlim=(0, 1.25 * max([*values, 1.0])))
     right.invert_yaxis()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.grid(visible=False, axis="y")
     figure.savefig(path, dpi=150)
+
+
+def _demo_styles(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Colour, marker and line of each method of the demo: MeZO solid, Adam dashed, as elsewhere."""
+    mezo = itertools.cycle([STYLES["mezo-lora"], STYLES["mezo"], STYLES["mezo-prefix"]])
+    for name in names:
+        yield STYLES["ft"] if name.startswith("Adam") else next(mezo)

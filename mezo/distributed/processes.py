@@ -249,6 +249,12 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def together() -> None:
+    """Wait until all processes of the group are here; alone, return at once."""
+    if number_of_processes():
+        dist.barrier()
+
+
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Return the parameters and buffers of a module, by name."""
     return list(chain(module.named_parameters(), module.named_buffers()))

@@ -97,7 +97,7 @@ def test_a_cell_is_its_config_its_result_and_its_log(done):
     for cell in found["cells"]:
         folder = compare.Path(cell["folder"])
         names = {path.name for path in folder.iterdir()}
-        own = {"mezo": {"run.mezo"}, "mezo-prefix": {"run.mezo", "start"}}
+        own = {"mezo": {"run.mezo"}, "mezo-prefix": {"run.mezo"}}
         own["lp"] = {"probe.safetensors"}
         assert names == {"config.yaml", "result.json"} | own.get(cell["method"], set())
         assert yaml.safe_load((folder / "config.yaml").read_text())["split_seed"] == cell["seed"]
