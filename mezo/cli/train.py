@@ -55,8 +55,8 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --resume_from_checkpoint true       resume an interrupted run
   --offload                           keep the model on the CPU and copy it to the device block by
                                       block, for models larger than the device's memory
-  --offload_folder DIR                with --offload, keep the weights in a file, for models larger
-                                      than the host's memory
+  --offload_folder DIR                keep offloaded weights in a file in this folder, for models
+                                      larger than the host's memory
   --offload_write_every N             write a block back every N updates; 0: never
   --probe_groups N                    under torchrun -m mezo train: number of process groups with
                                       their own direction; -1: one per process
