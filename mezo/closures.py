@@ -5,11 +5,13 @@ optimizer.step(Mean(lambda: model(**batch).loss, examples))   # batches of unequ
 optimizer.step(Paired(alone, halves))                         # low rank: one pass, both losses
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mezo.errors import InputError
@@ -72,24 +74,112 @@ class Loss:
     directions that are asked about it.
     """
 
-    def __init__(self, closure: Closure, around: Callable[[Closure], Closure] | None = None):
+    def __init__(
+        self,
+        closure: Closure,
+        around: Callable[[Closure], Closure] | None = None,
+        common: bool = False,
+    ):
+        """`common`: all calls see the same draws of the default generators (`Draws`)."""
         self.examples = closure.examples if isinstance(closure, Mean) else 1.0
         self.closure = closure.closure if isinstance(closure, Mean) else closure
         self.paired = self.closure if isinstance(self.closure, Paired) else None
         if around is not None:
             self.closure, self.paired = around(self.closure), None
         self.home: float | None = None  # L(theta), once it is known
+        self.draws = Draws() if common else None
 
     def __call__(self) -> float:
+        if self.draws is not None:
+            return number(self.raw())
         with released():
             return number(self.closure())  # waits for the device: the only two syncs of a step
+
+    def raw(self) -> Any:
+        """What the closure returns."""
+        with self.draws.repeated() if self.draws else nullcontext(), released():
+            return self.closure()
 
     def halves(self, both: Both) -> tuple[float, float]:
         """The losses of both sides from one forward pass, of a Paired closure."""
         assert self.paired is not None
-        with released():
+        with self.draws.repeated() if self.draws else nullcontext(), released():
             plus, minus = self.paired.halves(both)
             return number(plus), number(minus)
+
+
+class Draws:
+    """The default random generators of torch (the CPU's, the devices'), numpy and Python.
+
+    A generator that the closure makes for itself is not among them.
+    """
+
+    def __init__(self) -> None:
+        self._start: list[Any] | None = None
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """What is done within draws what it drew the first time.
+
+        Afterwards the generators are where the first time left them: they have moved on by one
+        pass, however many there were.
+        """
+        if self._start is None:
+            self._start = _states()
+            yield
+            return
+        with _kept():
+            _set_states(self._start)
+            yield
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Afterwards the generators are as they were before."""
+        self._start = _states()
+        with _kept():
+            yield
+
+    def drew(self) -> bool:
+        """Within `kept`: has any of the generators been drawn from?"""
+        return any(map(_differ, self._start or (), _states()))
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    before = _states()
+    try:
+        yield
+    finally:
+        _set_states(before)
+
+
+def _states() -> list[Any]:
+    """Of Python, numpy and torch; the devices' come last, if a device was used."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    if torch.backends.mps.is_available():
+        devices = [torch.mps.get_rng_state()]
+    return [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), *devices]
+
+
+def _set_states(states: list[Any]) -> None:
+    own, of_numpy, of_torch, *devices = states
+    random.setstate(own)
+    np.random.set_state(of_numpy)
+    torch.set_rng_state(of_torch)
+    if devices and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(devices[0])
+    elif devices:
+        torch.cuda.set_rng_state_all(devices)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return not torch.equal(one, other)
+    if isinstance(one, dict):  # numpy's
+        same = (one["state"]["key"] == other["state"]["key"]).all()
+        rest = {**one, "state": one["state"]["pos"]} != {**other, "state": other["state"]["pos"]}
+        return bool(rest or not same)
+    return one != other
 
 
 def number(loss: Any) -> float:
@@ -106,4 +196,11 @@ def number(loss: Any) -> float:
         raise InputError(
             f"the closure returned a {type(loss).__name__}: return the loss alone, one number"
         )
-    return float(loss)
+    try:
+        if isinstance(loss, str | bytes):
+            raise TypeError
+        return float(loss)
+    except TypeError:  # complex, say
+        raise InputError(
+            f"the closure returned a {type(loss).__name__}: return the loss, one number"
+        ) from None

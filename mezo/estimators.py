@@ -92,9 +92,8 @@ def one_point(closure: Any, direction: Any) -> Estimate:
     """
     with direction.at(+1):
         plus = closure()
-    has_previous = direction.before is not None
-    grad = (plus - direction.before) / direction.eps if has_previous else 0.0
-    return Estimate(grad, plus, (plus,))
+    previous = plus if direction.before is None else direction.before  # NaN - NaN stays NaN
+    return Estimate((plus - previous) / direction.eps, plus, (plus,))
 
 
 ONE_WAY = {

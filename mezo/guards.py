@@ -15,6 +15,7 @@ from mezo.rules import Rule
 FORMS = ("in_place", "scratch", "low_rank")
 _ONE = "eps seed distribution num_samples perturbation rank interval"
 _ONE += " rounding clip clip_quantile max_refused rule estimator shaping layers"
+_ONE += " common_random_numbers"
 
 
 def check_group(

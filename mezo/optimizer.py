@@ -70,6 +70,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         clip: float | None = None,
         clip_quantile: float | None = None,
         max_refused: int = 10,
+        common_random_numbers: bool = False,
     ):
         """
         Args:
@@ -96,6 +97,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             layers: per-tensor scales (Definitions 6 and 7) or a mask (layers.py).
             clip, clip_quantile: bounds on |projected_grad|: a value, a quantile of the last 100.
             max_refused: updates in a row that may be refused for a loss that is not finite.
+            common_random_numbers: all passes of a batch draw the same numbers (closures.Draws).
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         given["seed"] = torch.initial_seed() if seed is None else seed
@@ -241,7 +243,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def loss(self, closure: Closure | Loss) -> Loss:
         """The closure as estimators call it."""
-        return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around)
+        same = self.settings.get("common_random_numbers", False)  # old checkpoints lack it
+        return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around, same)
 
     def estimates_of(self, closure: Closure | None) -> Iterator[tuple[int, Loss]]:
         """This process's directions of a step, each with the loss; none without a closure."""
@@ -262,10 +265,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a step or an estimate: Ctrl-C waits, but for forward passes; one thread at a time.
-
-        Raises RuntimeError in a second thread.
-        """
+        """Around a step or an estimate: Ctrl-C waits. RuntimeError in a second thread."""
         with held():
             if not self._thread.acquire(blocking=False):
                 raise RuntimeError("this optimizer is making a step already: in another thread?")

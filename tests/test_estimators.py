@@ -381,3 +381,14 @@ def test_walks_of_one_side_come_home_by_two_roundings():
     optimizer.estimate(model)
     bound = 2 * ROUNDING[torch.float32] * (before.abs() + 6e-3)
     assert ((weights(model) - before).abs() <= bound).all()
+
+
+def test_a_one_point_run_whose_first_loss_is_nan_refuses_that_step_alone():
+    """A first difference of 0.0 kept the NaN as the loss before: every later step was refused."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MeZO([("p", p)], lr=1e-2, seed=1, estimator="one_point")
+    optimizer.step(lambda: float("nan"))
+    assert optimizer.memory.before == []
+    for _ in range(2):
+        optimizer.step(lambda: p.square().sum())
+    assert optimizer.memory.number == 2

@@ -42,6 +42,7 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --rounding NAME                     how updates of 16-bit weights are rounded: stochastic (the
                                       default), nearest, compensated or master
   --bf16 true                         run forward passes of 32-bit weights in bfloat16
+  --common_random_numbers true        draw the same noise in all forward passes of a batch
   --lr_scheduler_type NAME            default constant
   --method NAME                       mezo, or a baseline: adam (backpropagation), lp, zero-shot
   --grid NAME                         search over a grid: table15-mezo, table16-mezo-lora, ... or

@@ -40,6 +40,8 @@ METADATA = of_tensors(
     " is_signed element_size get_device requires_grad_ __len__ __hash__"
 ) | {torch.is_floating_point, torch.is_complex, torch.numel}
 _POINTERS = of_tensors("data_ptr untyped_storage storage __dlpack__ __cuda_array_interface__")
+_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_CONVERSIONS = of_tensors("to type float half bfloat16 double cpu cuda contiguous")
 _ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 LOOKUP = torch.nn.functional.embedding
 
@@ -64,13 +66,33 @@ class Reads(TorchFunctionMode):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "__set__":
+            self._check_assigned(function, *args)
             return function(*args, **kwargs)
+        if function in _CONVERSIONS and self._is_idle(function, args, kwargs):
+            return args[0]  # the parameter itself: `module.to()` assigns it where it was
         self._refuse(function, name, self.rows.get(id(args[0])) if args else None, kwargs)
         return self.call(function, args, kwargs)
 
     def call(self, function, args: tuple, kwargs: dict):
         """Call the function with theta + eps z in place of theta, and return its result."""
         raise NotImplementedError
+
+    def _is_idle(self, function, args: tuple, kwargs: dict) -> bool:
+        """Whether a conversion of a parameter returns the parameter."""
+        if not args or id(args[0]) not in self.rows or kwargs.get("memory_format") is not None:
+            return False
+        x = args[0]
+        like = torch.empty(0, dtype=x.dtype, device=x.device)
+        return x.is_contiguous() and function(like, *args[1:], **kwargs) is like
+
+    def _check_assigned(self, function, tensor: torch.Tensor, value: Any) -> None:
+        """InputError for `.data = ` of other data: theta would be moved, or replaced."""
+        if function == _DATA and id(tensor) in self.rows and value is not tensor:
+            raise InputError(
+                f"the forward pass replaces the trained parameter {self.rows[id(tensor)][0]} "
+                "(.data =, or module.to() with another dtype or device): convert the model before "
+                "the first step"
+            )
 
     def _reads(self, given) -> bool:
         return any(

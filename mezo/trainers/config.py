@@ -158,6 +158,13 @@ class MeZOConfig(TrainingArguments):
             "help": "Number of process groups with their own direction; -1: one per process."
         },
     )
+    common_random_numbers: bool = field(
+        default=False,
+        metadata={
+            "help": "All forward passes of a batch draw the same random numbers, for a loss that "
+            "draws noise by design."
+        },
+    )
     max_refused: int = field(
         default=10, metadata={"help": "Stop after this many non-finite losses in a row."}
     )
@@ -232,7 +239,7 @@ def mezo_options(
     `named` are the trained parameters. Raises InputError if `modified` or the rule is unknown.
     """
     names = "num_samples distribution perturbation rank interval estimator shaping"
-    names += " clip clip_quantile max_refused"
+    names += " clip clip_quantile max_refused common_random_numbers"
     options = {name: getattr(args, name) for name in names.split()}
     if ":" in args.estimator:
         options["estimator"] = imported(args.estimator, "estimator")

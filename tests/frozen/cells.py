@@ -194,6 +194,7 @@ def _events() -> Iterator[tuple[str, Cell]]:
     later = events | {"refused": (3,)}  # without a first loss, there is no difference
     yield "events_one_point", Cell({"estimator": "one_point"}, **later)
     yield "events_one_sided", Cell({"estimator": "one_sided"} | THREE, **events)
+    yield "common_random_numbers", Cell({"common_random_numbers": True} | THREE)
     for name, seed in {"zero": 0, "largest": 2**64 - 1}.items():
         yield f"seed_{name}", Cell({"seed": seed})
 
