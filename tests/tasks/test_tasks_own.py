@@ -85,7 +85,7 @@ def test_choices_of_a_row(place):
         assert task.candidates_of(example) == (" x", " y", " z")
         assert (example.label, example.is_right(label)) == (label, True)
     rows(place, {"text": "a", "options": ["x", "y"], "right": 2})
-    with pytest.raises(InputError, match=r"row 1: column 'right': 2 is no choice"):
+    with pytest.raises(InputError, match=r"row 1: column 'right': 2 is neither a choice"):
         first(place, **choices)
     rows(place, {"text": "a", "right": 0})
     task, example = first(place, doc_to_choice=["{{text}}", "none"], doc_to_target="right")
