@@ -1,7 +1,9 @@
 """Models small enough for a test: random weights of many architectures, nets that are a loss."""
 
+import pytest
 import torch
 import transformers  # a class is imported when it is first asked for: that takes seconds
+from packaging.version import Version
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"initializer_range": 0.3}  # weights large enough that a wrong position shows in the scores
@@ -137,6 +139,8 @@ ARCHITECTURES = {  # what is unlike the six above
 
 
 def architecture(name, dtype):
+    if name == "gpt_oss" and Version(torch.__version__) < Version("2.11"):
+        pytest.skip("transformers asks for its experts' addresses before torch 2.11; refused")
     config = transformers.AutoConfig.for_model(name, **(SMALL | ARCHITECTURES[name]))
     kind = {"t5": transformers.AutoModelForSeq2SeqLM, "albert": transformers.AutoModelForMaskedLM}
     kind |= {
