@@ -14,6 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV ?= .venv
 OUT ?= demo_output
 TORCH ?=
+FLOOR_TESTS ?=
 LOCK = requirements/lock.txt
 FLOOR = requirements/floor.txt
 SOURCES = pyproject.toml requirements/install.sh
@@ -40,7 +41,7 @@ lint: $(VENV)/.test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 test-floor: .venv-floor/.test
-	.venv-floor/$(PYTEST) $(AS_WARNINGS)
+	.venv-floor/$(PYTEST) $(AS_WARNINGS) $(FLOOR_TESTS)
 
 test-newest: .venv-newest/.test
 	.venv-newest/$(PYTEST) $(AS_WARNINGS)

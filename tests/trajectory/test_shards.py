@@ -247,7 +247,7 @@ def test_the_config_is_renamed_last(tuned, tmp_path, monkeypatch):
 def test_a_slice_of_a_tensor_is_replayed_as_in_the_whole(tuned):
     """Any rows, any order of tensors, any number of threads: z is a function of the element."""
     log = trajectory.read(tuned / "run.mezo")
-    moves = trajectory.program.program_of(log.header, log.steps, 0).table
+    (moves,) = trajectory.program.program_of(log.header, log.steps, 0).actions
     whole = torch.randn(300, 701, generator=torch.Generator().manual_seed(0))
     slices, key, before = whole.clone(), noise.tensor_key(6, "weight"), torch.get_num_threads()
     noise.apply_(whole, key, moves)
