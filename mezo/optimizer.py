@@ -135,9 +135,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.observers, self.guards, self.directions = [], [], {}
-        self.processes, self.weights = OneProcess(), Weights()
-        self._thread, self._known = threading.Lock(), None
+        self._known = None
+        if "observers" not in vars(self):  # a copy; torch's load_state_dict calls this, too
+            self.observers, self.guards, self.directions = [], [], {}
+            self.processes, self.weights = OneProcess(), Weights()
+            self._thread = threading.Lock()
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)

@@ -419,3 +419,16 @@ def test_what_is_no_loss_is_refused_in_one_sentence(loss, message):
     model = Regression()
     with pytest.raises(InputError, match=message):
         MeZO(model.named_parameters()).step(lambda: loss)
+
+
+def test_loading_a_state_keeps_observers_processes_and_weights():
+    """torch's load_state_dict calls __setstate__, which once made a lone optimizer of any."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = MeZO([("w", weight)], lr=1e-2, seed=1)
+    steps, processes, weights = [], optimizer.processes, optimizer.weights
+    optimizer.observers.append(lambda record: steps.append(record.step))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step(lambda: weight.sum())
+    assert steps == [0]
+    assert optimizer.processes is processes
+    assert optimizer.weights is weights

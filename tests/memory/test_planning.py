@@ -141,7 +141,10 @@ def test_the_command(capsys):
     [
         (["--model", "facebook/opt-125m", "--max_length", "4096"], "max_length is 4096"),
         (["--model", "facebook/opt-125m", "--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--model", "facebook/opt-125m", "--method", "in_place"], "16-bit weights are not"),
+        (
+            ["--model", "facebook/opt-125m", "--method", "in_place"],
+            "16-bit weights cannot be perturbed in place",
+        ),
         (["--model", "./nowhere"], "model ./nowhere"),
     ],
 )
