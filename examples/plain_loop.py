@@ -9,7 +9,7 @@ from mezo.models.loading import causal_lm
 folder = causal_lm()  # the embedded model; any name of the hub does, such as "facebook/opt-125m"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-optimizer = MeZO(model.named_parameters(), lr=3e-4, eps=1e-3, seed=0)
+optimizer = MeZO(model.named_parameters(), lr=3e-5, eps=1e-3, seed=0)
 
 batch = tokenizer("the quick brown fox jumps over the lazy dog", return_tensors="pt")
 for step in range(201):

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 def test_each_question_has_the_demonstrations_that_the_paper_draws_for_it(folder, monkeypatch):
     """Those of demonstration_sets, in the order of the test examples; the flag alone changes it."""
     seen = []
-    monkeypatch.setattr(run, "evaluate_form", lambda *_, each: seen.append(each) or _Found())
+    monkeypatch.setattr(run, "evaluate_form", lambda *_, each, **__: seen.append(each) or _Found())
     own = data(folder, test_file=data(folder).dev_file, demonstrations=2)
     for changes in ({}, {"demonstrations_per_example": True}, {"as_published": True}):
         run.evaluate(ModelArguments(str(folder / "tiny")), DataArguments(**(vars(own) | changes)))
