@@ -142,11 +142,8 @@ def measure(
     examiner: Examiner, features: list[Feature], eps: float, size: int, n: int, steps: int
 ) -> dict[str, Any]:
     """Measure gradient, curvature, eps and time, on two disjoint batches along n directions."""
-    rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
     rows, scan = [], []
-    for d in range(n):
-        chosen = [features[i] for i in rng.permutation(len(features))[: 2 * size]]
-        one, two = examiner.batch(chosen[:size]), examiner.batch(chosen[size:])
+    for d, (one, two) in enumerate(examiner.pairs(features, size, n)):
         began = time.perf_counter()
         loss = examiner.loss(one)
         rows.append(

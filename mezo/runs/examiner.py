@@ -17,7 +17,7 @@ accumulates. `Horizon` weighs the two.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -165,6 +165,15 @@ class Examiner:
     def loss(self, batch: Batch) -> float:
         return float(self.form.loss(self.model, batch))
 
+    def pairs(
+        self, features: Sequence[Feature], batch_size: int, directions: int
+    ) -> Iterator[tuple[Batch, Batch]]:
+        """Yield two disjoint batches for each direction, drawn by the optimizer's seed."""
+        rng = np.random.default_rng(self.optimizer.param_groups[0]["seed"])
+        for _ in range(directions):
+            chosen = [features[i] for i in rng.permutation(len(features))[: 2 * batch_size]]
+            yield self.batch(chosen[:batch_size]), self.batch(chosen[batch_size:])
+
     def __call__(self, batch: Batch, direction: int, eps: float) -> Seen:
         scores: list[torch.Tensor] = []
 
@@ -232,12 +241,9 @@ def survey(
     There must be at least 2 batch_size `features`. Pairs whose loss is not finite are left out. The
     batches are drawn with the optimizer's seed, so that repeated runs use the same ones.
     """
-    rng = np.random.default_rng(examiner.optimizer.param_groups[0]["seed"])
     pairs = []
-    for direction in range(directions):
-        chosen = [features[i] for i in rng.permutation(len(features))[: 2 * batch_size]]
-        halves = chosen[:batch_size], chosen[batch_size:]
-        one, two = (examiner(examiner.batch(half), direction, eps) for half in halves)
+    for direction, batches in enumerate(examiner.pairs(features, batch_size, directions)):
+        one, two = (examiner(batch, direction, eps) for batch in batches)
         if math.isfinite(one.loss + one.grad + two.loss + two.grad):
             pairs.append((one, two))
     return pairs
