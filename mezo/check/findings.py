@@ -10,6 +10,8 @@ from mezo.runs.examiner import ERRORS, Horizon
 STEPS = 20_000  # of a run: Table 16
 AGREES = 0.1  # change of the projected gradient that is small beside the noise of a batch
 
+Finding = tuple[str, str]  # its level and its text
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -113,100 +115,189 @@ def advice(m: Measurements) -> dict[str, Any]:
 
 def findings(m: Measurements) -> list[dict[str, str]]:
     """Sentences on the measurements, each with its level: "ok", "note" or "warning"."""
-    found = (*_of_model(m), *_of_estimates(m), *_of_training(m))
-    return [{"level": level, "text": text} for level, text in found]
+    parts = (_trained, _zero_shot, _candidates, _deterministic, _projected_grad, _share)
+    parts += (_eps, _eps_and_precision, _gap, _curvature, _rates, _rounding, _memory, _time)
+    told = (finding for part in parts for finding in part(m))
+    return [{"level": level, "text": text} for level, text in told]
 
 
 def _judged(good: bool, text: str, otherwise: str, level: str = "warning") -> tuple[str, str]:
-    return ("ok", text) if good else (level, f"{text}: {otherwise}")
+    """The text is fine if `good`; else what it means, and what to do, is added to it."""
+    return ("ok", f"{text}.") if good else (level, f"{text}: {otherwise}.")
 
 
-def _of_model(m: Measurements) -> Iterator[tuple[str, str]]:
-    t, p, words = m.trained, m.prompt, m.candidates
-    text = f"training {t.kind}: {t.parameters:,} of {t.of:,} parameters, {t.tensors} "
-    text += f"tensors of {', '.join(t.dtypes)}, perturbed {t.perturbation}"
-    yield "ok", text + (f", updates rounded {t.rounding}" if t.half else "")
-    text = f"zero-shot accuracy {p.accuracy:.3f} on {p.n} dev examples, chance "
-    text += f"{p.chance:.3f} ± {p.chance_error:.3f} (standard error); {p.favourite!r} is "
-    text += f"its answer to {p.share:.0%}"
-    why = "MeZO needs a model that nearly solves the task when asked in the right words (Section 4 "
-    why += "of the paper): try other words, --calibrate, or a model pre-trained for longer"
-    yield _judged(p.accuracy > p.chance + ERRORS * p.chance_error, text, why)
-    shown = ", ".join(f"{word!r} ({' '.join(tokens)})" for word, tokens in words.items())
-    text = f"candidates and their tokens: {shown or 'descriptions, of any length'}"
-    more = "more than one costs a row of the batch, and the score is the mean over them"
-    yield _judged(all(len(tokens) == 1 for tokens in words.values()), text, more, "note")
-    text = f"the same estimate twice differs by {m.differs or 0:.1g} of its size"
-    text += f"; dropout {t.dropout or '(none)'} is off: MeZO runs in eval mode"
-    yield _judged(m.same_forward and (m.differs or 0) < AGREES, text, "not deterministic")
+def _trained(m: Measurements) -> Iterator[Finding]:
+    t = m.trained
+    rounded = f"; updates are rounded {t.rounding}" if t.half else ""
+    yield (
+        "ok",
+        f"Trained: {t.kind}, {t.parameters:,} of {t.of:,} parameters, in {t.tensors} tensors of "
+        f"{', '.join(t.dtypes)}. The perturbation is {t.perturbation}{rounded}.",
+    )
 
 
-def _of_estimates(m: Measurements) -> Iterator[tuple[str, str]]:
-    share, error, size = m.share, m.share_error, m.batch_size
-    text = f"projected gradient: mean size {m.mean_size:.3g}, standard deviation {m.std:.3g} "
-    text += f"over {m.directions - m.lost} directions and twice as many batches of {size}"
-    yield _judged(not m.lost, text, f"{m.lost} directions gave a loss that is not finite")
+def _zero_shot(m: Measurements) -> Iterator[Finding]:
+    p = m.prompt
+    yield _judged(
+        p.accuracy > p.chance + ERRORS * p.chance_error,
+        f"The zero-shot accuracy is {p.accuracy:.3f} on {p.n} dev examples; chance is "
+        f"{p.chance:.3f} ± {p.chance_error:.3f} (standard error). The most frequent answer is "
+        f"{p.favourite!r}, with {p.share:.0%}",
+        "MeZO needs a model that nearly solves the task when it is asked in the right words "
+        "(Section 4 of the paper). Try other words, --calibrate, or a model that was pre-trained "
+        "for longer",
+    )
+
+
+def _candidates(m: Measurements) -> Iterator[Finding]:
+    words = ", ".join(f"{word!r} ({' '.join(tokens)})" for word, tokens in m.candidates.items())
+    yield _judged(
+        all(len(tokens) == 1 for tokens in m.candidates.values()),
+        f"The candidates and their tokens are {words or 'descriptions of any length'}",
+        "a candidate of several tokens takes a row of the batch for itself, and its score is the "
+        "mean over its tokens",
+        "note",
+    )
+
+
+def _deterministic(m: Measurements) -> Iterator[Finding]:
+    differs, dropout = m.differs or 0, m.trained.dropout
+    off = f"; dropout {dropout} is switched off, as MeZO runs in eval mode" if dropout else ""
+    yield _judged(
+        m.same_forward and differs < AGREES,
+        f"The same estimate, made twice, differs by {differs:.1g} of its size{off}",
+        "the forward pass is not deterministic, and its noise drowns the estimate",
+    )
+
+
+def _projected_grad(m: Measurements) -> Iterator[Finding]:
+    size = m.batch_size
+    yield _judged(
+        not m.lost,
+        f"The projected gradient has the mean size {m.mean_size:.3g} and the standard deviation "
+        f"{m.std:.3g}, over {m.directions - m.lost} directions and two batches of {size} for each",
+        f"the loss was not finite along {m.lost} other directions",
+    )
     if size < m.asked:
-        yield "note", f"{2 * size} training examples make two batches of {size}, not {m.asked}"
+        yield "note", f"{2 * size} training examples make two batches of {size}, not {m.asked}."
+
+
+def _share(m: Measurements) -> Iterator[Finding]:
+    share, error = m.share, m.share_error
     if share is None:
-        yield "warning", "the loss changes along no direction: a larger --mezo_eps, or float32"
+        yield "warning", "The loss changes along no direction: take a larger --mezo_eps or float32."
     elif m.clear:
-        text = f"{share:.0%} ± {error:.0%} of its square is gradient, the rest is the batch: one 4 "
-        yield "ok", f"{text}times as large makes a step worth {4 / (1 + 3 * share):.1f} of these"
+        yield (
+            "ok",
+            f"Of its square, {share:.0%} ± {error:.0%} is the gradient, and the rest is the "
+            f"noise of the batch. With a batch four times as large, one step is worth "
+            f"{4 / (1 + 3 * share):.1f} of these.",
+        )
     else:
-        text = f"the gradient is not distinguishable from noise with {m.directions} directions, "
-        text += f"at most {m.share_at_most:.0%} of the square ({share:.0%} ± {error:.0%})"
-        yield "note", f"{text}: a larger batch makes better steps, more --directions tell more"
-    eps, unit, paper = m.eps, m.last_place, m.trained.paper
-    low, high = m.changes
-    text = f"eps {eps:g}: the projected gradient changes by {low:.1%} at {eps / 10:g}, by "
-    text += f"{high:.1%} at {10 * eps:g}"
-    text += f"; the paper takes {paper[1]}" if paper else ""
+        yield (
+            "note",
+            f"The gradient is not distinguishable from noise with {m.directions} directions: it "
+            f"is at most {m.share_at_most:.0%} of the square ({share:.0%} ± {error:.0%}). A "
+            "larger batch makes better steps; more --directions measure more exactly.",
+        )
+
+
+def _eps(m: Measurements) -> Iterator[Finding]:
+    eps, (low, high), paper = m.eps, m.changes, m.trained.paper
     ends = eps / (10 if low <= AGREES else 1), eps * (10 if high <= AGREES else 1)
-    text += f"; it is steady from {ends[0]:g} to {ends[1]:g}"
-    yield _judged(ends[0] < ends[1], text, f"check again at {advice(m)['mezo_eps']:g}")
-    text = f"half a unit in the last place of most {m.last_place_of} weights is {unit / 2:.2g}"
-    yield _judged(eps >= unit / 2, text, f"eps {eps:g} is too small, take {4 * unit:.0e}")
-    text = f"the two losses differ by {m.gap:.1g}, numbers of their size by {m.spacing:.1g}"
-    yield _judged(m.gap > m.spacing, text, "a larger --mezo_eps, or float32")
+    yield _judged(
+        ends[0] < ends[1],
+        f"The projected gradient at eps {eps:g} changes by {low:.1%} at {eps / 10:g} and by "
+        f"{high:.1%} at {10 * eps:g}{f'; the paper takes {paper[1]}' if paper else ''}. It is "
+        f"steady from {ends[0]:g} to {ends[1]:g}",
+        f"check again with --mezo_eps {advice(m)['mezo_eps']:g}",
+    )
 
 
-def _of_training(m: Measurements) -> Iterator[tuple[str, str]]:
-    t, lr, best = m.trained, m.lr, m.best_lr
-    text = f"curvature: tr H is {m.trace:.4g} ± {m.trace_error:.2g} (its Gauss-Newton part), "
-    text += f"{m.hessian:.4g} ± {m.hessian_error:.2g} by second differences"
+def _eps_and_precision(m: Measurements) -> Iterator[Finding]:
+    yield _judged(
+        m.eps >= m.last_place / 2,
+        f"Half a unit in the last place of most {m.last_place_of} weights is {m.last_place / 2:.2g}",
+        f"eps {m.eps:g} is too small; take {4 * m.last_place:.0e}",
+    )
+
+
+def _gap(m: Measurements) -> Iterator[Finding]:
+    yield _judged(
+        m.gap > m.spacing,
+        f"The two losses differ by {m.gap:.1g}, and neighbouring numbers of their size by "
+        f"{m.spacing:.1g}",
+        "only rounding is measured; take a larger --mezo_eps or float32",
+    )
+
+
+def _curvature(m: Measurements) -> Iterator[Finding]:
     clear = m.hessian > ERRORS * m.hessian_error
-    yield "ok", text + ("" if clear else ", which cannot be told from 0")
+    yield (
+        "ok",
+        f"The trace of the Hessian is {m.trace:.4g} ± {m.trace_error:.2g} (its Gauss-Newton "
+        f"part), and {m.hessian:.4g} ± {m.hessian_error:.2g} by second differences"
+        f"{'' if clear else ', which cannot be told from 0'}.",
+    )
+
+
+def _rates(m: Measurements) -> Iterator[Finding]:
+    best, paper = m.best_lr, m.trained.paper
     if best is None:
-        yield "warning", "no learning rate can be derived: no slope of the loss is seen at this eps"
-    else:
-        run = m.run_lr or best
-        text = f"the best learning rate of a run of {m.steps:,} steps is "
-        text += f"{'about' if m.clear else 'at most'} {run:.1e}, of a single step {best:.1e}; a "
-        text += f"rate up to three times smaller or larger than {run:.1e} is worth trying"
-        text += "; no step is longer than its slope lasts" if m.limited else ""
-        yield "ok", text + (f"; the paper's rates are {t.paper[0]}" if t.paper else "")
-        yield _rate(m, lr, run)
-    size, half = lr * m.mean_size, m.last_place / 2
-    text = f"lr * |projected_grad| is {size:.1g}, half a unit in the last place {half:.1g}"
-    kept = t.half and t.perturbation == "scratch" and t.rounding != "nearest"
-    text += f": {t.rounding} rounding keeps it in the mean" if kept else ""
-    yield _judged(kept or size > half, text, "it is rounded away")
-    b = {key: f"{value / 2**20:,.0f} MiB" for key, value in m.bytes.items()}
-    text = f"memory: weights {b['weights']}, on top {b['inference']} for a pass, {b['estimate']} "
-    yield "ok", f"{text}for a step (± 20 on a CPU); the largest trained tensor is {b['largest']}"
-    step, passes = m.step_seconds, 2 * m.forward_seconds / m.step_seconds
-    text = f"a step takes {step:.2g} s, {passes:.0%} in forward passes: {STEPS:,} steps are "
-    yield "ok", f"{text}{STEPS * step / 3600:.1f} hours, this check {m.seconds / step:.0f} steps"
+        yield "warning", "No learning rate can be derived: at this eps the loss shows no slope."
+        return
+    run = m.run_lr or best
+    bounded = " Both are bounded by how far the slope of the loss lasts." if m.limited else ""
+    yield (
+        "ok",
+        f"The best learning rate for {m.steps:,} steps is {'about' if m.clear else 'at most'} "
+        f"{run:.1e}; for a single step it would be {best:.1e}.{bounded} Rates up to three times "
+        f"smaller or larger than {run:.1e} are worth a try"
+        f"{f'; the paper takes {paper[0]}' if paper else ''}.",
+    )
+    yield _rate(m, m.lr, run)
 
 
-def _rate(m: Measurements, lr: float, best: float) -> tuple[str, str]:
+def _rate(m: Measurements, lr: float, best: float) -> Finding:
     """Judge the learning rate `lr` beside the best of the run."""
     horizon = Horizon(m.signal_at_most or 0.0, m.pull, m.loss, m.steps)
     change = horizon.change(lr) / m.loss
-    text = f"learning_rate {lr:g} is {lr / best:.2g} times that: {m.steps:,} steps are expected to "
+    text = f"The learning rate {lr:g} is {lr / best:.2g} times that. "
     if change > 0:
-        return "warning", f"{text}raise the loss, as the noise of the updates outweighs their gain"
-    text += f"lower the loss by about {-change:.0%}, and at the best rate by "
-    text += f"{-horizon.change(best) / m.loss:.0%}"
+        text += f"In {m.steps:,} steps it is expected to raise the loss, as the noise of the "
+        return "warning", f"{text}updates outweighs what they gain."
+    text += f"In {m.steps:,} steps it is expected to lower the loss by about {-change:.0%}, and "
+    text += f"the best rate by {-horizon.change(best) / m.loss:.0%}."
     return "ok" if 1 / 3 <= lr / best <= 3 else "note", text
+
+
+def _rounding(m: Measurements) -> Iterator[Finding]:
+    t, size, half = m.trained, m.lr * m.mean_size, m.last_place / 2
+    kept = t.half and t.perturbation == "scratch" and t.rounding != "nearest"
+    yield _judged(
+        kept or size > half,
+        f"lr * |projected_grad| is {size:.1g}, and half a unit in the last place is {half:.1g}"
+        f"{f'; {t.rounding} rounding keeps such updates in the mean' if kept else ''}",
+        "most updates are rounded away; take float32, or perturbation=scratch with stochastic "
+        "rounding",
+    )
+
+
+def _memory(m: Measurements) -> Iterator[Finding]:
+    b = {key: f"{value / 2**20:,.0f} MiB" for key, value in m.bytes.items()}
+    yield (
+        "ok",
+        f"The weights take {b['weights']} of memory; a forward pass takes {b['inference']} more, "
+        f"and a step {b['estimate']} (± 20 on a CPU). The largest trained tensor has "
+        f"{b['largest']}.",
+    )
+
+
+def _time(m: Measurements) -> Iterator[Finding]:
+    step = m.step_seconds
+    yield (
+        "ok",
+        f"A step takes {step:.2g} s, of which {2 * m.forward_seconds / step:.0%} are forward "
+        f"passes. A run of {STEPS:,} steps takes {STEPS * step / 3600:.1f} hours, and this check "
+        f"took as long as {m.seconds / step:.0f} steps.",
+    )

@@ -1,7 +1,9 @@
 """The command `mezo check`: will a run learn, and with which eps and learning rate?"""
 
 import shlex
+import shutil
 import sys
+import textwrap
 from contextlib import redirect_stdout
 
 from mezo.cli.parsing import (
@@ -51,8 +53,10 @@ def main(argv: list[str]) -> None:
         result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes)
     if own.json:
         print_result(result, as_json=True)
+    width = min(100, shutil.get_terminal_size().columns)
     for finding in [] if own.json else result["findings"]:
-        print(f"{finding['level'].replace('warning', 'WARN'):<5}{finding['text']}")
+        line = f"{finding['level'].replace('warning', 'WARN'):<5}{finding['text']}"
+        print(textwrap.fill(line, width, subsequent_indent=" " * 5, break_long_words=False))
     mine = Parser(prog="mezo check", add_help=False, allow_abbrev=False)
     for name in ("learning_rate", "mezo_eps", "directions"):
         mine.add_argument(f"--{name}")
