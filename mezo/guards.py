@@ -79,18 +79,18 @@ def _check_kinds(group: dict, estimators: Iterable[str]) -> None:
 
 
 def _check_together(group: dict, rule: Rule) -> None:
-    """InputError for options that do not go with each other."""
+    """Raise InputError for options that cannot be combined with each other."""
     form, rounding, name = group["perturbation"], group["rounding"], group["rule"]["name"]
     if rounding in ("compensated", "master") and form == "in_place":
         raise InputError(f"rounding {rounding!r} keeps a buffer: perturb in scratch")
     if rounding in ("compensated", "master") and form == "low_rank":
         raise InputError(
-            f"rounding {rounding!r} does not go with low_rank, which writes a matrix once "
+            f"rounding {rounding!r} cannot be combined with low_rank, which writes a matrix once "
             "an interval: take stochastic or nearest"
         )
     if form == "low_rank":
         if not rule.additive:
-            raise InputError(f"rule {name} does not go with low_rank: take sgd or momentum")
+            raise InputError(f"rule {name} cannot be combined with low_rank: take sgd or momentum")
         if rule.window is not None:
             raise InputError(f"rule {name}: no window with low_rank, whose buffers are small")
         if not rule.decoupled_weight_decay:

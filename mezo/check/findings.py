@@ -115,8 +115,10 @@ def advice(m: Measurements) -> dict[str, Any]:
 
 def findings(m: Measurements) -> list[dict[str, str]]:
     """Sentences on the measurements, each with its level: "ok", "note" or "warning"."""
-    parts = (_trained, _zero_shot, _candidates, _deterministic, _projected_grad, _share)
-    parts += (_eps, _eps_and_precision, _gap, _curvature, _rates, _rounding, _memory, _time)
+    model = (_trained, _zero_shot, _candidates, _deterministic)
+    estimates = (_projected_grad, _share, _eps, _eps_and_precision, _gap)
+    run = (_curvature, _rates, _rounding, _memory, _time)
+    parts = (*model, *estimates, *run)
     told = (finding for part in parts for finding in part(m))
     return [{"level": level, "text": text} for level, text in told]
 
@@ -217,7 +219,8 @@ def _eps(m: Measurements) -> Iterator[Finding]:
 def _eps_and_precision(m: Measurements) -> Iterator[Finding]:
     yield _judged(
         m.eps >= m.last_place / 2,
-        f"Half a unit in the last place of most {m.last_place_of} weights is {m.last_place / 2:.2g}",
+        f"Half a unit in the last place of most {m.last_place_of} weights is "
+        f"{m.last_place / 2:.2g}",
         f"eps {m.eps:g} is too small; take {4 * m.last_place:.0e}",
     )
 

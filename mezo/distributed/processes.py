@@ -89,7 +89,7 @@ class Processes(Link, OneProcess):
         if not max(seen, default=0) <= probe <= max(len(seen), mine[0]):
             raise ValueError(f"the probes of a step are estimated in order: not {probe} now")
         if self._sharded.any and optimizer.weights is not self._sharded:
-            raise InputError("a sharded model does not go with offload")
+            raise InputError("a sharded model cannot be offloaded")
         if len(seen) < probe:
             _take_up(optimizer, probe)
             optimizer.restore_()  # their walks come before this one's
@@ -223,7 +223,7 @@ def join(
         return optimizer.processes
     size = dist.get_world_size(group)
     if size > 1 and not isinstance(optimizer.weights, Weights):
-        raise InputError(f"a run of {size} processes does not go with offload")
+        raise InputError(f"a run of {size} processes cannot use offload")
     if mesh is not None:
         probes, place = mesh["probe"].size(), mesh.get_local_rank("probe")
     else:

@@ -233,7 +233,7 @@ def _check_settings(name: str, optimizer: MeZO) -> None:
                 f"parameter {name} is sharded: {option} must be {' or '.join(good)}, not {given}"
             )
     if first["layers"]:
-        raise InputError(f"parameter {name} is sharded: layers (scales, masks) do not go with it")
+        raise InputError(f"parameter {name} is sharded: it takes no layers (scales, masks)")
     if type(optimizer.weights) is not Weights and not isinstance(optimizer.weights, Sharded):
         raise InputError(f"parameter {name} is sharded, and offloaded too: leave offload away")
     for name, p, _ in optimizer.trained():

@@ -53,7 +53,7 @@ def full_name(peft_type: str) -> str:
     name = SHORT.get(peft_type.lower(), peft_type.lower())
     known = [one.name.lower() for one in PeftType]
     if name in REFUSED:
-        raise InputError(f"peft_type {peft_type} does not go with MeZO: {REFUSED[name]}")
+        raise InputError(f"peft_type {peft_type} cannot be combined with MeZO: {REFUSED[name]}")
     if name not in known:
         names = [*SHORT, *(one for one in known if one not in REFUSED)]
         near = get_close_matches(peft_type.lower(), names, n=1)

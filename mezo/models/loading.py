@@ -210,7 +210,7 @@ def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if offload:
         if args.load_in_4bit or args.load_in_8bit:
-            raise InputError("offload does not go with load_in_4bit and load_in_8bit")
+            raise InputError("offload cannot be combined with load_in_4bit and load_in_8bit")
         return load_mapped(name, auto, dtype, folder, **shared), tokenizer
     shared |= {"dtype": dtype, "use_safetensors": True, "quantization_config": _quantised(args)}
     try:

@@ -138,9 +138,7 @@ class Offload:
         half = any(p.element_size() == 2 for _, p, _ in trained)
         check_settings(optimizer.settings | {"rule": optimizer.rule}, half=half)
         if isinstance(optimizer.processes, Link) and optimizer.processes.size > 1:
-            raise InputError(
-                f"a run of {optimizer.processes.size} processes does not go with offload"
-            )
+            raise InputError(f"a run of {optimizer.processes.size} processes cannot use offload")
         mine = {id(p) for p in self.model.parameters()}
         for name, p, _ in trained:
             if id(p) not in mine:
@@ -362,13 +360,13 @@ def check_settings(settings: Mapping[str, Any], half: bool) -> None:
     """
     if not settings["rule"].linear:
         name = name_of(type(settings["rule"]))
-        raise InputError(f"rule {name} does not go with offload: take sgd")
+        raise InputError(f"rule {name} cannot be combined with offload: take sgd")
     if settings["estimator"] != "two_point":
         raise InputError(
-            f"estimator {settings['estimator']} does not go with offload: take two_point"
+            f"estimator {settings['estimator']} cannot be combined with offload: take two_point"
         )
     if settings["layers"]:
-        raise InputError("layers (modified, keep) does not go with offload")
+        raise InputError("layers (modified, keep) cannot be combined with offload")
     if half and settings["rounding"] in ("compensated", "master"):
         raise InputError(
             f"rounding {settings['rounding']!r} keeps a buffer as large as the weights: with "

@@ -47,10 +47,11 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
         raise InputError(f"offload is for the method mezo, not for {args.method}")
     prompt = tuners.is_prompt(model_args)
     if model_args.freeze_layers and prompt:
-        raise InputError(f"freeze_layers does not go with peft_type {model_args.peft_type}")
+        raise InputError(f"freeze_layers cannot be combined with peft_type {model_args.peft_type}")
     if checkpoints_activations(args) and prompt and args.method == "adam":
         raise InputError(
-            f"{checkpointing_option(args)} does not go with peft_type {model_args.peft_type}: "
+            f"{checkpointing_option(args)} cannot be combined with peft_type "
+            f"{model_args.peft_type}: "
             "it drops the cache that holds the prefix"
         )
 

@@ -138,7 +138,7 @@ def check(trainer: Any) -> None:
     if not args.offload:
         return
     if trainer.model_init is not None:
-        raise InputError("model_init does not go with offload: give the model")
+        raise InputError("model_init cannot be combined with offload: give the model")
     half = any(p.element_size() == 2 for p in trainer.model.parameters() if p.requires_grad)
     check_settings(_settings(args) | {"rounding": rounding_of(args, trainer.model)}, half=half)
     trainer._placement.own()
@@ -165,7 +165,7 @@ def check_arguments(args: MeZOConfig) -> None:
     }
     for option, given in refused.items():
         if given:
-            raise InputError(f"{option} does not go with offload")
+            raise InputError(f"{option} cannot be combined with offload")
     check_settings(_settings(args), half=False)
 
 

@@ -27,11 +27,11 @@ def check(trainer: Trainer) -> None:
     }
     for option, (given, instead) in refused.items():
         if given:
-            raise InputError(f"{option} does not go with MeZO: {instead}")
+            raise InputError(f"{option} cannot be combined with MeZO: {instead}")
     _check_kind(type(trainer))
     if args.optim != type(args).optim and args.optim not in _DEFAULT_OPTIM:
         name = getattr(args.optim, "value", args.optim)
-        raise InputError(f"optim {name} does not go with MeZO: the optimizer is MeZO")
+        raise InputError(f"optim {name} cannot be combined with MeZO: the optimizer is MeZO")
     logger = logging.getLogger("mezo")
     if checkpoints_activations(args):  # TRL's default
         option = checkpointing_option(args)

@@ -224,7 +224,7 @@ def test_mistakes_are_one_line(place, tmp_path, capsys):
         return err.splitlines()[-1]
 
     assert "method 'mezzo' is unknown; did you mean mezo?" in said(methods=("mezzo",))
-    assert "does not go with MeZO" in said(methods=("mezo-adalora",))
+    assert "cannot be combined with MeZO" in said(methods=("mezo-adalora",))
     assert "give --grid FILE.yaml" in said("--learning_rate", "1")
     assert "grid must be none, default, table15, table16" in said("--grid", "all")
     (tmp_path / "g.yaml").write_text("ft: {learning_rate: 1}")

@@ -344,8 +344,8 @@ def test_what_does_not_go_with_low_rank_is_refused_by_name():
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"interval": 0}, "interval must be at least 1, got 0"),
         ({"rank": 1.5}, "rank must be at least 1, got 1.5"),
-        ({"rounding": "master"}, "rounding 'master' does not go with low_rank"),
-        ({"rounding": "compensated"}, "rounding 'compensated' does not go with low_rank"),
+        ({"rounding": "master"}, "rounding 'master' cannot be combined with low_rank"),
+        ({"rounding": "compensated"}, "rounding 'compensated' cannot be combined with low_rank"),
     ):
         with pytest.raises(InputError, match=message):
             optimizer_of(model, **options)

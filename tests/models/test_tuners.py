@@ -87,7 +87,9 @@ def test_a_method_of_peft_trains_and_replays(peft_type, tmp_path):
 
 @pytest.mark.parametrize("peft_type", sorted(tuners.REFUSED))
 def test_a_method_that_needs_more_than_forward_passes_is_refused_by_name(peft_type):
-    with pytest.raises(InputError, match=f"peft_type {peft_type} does not go with MeZO: it "):
+    with pytest.raises(
+        InputError, match=f"peft_type {peft_type} cannot be combined with MeZO: it "
+    ):
         made(peft_type)
 
 

@@ -316,8 +316,8 @@ def test_autocast_around_the_step_holds_in_both_halves():
         ({}, {"write_every": -1}, "write_every must be at least 1"),
         ({}, {"write_every": 0, "folder": "x"}, "folder is for weights that are written"),
         ({"rounding": "master"}, {}, "rounding 'master' keeps a buffer"),
-        ({"rule": "momentum"}, {}, "rule momentum does not go with offload"),
-        ({"estimator": "one_sided"}, {}, "estimator one_sided does not go with offload"),
+        ({"rule": "momentum"}, {}, "rule momentum cannot be combined with offload"),
+        ({"estimator": "one_sided"}, {}, "estimator one_sided cannot be combined with offload"),
     ],
 )
 def test_refused_in_one_sentence(settings, place, words):
@@ -340,11 +340,11 @@ def test_several_processes_are_refused(monkeypatch):
     with offload(model, optimizer, device="cpu"), monkeypatch.context() as changed:
         changed.setattr(torch.distributed, "is_initialized", lambda: True)
         changed.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-        with pytest.raises(InputError, match="2 processes does not go with offload"):
+        with pytest.raises(InputError, match="2 processes cannot use offload"):
             join(optimizer, model)
     optimizer.processes = Link.__new__(Link)
     optimizer.processes.size = 2
-    with pytest.raises(InputError, match="2 processes does not go with offload"):
+    with pytest.raises(InputError, match="2 processes cannot use offload"):
         offload(model, optimizer)
 
 

@@ -153,10 +153,10 @@ def test_evaluation_reads_a_model_block_by_block(place, capsys):
     [
         ("train", ["--method=adam", "--learning_rate=1e-5"], "not for adam"),
         ("train", ["--method=lp"], "not for lp"),
-        ("train", ["--rule=adam"], "rule adam does not go with offload"),
-        ("train", ["--load_in_4bit"], "offload does not go with load_in_4bit"),
+        ("train", ["--rule=adam"], "rule adam cannot be combined with offload"),
+        ("train", ["--load_in_4bit"], "offload cannot be combined with load_in_4bit"),
         ("train", ["--offload_write_every=0"], "set save_strategy no"),
-        ("reward", ["--rule=momentum"], "rule momentum does not go with offload"),
+        ("reward", ["--rule=momentum"], "rule momentum cannot be combined with offload"),
         ("eval", ["--replay=x"], "mezo replay --by_tensor"),
         ("eval", ["--tasks=x"], "--offload cannot be used with --tasks"),
     ],

@@ -302,8 +302,14 @@ REFUSED = [
     (["--method=lp", "--use_peft"], "method lp trains no adapter"),
     (["--peft_type=prefix"], "peft_type prefix needs --use_peft"),
     (["--use_peft", "--peft_type=prefx"], "did you mean prefix?"),
-    (["--use_peft", "--peft_type=adalora"], "adalora does not go with MeZO: it is steered by"),
-    (["--use_peft", "--peft_type=prefix", "--freeze_layers=1"], "freeze_layers does not go with"),
+    (
+        ["--use_peft", "--peft_type=adalora"],
+        "adalora cannot be combined with MeZO: it is steered by",
+    ),
+    (
+        ["--use_peft", "--peft_type=prefix", "--freeze_layers=1"],
+        "freeze_layers cannot be combined with",
+    ),
     (
         [
             "--use_peft",
@@ -311,7 +317,7 @@ REFUSED = [
             "--method=adam",
             f"--{checkpointing_option(TrainArguments)}=true",
         ],
-        "_checkpointing does not go with peft_type prefix",
+        "_checkpointing cannot be combined with peft_type prefix",
     ),
 ]
 

@@ -56,7 +56,7 @@ def test_a_host_that_makes_steps_of_its_own_is_refused(tmp_path, host, what):
 
 def test_another_optimizer_is_refused_by_name(tmp_path):
     kind = type("Mine", (MeZOMixin, Trainer), {})
-    with pytest.raises(InputError, match="optim adafactor does not go with MeZO"):
+    with pytest.raises(InputError, match="optim adafactor cannot be combined with MeZO"):
         make(kind, tmp_path, optim="adafactor")
 
 

@@ -161,12 +161,12 @@ def test_auto_find_batch_size_begins_again_with_whole_weights(tmp_path):
 @pytest.mark.parametrize(
     ("where", "name", "value", "sentence"),
     [
-        ("args", "fp16", True, "fp16=True does not go with MeZO: it scales gradients"),
-        ("args", "fsdp", "full_shard", "fsdp does not go with MeZO"),
+        ("args", "fp16", True, "fp16=True cannot be combined with MeZO: it scales gradients"),
+        ("args", "fsdp", "full_shard", "fsdp cannot be combined with MeZO"),
         ("args", "_n_gpu", 2, "use torchrun --nproc_per_node=2"),
-        ("args", "parallelism_config", object(), "parallelism_config does not go"),
-        ("trainer", "is_fsdp_enabled", True, "fsdp does not go with MeZO"),
-        ("trainer", "is_deepspeed_enabled", True, "deepspeed does not go with MeZO"),
+        ("args", "parallelism_config", object(), "parallelism_config cannot be combined"),
+        ("trainer", "is_fsdp_enabled", True, "fsdp cannot be combined with MeZO"),
+        ("trainer", "is_deepspeed_enabled", True, "deepspeed cannot be combined with MeZO"),
         ("trainer", "optimizer_cls_and_kwargs", (torch.optim.SGD, {}), "the optimizer is MeZO"),
     ],
 )
