@@ -93,7 +93,10 @@ class Loss:
         if self.draws is not None:
             return number(self.raw())
         with released():
-            return number(self.closure())  # waits for the device: the only two syncs of a step
+            found = self.closure()
+            one = isinstance(found, torch.Tensor) and found.numel() == 1
+            # a number from the device: the only two syncs of a step
+            return float(found) if one else number(found)
 
     def raw(self) -> Any:
         """What the closure returns."""

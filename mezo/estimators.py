@@ -136,7 +136,7 @@ def combined(
     settings: Mapping[str, Any],
     memory: Memory,
     rule: Rule,
-    looks_back: bool = False,
+    estimator: Estimator,
 ) -> Combined:
     """Combine a step's estimates into the projected gradients that are applied.
 
@@ -148,17 +148,20 @@ def combined(
         rule: The rule, which may scale the gradients.
         looks_back: Whether the estimator reads the losses of the previous step.
     """
-    means = {i: merged(es) for i, es in seen.items()}
+    means = {i: es[0] if len(es) == 1 else merged(es) for i, es in seen.items()}
     grads = {i: e.projected_grad for i, e in means.items()}
     loss = sum([e.loss for e in means.values()]) / len(means)
     if not all(map(math.isfinite, grads.values())):
         return Combined(grads, loss, False)
-    if looks_back:
+    if estimator.looks_back:
         memory.before = [e.losses[0] if e.losses else e.loss for e in means.values()]
     if settings["shaping"] and len(seen) > 1:
         grads = shaped(means, settings["shaping"], settings["eps"])
-    grads, memory.history = clipped(grads, settings, memory.history)
-    return Combined(rule.scaled(grads, memory), loss, True)
+    if settings["clip"] is not None or settings["clip_quantile"] is not None:
+        grads, memory.history = clipped(grads, settings, memory.history)
+    if type(rule).scaled is not Rule.scaled:
+        grads = rule.scaled(grads, memory)
+    return Combined(grads, loss, True)
 
 
 def merged(estimates: Sequence[Estimate]) -> Estimate:
@@ -207,8 +210,6 @@ def clipped(
     The history holds magnitudes as measured, not as clipped, so that a bound does not tighten
     itself.
     """
-    if settings["clip"] is None and settings["clip_quantile"] is None:
-        return grads, history
     bound = settings["clip"] or float("inf")
     if settings["clip_quantile"] is not None:
         if len(history) >= _ENOUGH:

@@ -10,6 +10,7 @@ computes the numbers of a model: the norms of its layers and the thresholds of i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,19 +29,13 @@ class TensorScale:
     modified: str = "variance"  # the update is along d z, or along z with "expectation"
     threshold: float | None = None  # if set, only weights with |theta| <= threshold are trained
 
-    @property
+    @cached_property
     def factor(self) -> float:
         """The factor by which lr is multiplied for this tensor."""
         return self.scale if self.modified == "variance" else 1.0
 
-    @property
-    def masked(self) -> bool:
-        return self.threshold is not None
-
     def walk(self, moves: Sequence[Move]) -> list[Move]:
         """Return the moves of a perturbation, divided by d."""
-        if self.scale == 1.0:
-            return [*moves]
         return [move._replace(coefficient=move.coefficient / self.scale) for move in moves]
 
 

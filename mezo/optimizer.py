@@ -6,11 +6,11 @@ distributed.join finds), and `weights`, where tensors lie (here, sharded, or off
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import distributed as dist
@@ -35,6 +35,17 @@ Trained = tuple[str, torch.nn.Parameter, dict[str, Any]]  # canonical name, para
 Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # estimates by probe; walks a probe
 
 
+class Plan(NamedTuple):
+    """What a step goes by; made anew when parameters or options have changed."""
+
+    trained: list[Trained]
+    parts: list[Part]  # the same tensors with the keys of their z, by what they have in common
+    form: type[Direction]
+    rule: Rule
+    estimator: Estimator
+    new: Callable[[int], Direction]  # the direction of that number
+
+
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """What `MeZO` is beside Algorithm 1. `forms` and `estimators` are those that it knows by name.
 
@@ -43,6 +54,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         observers: told of every step's Record, of refused ones too.
         guards: called before a step begins; what they raise ends it, and nothing has changed.
         directions: those of the step that is being made, by probe.
+        together: those that will be estimated next, with one closure; offload makes one pass.
         memory: what the run remembers from step to step.
     """
 
@@ -108,6 +120,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.observers: list[Callable[[Record], None]] = []
         self.guards: list[Callable[[], None]] = []
         self.directions: dict[int, Direction] = {}
+        self.together: Iterable[int] = ()
         self.memory, self.watch, self._thread = Memory(), Watch(), threading.Lock()
         self.processes: Any = OneProcess()
         self.weights: Any = Weights()
@@ -137,13 +150,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._known = None
         if "observers" not in vars(self):  # a copy; torch's load_state_dict calls this, too
-            self.observers, self.guards, self.directions = [], [], {}
+            self.observers, self.guards, self.directions, self.together = [], [], {}, ()
             self.processes, self.weights = OneProcess(), Weights()
             self._thread = threading.Lock()
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        check_group(param_group, self.settings, self.rule, self.measures)
+        rule = rules.rule_of(self.settings["rule"], self.rules)
+        check_group(param_group, self.settings, rule, self.measures)
         self._known = None
         check_storage([(name, p) for name, p, _ in self.trained()])
 
@@ -169,17 +183,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @property
     def rule(self) -> Rule:
-        return rules.rule_of(self.settings["rule"], self.rules)
+        self.trained()
+        return self.plan.rule
 
     @property
     def estimator(self) -> Estimator:
-        return self.measures[self.settings["estimator"]]
+        self.trained()
+        return self.plan.estimator
 
     @property
     def form(self) -> type[Direction]:
         """How theta + eps z reaches the forward pass: scratch for 16 bits, if it was not said."""
         self.trained()
-        return self._form
+        return self.plan.form
 
     @property
     def perturbation(self) -> str:
@@ -192,28 +208,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         Parameters without names are numbered. The list of a step is that of its beginning.
         """
         if not self.directions:
-            first = self.settings
-            known = [first["seed"], first["perturbation"], first["layers"]]
-            known += [(id(p), p.requires_grad, p.dtype) for p in self._every()]
+            first = self.param_groups[0]
+            asked = ("seed", "perturbation", "rounding", "layers", "estimator")
+            known = [first[option] for option in asked] + [{**first["rule"]}]
+            for group in self.param_groups:
+                known += [(id(p), p.requires_grad, p.dtype) for p in group["params"]]
             if known != self._known:
-                self._list()
-                self._known = known
-        return self._trained
+                self.plan, self._known = self._planned(), known
+        return self.plan.trained
 
-    def parts(self) -> list[Part]:
-        """The same tensors with the keys of their z, by what they have in common."""
-        self.trained()
-        return self._parts
-
-    def _every(self) -> Iterator[torch.Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
-
-    def _list(self) -> None:
-        """List the trained tensors anew."""
-        self._trained: list[Trained] = []
-        self._parts: list[Part] = []
+    def _planned(self) -> Plan:
         first, position = self.settings, 0
         scales = scales_of(first["layers"])
+        trained: list[Trained] = []
         rows: dict[tuple[int, TensorScale], list[Row]] = {}
         for i, group in enumerate(self.param_groups):
             names = group.get("param_names") or map(str, range(position, 2**31))
@@ -221,15 +228,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for name, p in zip(names, group["params"], strict=False):
                 if p.requires_grad:
                     name = noise.canonical_name(name)
-                    self._trained.append((name, p, group))
+                    trained.append((name, p, group))
                     row = Row(name, p, noise.tensor_key(first["seed"], name))
                     rows.setdefault((i, scales.get(name, PLAIN)), []).append(row)
-        for (i, scale), of_part in rows.items():
-            plain = not any(row.tensor.dtype in rounding.HALF for row in of_part)
-            self._parts.append(Part(self.param_groups[i], of_part, scale, plain))
-        half = not all(part.plain for part in self._parts)
-        name = first["perturbation"] or ("scratch" if half else "in_place")
-        self._form = self.forms[name]
+        half = any(p.dtype in rounding.HALF for _, p, _ in trained)
+        form = self.forms[first["perturbation"] or ("scratch" if half else "in_place")]
+        buffered = half and rounding.ROUNDINGS[first["rounding"]].buffer is not None
+        plain = not buffered and not form.factored
+        groups = self.param_groups
+        parts = [Part(groups[i], of, scale, plain) for (i, scale), of in rows.items()]
+        rule, measure = rules.rule_of(first["rule"], self.rules), self.measures[first["estimator"]]
+        memory, states = self.memory, self.state
+        new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
+        return Plan(trained, parts, form, rule, measure, new)
 
     def direction(self, probe: int) -> Direction:
         """Direction number `probe` of the step that is being made."""
@@ -240,21 +251,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 guard()
         self.processes.begin(self, probe)
         if probe not in self.directions:
-            self.directions[probe] = self.weights.direction(self, probe)
+            new = self.plan.new if self.weights.here else partial(self.weights.direction, self)
+            self.directions[probe] = new(probe)
         return self.directions[probe]
 
     def loss(self, closure: Closure | Loss) -> Loss:
         """The closure as estimators call it."""
-        same = self.settings.get("common_random_numbers", False)  # old checkpoints lack it
+        same = self.param_groups[0].get("common_random_numbers", False)  # old checkpoints lack it
         return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around, same)
-
-    def estimates_of(self, closure: Closure | None) -> Iterator[tuple[int, Loss]]:
-        """This process's directions of a step, each with the loss; none without a closure."""
-        if closure is not None:
-            loss, probes = self.loss(closure), self.processes.share(self.settings["num_samples"])
-            self.weights.together(self, probes)
-            for probe in probes:
-                yield probe, loss
 
     def is_idle(self) -> bool:
         """Whether a `step()` without closure asks for nothing: zero gradients at a rate of 0.
@@ -265,30 +269,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         still = all(float(group["lr"]) == 0 for group in self.param_groups)
         return still and bool(grads) and not any(bool(g.any()) for g in grads)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around a step or an estimate: Ctrl-C waits. RuntimeError in a second thread."""
-        with held():
-            if not self._thread.acquire(blocking=False):
-                raise RuntimeError("this optimizer is making a step already: in another thread?")
-            try:
-                yield
-            finally:
-                self._thread.release()
-
-    @contextmanager
-    def refused_if_raised(self, direction: Direction) -> Iterator[None]:
-        """If an estimate raises, theta is restored, and the step counts as taken, unapplied."""
-        before = len(direction.estimates)
-        try:
-            with torch.no_grad():
-                yield
-        except BaseException:
-            with held():  # as it is already, unless a second Ctrl-C came at a bad moment
-                del direction.estimates[before:]
-                direction.add(FAILED)
-                self.finish(self.combined(told=False))
-            raise
+    def refuse(self, direction: Direction) -> None:
+        """An estimate has raised: theta is restored, and the step counts as taken, unapplied."""
+        with held():  # as it is already, unless a second Ctrl-C came at a bad moment
+            direction.add(FAILED)
+            self.finish(self.combined(told=False))
 
     def combined(self, told: bool = True) -> Combined:
         """What the step applies, of all its estimates and all processes'."""
@@ -297,48 +282,46 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 return Combined({}, 0.0, False)
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
         seen, cycles = self.processes.joined(self)
-        looks_back = self.estimator.looks_back
-        found = combined(seen, self.settings, self.memory, self.rule, looks_back)
-        if told:
-            self.watch.step(found, self)
+        plan, watch = self.plan, self.watch
+        found = combined(seen, self.param_groups[0], self.memory, plan.rule, plan.estimator)
+        if told and (watch.looking or not found.finite):
+            watch.step(found, self)
         return replace(found, cycles=cycles)
 
-    def finish(self, found: Combined) -> None:
-        """Apply what was combined, and record it. InputError after max_refused in a row."""
-        if not found.grads:  # `is_idle`
-            return
-        if found.finite:
-            self.memory.remember(self.settings["step"], [*found.grads.values()], self.rule.window)
-        self._update(found)
-        torch.clear_autocast_cache()
-        self.record(found)
-        self.watch.stop(self.settings)
+    def finish(self, found: Combined) -> float:
+        """Apply what was combined, and record it. Returns its loss.
 
-    def _update(self, found: Combined | None) -> None:
+        InputError after max_refused updates in a row that were refused.
+        """
+        if not found.grads:  # `is_idle`
+            return found.loss
+        memory, settings, made = self.memory, self.param_groups[0], None
+        step, rule = settings["step"], self.plan.rule
+        if found.finite:
+            past = [*memory.past, (step, tuple(found.grads.values()))]
+            memory.past = past if rule.window == "all" else past[-int(rule.window or 1) :]
+            memory.number += 1
+            made = Update(rule, step, 0.0, 0.0, memory.past, len(memory.past), memory.number)
+        self._update(made)
+        torch.clear_autocast_cache()
+        self.directions, self.together = {}, ()  # the step is made
+        for group in self.param_groups:
+            group["step"] = step + 1
+        if self.plan.form.factored:
+            self.weights.end_step_(self)
+        record = Record(step, tuple(found.grads.values()), found.loss, found.cycles)
+        for observer in self.observers:
+            observer(record)
+        if not found.finite:
+            self.watch.stop(settings)
+        return found.loss
+
+    def _update(self, made: Update | None) -> None:
         raise NotImplementedError
 
     def restore_(self) -> None:
         """Theta is what it was before the directions of this step."""
         self._update(None)
-
-    def update_of(self, part: Part, found: Combined | None) -> Update | None:
-        """A parameter group's share of the step that the memory has noted last; None: no update."""
-        if found is None or not found.finite:
-            return None
-        group = part.group
-        past, number = self.memory.past, self.memory.number
-        lr, decay = float(group["lr"]), group["weight_decay"]
-        return Update(self.rule, self.settings["step"], lr, decay, past, len(past), number)
-
-    def record(self, found: Combined) -> None:
-        """The step is made: it is counted, and observers are told."""
-        step, self.directions = self.settings["step"], {}
-        for group in self.param_groups:
-            group["step"] = step + 1
-        self.weights.end_step_(self)
-        record = Record(step, tuple(found.grads.values()), found.loss, found.cycles)
-        for observer in self.observers:
-            observer(record)
 
     def write(self) -> None:
         """Bring the weights up to date, to be read or saved.

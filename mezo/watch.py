@@ -39,35 +39,36 @@ class Watch:
 
     def __init__(self) -> None:
         self.refused = 0  # updates in a row
-        self._unit: float | None = None  # of the last place of the weights, once it is known
+        self.unit: float | None = None  # of the last place of the weights, once it is known
+        self.looking = True  # at every step; else at those that are refused alone
         self._sizes: list[float] = []  # of the first projected gradients
         self._log = logging.getLogger("mezo")
 
     def first(self, closure: Loss, perturbed: Direction) -> None:
         """After the first estimate: is everything read perturbed, and is eps z representable?"""
-        if self._unit is not None:
-            return
         perturbed.check(closure)
-        self._unit, dtype = last_place([local(p) for _, p, _ in perturbed.rows])
-        if perturbed.eps < self._unit / 2:
+        self.unit, dtype = last_place([local(p) for _, p, _ in perturbed.rows])
+        if perturbed.eps < self.unit / 2:
             name = str(dtype).removeprefix("torch.")
             self._log.warning(
                 "eps %g is under half a unit in the last place (%.2g) of most %s weights: the two "
                 "losses differ by rounding more than by z; take eps %.0e",
-                *(perturbed.eps, self._unit, name, 4 * self._unit),
+                *(perturbed.eps, self.unit, name, 4 * self.unit),
             )
 
     def step(self, found: Combined, optimizer: Any) -> None:
         """Before an update: is the loss finite, and what do the first steps show?"""
         settings = optimizer.settings
         self.refused = 0 if found.finite else self.refused + 1
+        self.looking = True
         if not found.finite:
             self._log.warning("step %d: loss %s: update refused", settings["step"], found.loss)
             return
-        if self._unit is not None and len(self._sizes) < _JUDGED:
+        if self.unit is not None and len(self._sizes) < _JUDGED:
             self._sizes.append(max(map(abs, found.grads.values())))
             if len(self._sizes) == _JUDGED:
-                self._judge(self._unit, settings, optimizer.form.moves_weights)
+                self._judge(self.unit, settings, optimizer.form.moves_weights)
+        self.looking = self.unit is None or len(self._sizes) < _JUDGED
 
     def _judge(self, unit: float, group: dict[str, Any], rounded: bool) -> None:
         """After some steps: are the losses told apart, and do the updates survive rounding?"""

@@ -41,6 +41,8 @@ class Sharded(Weights):
     Raises InputError, naming the tensor, for what cannot be trained so.
     """
 
+    here = False
+
     def __init__(self, model: torch.nn.Module | None, optimizer: MeZO):
         sharded = [(name, p) for name, p, _ in optimizer.trained() if is_sharded(p)]
         if sharded and model is None:

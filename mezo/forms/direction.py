@@ -1,6 +1,6 @@
 """A direction z of one step, through which an estimator measures losses at theta and around it."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     group: dict[str, Any]
     rows: Sequence[Row]
     scale: TensorScale = PLAIN
-    plain: bool = False  # whether no tensor has 16 bits, so that moves need no buffer
+    plain: bool = False  # whether its moves need no buffer and no factor: one launch makes them
 
 
 class Direction:
@@ -43,8 +43,12 @@ class Direction:
             None in the first step and for all other estimators.
         estimates: The estimates made along this direction, which the step averages.
         cycles: How often theta was walked there and back, or how many estimates were made.
+        walk: The moves of one walk there and back.
+        ahead: The moves that every tensor has still to make. All of them are made in the end,
+            because each one rounds and a replay repeats it.
     """
 
+    legs: ClassVar[Mapping[int, Sequence[int]]] = {2: (), 1: ()}  # a walk in eps z, by `sides`
     moves_weights: ClassVar[bool] = False  # whether theta itself moves; a replay repeats its walks
     factored: ClassVar[bool] = False  # whether a matrix's updates are accumulated in a factor
 
@@ -63,9 +67,12 @@ class Direction:
         self.eps, self.step = settings["eps"], settings["step"]
         self.distribution = settings["distribution"]
         self.memory, self.states = memory or Memory(), {} if states is None else states
-        self.before: float | None = None
+        past = self.memory.before
+        self.before: float | None = past[probe] if probe < len(past) else None
         self.estimates: list[Estimate] = []
         self.cycles = 1
+        self.walk = [Move(self.step, probe, 1.0, leg * self.eps) for leg in self.legs[sides]]
+        self.ahead = [*self.walk]
 
     def add(self, estimate: Estimate, examples: float = 1.0) -> None:
         """Add an estimate along this direction, whose loss is the mean over `examples`."""
@@ -99,10 +106,6 @@ class Direction:
     def move(self, coefficient: float, rounding: int = NEAREST) -> Move:
         """Return the move theta <- theta + coefficient z."""
         return Move(self.step, self.probe, 1.0, coefficient, rounding)
-
-    def way_home(self) -> Sequence[Move]:
-        """Return the moves that bring every tensor back to theta; the caller makes them."""
-        return ()
 
     def check(self, closure: Callable[[], float]) -> None:
         """Raise InputError if the loss depends on a parameter that this form does not perturb."""

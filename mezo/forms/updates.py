@@ -7,8 +7,7 @@ gives the same bits on any device.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,14 +22,13 @@ from mezo.rules import Rule
 PIECE = 2**19  # elements in a piece: enough for several threads, few compared with a tensor
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """The numbers of one step for one parameter group."""
 
     rule: Rule
     step: int
     lr: float
-    weight_decay: float
+    decay: float  # the group's weight_decay
     history: Sequence[Applied]  # `Memory.past`
     end: int  # history[end - 1] is this step
     number: int  # number of applied steps, including this one
@@ -49,7 +47,7 @@ class Update:
     @property
     def keep(self) -> float:
         """The factor by which decoupled weight decay multiplies theta before the update."""
-        return 1 - self.lr * self.weight_decay
+        return 1 - self.lr * self.decay
 
 
 @torch.no_grad()
@@ -115,7 +113,7 @@ class PieceGradient:
         factor: float,
         began: bool,
     ):
-        self.number, self.weight_decay, self.began = update.number, update.weight_decay, began
+        self.number, self.weight_decay, self.began = update.number, update.decay, began
         self._past = update.past
         self.steps = len(self._past)
         self._x, self._start, self._key = x, start, key

@@ -1,7 +1,7 @@
 """The weights of a model that is resident and whole; Offload and Sharded are the alternatives."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from mezo import noise
 from mezo.forms import factors
@@ -13,30 +13,18 @@ from mezo.noise import Move
 class Weights:
     """Weights that stay on the device that computes; offload.Offload has the same methods."""
 
+    here: ClassVar[bool] = True  # they lie whole where they are: there is nothing more to do
+
     def direction(self, optimizer: Any, probe: int) -> Direction:
         """Return direction number `probe` of the optimizer's step."""
-        estimator, memory = optimizer.estimator, optimizer.memory
-        direction = optimizer.form(
-            optimizer.parts(),
-            optimizer.settings,
-            probe,
-            sides=estimator.sides,
-            memory=memory,
-            states=optimizer.state,
-        )
-        if estimator.looks_back and probe < len(memory.before):
-            direction.before = memory.before[probe]
-        return direction
+        return optimizer.plan.new(probe)
 
     def move_(
         self, optimizer: Any, part: Part, moves: Sequence[Move], update: Update | None = None
     ) -> None:
         """Apply the moves of a step, and then the update of a rule that needs more than moves."""
-        if not len(moves) and update is None:
-            return
         settings, table = optimizer.settings, noise.table(moves)
-        plain = part.plain and update is None and not optimizer.form.factored
-        if plain:  # float32 and float64 tensors move in one launch
+        if part.plain and update is None:  # float32 and float64 tensors move in one launch
             noise.apply_all_(part.rows, table, distribution=settings["distribution"])
             return
         for name, p, _ in part.rows:
@@ -51,9 +39,6 @@ class Weights:
         """Write low-rank updates to the matrices if the step ended an interval."""
         if optimizer.form.factored:
             factors.write_due_(optimizer.trained(), optimizer.settings, optimizer.state)
-
-    def together(self, optimizer: Any, probes: Iterable[int]) -> None:
-        """Announce the directions of a step that are estimated next, with the same closure."""
 
     def queue(self, optimizer: Any, p, name: str, program: Any) -> bool:
         """Return whether the moves of a replay were queued; if not, the caller makes them."""

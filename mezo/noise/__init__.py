@@ -64,6 +64,7 @@ def table(moves: Sequence[Move] | np.ndarray) -> np.ndarray:
     return moves if isinstance(moves, np.ndarray) else np.array([tuple(m) for m in moves], _TABLE)
 
 
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)  # neither is a DTensor
 _KERNELS = {"cpu": ".cpu", "cuda": ".gpu"}  # of numba, of triton
 _PIECE = {"cpu": 2**16, "other": 2**22}  # elements drawn at a time in plain torch: caches, launches
 
@@ -165,29 +166,30 @@ def apply_all_(
         distribution: One of `DISTRIBUTIONS`.
         kernel: False uses plain torch, which gives the same bits (for tests).
     """
-    listed, tables = list(rows), np.atleast_2d(_tables(moves))
-    groups: dict[Any, list[int]] = {}
+    if not len(moves):
+        return
+    if isinstance(moves, np.ndarray) or isinstance(moves[0], Move):
+        tables = np.atleast_2d(np.array(moves, _TABLE))
+    else:
+        tables = np.stack([table(own) for own in moves])  # type: ignore[arg-type]
+    listed, groups = list(rows), dict[Any, list[int]]()
     for i, (_, tensor, _) in enumerate(listed):
-        module = _kernel(tensor.device.type) if kernel and not shards.is_sharded(tensor) else None
-        if module is None or not module.supports(tensor):
-            module = None
-        kind = (module, tensor.device, tensor.dtype) if module else None
-        if tables.shape[1] and tensor.numel():
-            groups.setdefault(kind, []).append(i)
-    for i in groups.pop(None, ()):
-        _, tensor, key = listed[i]
-        own = tables[i if len(tables) > 1 else 0]
-        apply_(tensor, key, own, distribution=distribution, kernel=kernel)
-    for (module, _, _), which in groups.items():
-        tensors, keys = [listed[i][1] for i in which], [listed[i][2] for i in which]
+        if not tensor.numel():
+            continue
+        kind = (tensor.device, tensor.dtype) if tensor.is_contiguous() else None
+        ordinary = type(tensor) in _ORDINARY or not shards.is_sharded(tensor)
+        groups.setdefault(kind if ordinary else None, []).append(i)
+    for taken, which in groups.items():
+        module = _kernel(taken[0].type) if kernel and taken else None
+        if module is None or not module.takes(*taken):
+            for i in which:
+                _, tensor, key = listed[i]
+                own = tables[i if len(tables) > 1 else 0]
+                apply_(tensor, key, own, distribution=distribution, kernel=kernel)
+            continue
         own = tables[which] if len(tables) > 1 else tables
+        tensors, keys = [listed[i][1] for i in which], [listed[i][2] for i in which]
         module.apply_all_(tensors, keys, own, distribution, 0)
-
-
-def _tables(moves) -> np.ndarray:
-    if isinstance(moves, np.ndarray) or not len(moves) or isinstance(moves[0], Move):
-        return table(moves)
-    return np.stack([table(own) for own in moves])
 
 
 def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:

@@ -9,7 +9,7 @@ thread pool that aborts when two Python threads meet in it.
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -220,8 +220,14 @@ def _apply_all(tensors, like, kind, distribution, moves, begin, end):
         _apply(part, part, kind, True, one.offset + start, distribution, own, one.k0, one.k1)
 
 
+@cache
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel moves contiguous tensors of this kind."""
+    return device.type == "cpu" and dtype in _KIND
+
+
 def supports(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in _KIND and tensor.is_contiguous()
+    return tensor.is_contiguous() and takes(tensor.device, tensor.dtype)
 
 
 def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
@@ -253,11 +259,11 @@ def apply_all_(tensors: Sequence[torch.Tensor], keys, moves, distribution, offse
     places["offset"] = offsets
     places["k0"], places["k1"] = np.array(keys, np.uint64).T
     like, which = np.empty(0, _STORED[kind]), DISTRIBUTIONS.index(distribution)
-
-    def run(begin: int, end: int) -> None:
-        _apply_all(places, like, kind, which, moves, begin, end)
-
-    _in_parallel(run, int(places["n"].sum()), _SPLIT)
+    count, what = int(places["n"].sum()), (places, like, kind, which, moves)
+    if count <= _SPLIT:
+        _apply_all(*what, 0, count)
+    else:
+        _in_parallel(partial(_apply_all, *what), count, _SPLIT)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -288,10 +288,14 @@ def _kernel_all(
         tl.store(p, x.to(dtype), mask=inside)
 
 
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels move contiguous tensors of this kind."""
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and device.type == "cuda" and torch.version.hip is None  # AMD's: not looked at
+
+
 def supports(tensor: torch.Tensor) -> bool:
-    known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    device = tensor.device.type == "cuda" and torch.version.hip is None  # AMD's bits: not looked at
-    return device and known and tensor.is_contiguous()
+    return tensor.is_contiguous() and takes(tensor.device, tensor.dtype)
 
 
 @lru_cache(maxsize=8)

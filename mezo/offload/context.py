@@ -17,7 +17,7 @@ parameter.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -216,26 +216,25 @@ class Offload:
 
     # what MeZO asks of `optimizer.Weights`
 
-    def together(self, optimizer: MeZO, probes: Iterable[int]) -> None:
-        """One pass over the weights for all, unless each walks them from where the last one ended.
-
-        The closure of the first one's estimate is that of all of them.
-        """
-        self._ahead = {}
-        if optimizer.form.moves_weights or optimizer.memory.paired:
-            return
-        step = optimizer.param_groups[0]["step"]
-        found = {(step, probe): self.direction(optimizer, probe) for probe in probes}
-        group = list(found.values())
-        for one in group:
-            one.group = group
-        self._ahead = found
+    here = False
 
     def direction(self, optimizer: MeZO, probe: int) -> Interleaved:
+        """One pass over the weights for all that `optimizer.together` has, unless each walks them
+        from where the last one ended. The closure of the first one's estimate is that of all."""
         step = optimizer.settings["step"]
         if (made := self._ahead.pop((step, probe), None)) is not None:
             return made
-        inner = Weights().direction(optimizer, probe)
+        probes, optimizer.together = optimizer.together, ()
+        if probe not in probes or optimizer.form.moves_weights or optimizer.memory.paired:
+            return self._new(optimizer, probe)
+        self._ahead = {(step, one): self._new(optimizer, one) for one in probes}
+        group = list(self._ahead.values())
+        for one in group:
+            one.group = group
+        return self._ahead.pop((step, probe))
+
+    def _new(self, optimizer: MeZO, probe: int) -> Interleaved:
+        inner = optimizer.plan.new(probe)
         if optimizer.form.moves_weights:
             how = {"sides": inner.sides, "memory": inner.memory, "states": inner.states}
             inner = Walked(inner.parts, inner.settings, probe, **how)

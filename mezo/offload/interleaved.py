@@ -1,6 +1,6 @@
 """Forward passes that take turns at each block, so that all of them share one pass over weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from mezo.forms.direction import Direction
 from mezo.forms.low_rank import LowRank, together
 from mezo.forms.reads import eager
 from mezo.forms.scratch import Moved, Scratch
-from mezo.mezo import LEGS
+from mezo.mezo import InPlace
 from mezo.noise import Move
 from mezo.offload.turns import Turns
 
@@ -27,9 +27,7 @@ class Walked(Scratch):
     itself stays as it is until the walk is repeated on it together with the update.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.owes = True  # a walk; another estimate along it owes one more
+    legs = InPlace.legs
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -37,14 +35,7 @@ class Walked(Scratch):
             yield
 
     def moves(self, sign: int) -> list[Move]:
-        return self.walk()[: 1 if sign > 0 else 2]
-
-    def walk(self) -> list[Move]:
-        return [self.move(leg * self.eps) for leg in LEGS[self.sides]]
-
-    def way_home(self) -> list[Move]:
-        moves, self.owes = (self.walk() if self.owes else []), False
-        return moves
+        return self.walk[: 1 if sign > 0 else 2]
 
 
 class _KeepsRequiresGrad(Moved):
@@ -72,6 +63,7 @@ class Interleaved(Direction):
             states=inner.states,
         )
         self.inner, self.offload = inner, offload
+        self.ahead = inner.ahead  # one list: what one of them owes
         self.rows = inner.rows[:: len(inner.rows) // 16 + 1]  # to be looked at: all would be read
         self.group: list[Interleaved] = []
         self.known: LossPair | None = None
@@ -87,7 +79,7 @@ class Interleaved(Direction):
         others = self.group.copy()
         self.group.clear()
         if isinstance(self.inner, Walked):
-            self.inner.owes = True
+            self.inner.ahead[:] = self.inner.walk  # another estimate owes another walk
         with eager():  # for all: each would undo it for the others
             halves = [one._half(closure, sign) for one in (self, *others) for sign in (+1, -1)]
             plus, minus, *rest = Turns(self.offload.threads).run(halves)
@@ -108,9 +100,6 @@ class Interleaved(Direction):
                 return float(closure())
 
         return run
-
-    def way_home(self) -> Sequence[Move]:
-        return self.inner.way_home()
 
     def check(self, closure: Callable) -> None:
         """Raise InputError if the loss depends on a weight that torch's functions do not read."""

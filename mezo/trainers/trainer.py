@@ -212,7 +212,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
             schedule.step()
         self._estimates = []
         own = optimizer.processes.share(optimizer.param_groups[0]["num_samples"])
-        optimizer.weights.together(optimizer, () if fresh else own)
+        optimizer.together = () if fresh else own
         whole = optimizer.loss(self._closure(model, window))  # one, so that L(theta) is shared
         for probe, part in zip(own, _parts(window, len(own), fresh), strict=False):
             loss = optimizer.loss(self._closure(model, part)) if fresh else whole

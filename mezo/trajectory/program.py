@@ -16,7 +16,7 @@ from mezo.forms.factors import update_ as move_
 from mezo.forms.rounding import ROUNDINGS
 from mezo.forms.updates import Update, update_
 from mezo.layers import TensorScale
-from mezo.mezo import LEGS, MeZO, sgd
+from mezo.mezo import InPlace, MeZO, sgd
 from mezo.noise import Move
 from mezo.record import Applied
 from mezo.rules import RULES, Rule
@@ -80,7 +80,7 @@ def program_of(
         raise InputError(f"the log has {walks} walks; a replay holds at most {MAX_WALKS} in memory")
     interval = header["interval"] if header["perturbation"] == "low_rank" else 0
     rule, sides = rule_of(header, known), sides_of(header.get("estimator", "two_point"))
-    legs = LEGS[header.get("sides", sides)]
+    legs = InPlace.legs[header.get("sides", sides)]
     history = list(past)
     scaled = any("scale" in entry or "threshold" in entry for entry in header["tensors"])
 
@@ -164,7 +164,7 @@ def make_(
     for action in program.actions:
         if isinstance(action, np.ndarray):
             tables.append(_over(action, scale.scale))
-        elif isinstance(action, Update) and action.rule.linear and not scale.masked:
+        elif isinstance(action, Update) and action.rule.linear and scale.threshold is None:
             tables.append(noise.table(sgd(action, header["rounding"], scale.factor)))
         elif isinstance(action, Update):
             move()
