@@ -28,7 +28,7 @@ else
     locked "torch$pinned"
 fi
 
-locked setuptools # from the constraints too, hence no isolated build
+locked "setuptools>=77" # from the constraints too, hence no isolated build
 if [ -n "$archive" ]; then
     locked --no-build-isolation "$archive$extras"
 else

@@ -17,9 +17,13 @@ EMBEDDING = "model.decoder.embed_tokens.weight"
 
 
 def rewritten(path, change):
-    """The one file of a checkpoint with its dict of tensors changed."""
-    tensors = weights(path)
-    save_file(change(tensors), path / "model.safetensors", {"format": "pt"})
+    """The one file of a checkpoint with its dict of tensors changed.
+
+    The tensors that were read are the file itself, mapped into memory; so the new one is written
+    beside it.
+    """
+    save_file(change(weights(path)), path / "changed", {"format": "pt"})
+    (path / "changed").replace(path / "model.safetensors")
 
 
 def test_a_tied_tensor_that_is_stored_twice_is_replayed_twice(tmp_path):
