@@ -1,5 +1,6 @@
 """Several processes of one test: forked from a server that has imported torch, joined by gloo."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 TESTS = Path(__file__).parent
+LIMIT = 300  # seconds; no test takes a minute, but the machine may have much else to do
 SEARCHED = os.pathsep.join([str(TESTS.parent), str(TESTS)])  # PYTHONPATH of a test's programs
 
 
@@ -19,6 +21,7 @@ def run(work, size, folder, *args, dying=False):
     """What `work(rank, *args)` returns in each of `size` processes, by rank.
 
     An exception in one of them is raised here; `dying` lets them fail, and returns the messages.
+    A process that waits for ever ends after LIMIT seconds, and the error says where it waited.
     The process group meets in a file: no port is taken.
     """
     context = _server()
@@ -30,14 +33,19 @@ def run(work, size, folder, *args, dying=False):
     for process in running:
         process.start()
     for process in running:
-        process.join(600)  # no test takes a minute, but the machine may have much else to do
-    found = []
-    for rank, process in enumerate(running):
-        result = Path(f"{store}-{rank}")
-        ended = pickle.loads(result.read_bytes()) if result.exists() else (True, process.exitcode)
-        assert dying or not ended[0], f"rank {rank}: {ended[1]}"
-        found.append(ended[1])
-    return found
+        process.join()
+    ended = [_end(process, f"{store}-{rank}") for rank, process in enumerate(running)]
+    failed = [f"rank {rank}: {what}" for rank, (fault, what) in enumerate(ended) if fault]
+    assert dying or not failed, "\n".join(failed)
+    return [what for _, what in ended]
+
+
+def _end(process, path):
+    """Whether a process failed, and what it returned or said; else its exit status."""
+    if Path(path).exists():
+        return pickle.loads(Path(path).read_bytes())
+    stack = Path(f"{path}-stack")
+    return True, (stack.read_text() if stack.exists() else "") or process.exitcode
 
 
 def _server():
@@ -52,6 +60,8 @@ def _server():
 
 def _child(work, rank, size, store, args):
     torch.set_num_threads(1)
+    stack = open(f"{store}-{rank}-stack", "w")  # noqa: SIM115 (open to the end of the process)
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=stack)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     try:
         found = False, work(rank, *args)
@@ -59,4 +69,4 @@ def _child(work, rank, size, store, args):
     except BaseException as error:
         found = True, f"{error!r}\n{traceback.format_exc()}"
     Path(f"{store}-{rank}").write_bytes(pickle.dumps(found))
-    dist.destroy_process_group()
+    os._exit(0)  # destroy_process_group waits for ever in torch 2.6, if there were subgroups
