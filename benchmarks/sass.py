@@ -38,9 +38,16 @@ def compiled(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
     types = _TYPES | {"out": f"*{dtype}", "source": f"*{dtype}"}
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     even = [names.index(n) for n in ("out", "source", "n", "offset")]
-    multiple = {(i,): [["tt.divisibility", 16]] for i in even}
-    source = triton.compiler.ASTSource(gpu._kernel, signature, constants, multiple)
+    source = triton.compiler.ASTSource(gpu._kernel, signature, constants, _multiples(even))
     return triton.compile(source, target=TARGET, options=options)
+
+
+def _multiples(arguments: list[int]) -> Any:
+    """What says that these arguments are multiples of 16; an object in triton 3.2."""
+    former = getattr(triton.backends.compiler, "AttrsDescriptor", None)
+    if former is not None:
+        return former.from_hints(dict.fromkeys(arguments, 16))
+    return {(i,): [["tt.divisibility", 16]] for i in arguments}
 
 
 def compiled_all(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:

@@ -17,6 +17,11 @@ LIMIT = 300  # seconds; no test takes a minute, but the machine may have much el
 SEARCHED = os.pathsep.join([str(TESTS.parent), str(TESTS)])  # PYTHONPATH of a test's programs
 
 
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream(), "record_event"), reason="torch 2.6 has no FSDP2 on CPUs"
+)
+
+
 def run(work, size, folder, *args, dying=False):
     """What `work(rank, *args)` returns in each of `size` processes, by rank.
 

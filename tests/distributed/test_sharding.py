@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 from perceptron import OPTIONS, digest, loss, message, model, points, weights
-from processes import run
+from processes import needs_fsdp, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -110,6 +110,7 @@ def fsdp(rank, folder, size):
     return losses, after, full.tolist(), local
 
 
+@needs_fsdp
 @pytest.mark.parametrize("size", [2, 4])
 def test_fsdp_takes_the_steps_of_one_device(tmp_path, size):
     """Losses, evaluations between the steps, weights and run log are those of one device, bitwise.
@@ -165,6 +166,7 @@ def refused(rank):
     return found
 
 
+@needs_fsdp
 def test_what_would_corrupt_silently_is_refused_by_name(tmp_path):
     first, second = run(refused, 2, tmp_path)
     assert first == second
@@ -230,6 +232,7 @@ def rejoining(rank, folder):
     return made, full.tolist()
 
 
+@needs_fsdp
 def test_processes_without_the_log_are_sent_it(tmp_path):
     """The log of a run on one device: shards catch up by it, as if nothing had come between."""
     net, (x, y) = model(seed=1), points(8)

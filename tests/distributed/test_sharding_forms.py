@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from perceptron import OPTIONS, loss, message, model, points, weights
-from processes import run
+from processes import needs_fsdp, run
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -111,11 +111,13 @@ def assert_one_device(tmp_path, found, forms=FORMS):
         assert (tmp_path / f"{dtype}-{form}.mezo").read_bytes() == path.read_bytes(), (dtype, form)
 
 
+@needs_fsdp
 def test_every_form_takes_the_steps_of_one_device(tmp_path):
     """Rows, columns, a tied embedding; the evaluations read what was written."""
     assert_one_device(tmp_path, run(sharded, 2, tmp_path, str(tmp_path), (2,)))
 
 
+@needs_fsdp
 def test_replicas_of_shards_take_the_steps_of_one_device(tmp_path):
     """HSDP: two replicas of two shards."""
     assert_one_device(tmp_path, run(sharded, 4, tmp_path, str(tmp_path), (2, 2)))
@@ -142,6 +144,7 @@ def with_probes(rank, folder):
     return found, message(lambda: distributed.join(optimizer, wide, probes=2))
 
 
+@needs_fsdp
 def test_probes_go_with_shards_if_each_has_a_copy(tmp_path):
     """Else one forward pass would gather what is perturbed along several directions."""
     rows = run(with_probes, 4, tmp_path, str(tmp_path))
@@ -165,6 +168,7 @@ def seldom(rank):
     return [optimizer.step(closure) for _ in range(2)]
 
 
+@needs_fsdp
 def test_processes_that_read_other_parameters_stay_together(tmp_path):
     first, second = run(seldom, 2, tmp_path)
     assert first == second
@@ -271,6 +275,7 @@ def on_a_square(rank, folder):
     return found, [refused, message(lambda: distributed.join(other, uneven))]
 
 
+@needs_fsdp
 def test_fsdp_of_tensor_parallel_shards_replays_on_one_device(tmp_path):
     """Tolerance of the first loss: means of 8 squares of at most 4, sums of products in two."""
     found = run(on_a_square, 4, tmp_path, str(tmp_path))

@@ -82,9 +82,16 @@ KINDS = [  # dtype, moves, instructions an element at most: gaussian, rademacher
 def test_the_compiled_kernel_rounds_where_the_contract_does(
     distribution, dtype, moves, most, monkeypatch, tmp_path
 ):
-    """No fused, approximate or flushing instruction but for exact products; no needless draw."""
-    pytest.importorskip("triton")
+    """No fused, approximate or flushing instruction but for exact products; no needless draw.
+
+    Triton 3.2 flushes the subnormal radicands of a square root: there are none, since the logarithm
+    of the largest uniform number is -2^-24. Its code is up to 20 % longer.
+    """
+    triton = pytest.importorskip("triton")
     from benchmarks import sass
+
+    old = triton.__version__.startswith("3.2.")
+    root = "sqrt.rn.ftz.f32" if old else "sqrt.rn.f32"
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = sass.compiled(dtype, distribution, moves)
@@ -93,9 +100,10 @@ def test_the_compiled_kernel_rounds_where_the_contract_does(
     pairs = 2 if signs and len(moves) == 1 else 1  # of rows: four rows of signs share their words
     elements = 64 * pairs  # of a thread
     assert found["fma.rn.f32"] == (2 * elements if distribution == "gaussian16" else 0)
-    assert not [n for n in found if re.search(r"fma|mad.*\.f|approx|ftz", n) and n != "fma.rn.f32"]
+    exact = {"fma.rn.f32", root}
+    assert not [n for n in found if re.search(r"fma|mad.*\.f|approx|ftz", n) and n not in exact]
     assert not [n for n in found if re.match(r"(add|sub|mul|sqrt).*\.f", n) and ".rn." not in n]
-    assert found["sqrt.rn.f32"] == (elements // 2 if distribution == "gaussian" else 0)
+    assert found[root] == (elements // 2 if distribution == "gaussian" else 0)
     assert found["mul.rn.f32"] >= elements
     assert found["add.rn.f32"] >= elements
     blocks = elements // {"gaussian": 4, "rademacher": 8 * pairs, "gaussian16": 8}[distribution]
@@ -106,7 +114,7 @@ def test_the_compiled_kernel_rounds_where_the_contract_does(
     wide = 4 if dtype == "fp32" else 8  # elements of a thread at a time
     assert found["ld.global.v4.b32"] == found["st.global.v4.b32"] == elements // wide
     counted = sum(sass.instructions(kernel).values()) / elements
-    assert counted <= most[noise.DISTRIBUTIONS.index(distribution)]
+    assert counted <= most[noise.DISTRIBUTIONS.index(distribution)] * (1.2 if old else 1)
 
 
 def test_without_triton_plain_torch_draws(monkeypatch, caplog):
