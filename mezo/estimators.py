@@ -22,7 +22,6 @@ import torch
 from mezo.record import Memory
 from mezo.rules import Rule
 
-SHAPINGS = (None, "z_scores", "ranks")
 _HISTORY, _ENOUGH = 100, 10  # most and fewest projected gradients that a quantile is taken of
 
 
@@ -100,7 +99,6 @@ ONE_WAY = {
     "one_sided": Estimator(one_sided, sides=1, at_home=True),
     "one_point": Estimator(one_point, sides=1, looks_back=True),
 }
-ESTIMATORS = ("two_point", *ONE_WAY)  # the first is mezo.spsa
 _TWO_POINT = Estimator(one_sided)  # only its counts are used, never its function
 
 

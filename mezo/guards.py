@@ -1,89 +1,51 @@
-"""What MeZO refuses at the door, each in one sentence that names the value or the tensor."""
+"""Refuse options and tensors when an optimizer is built, in a sentence that names the culprit."""
 
-import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 
-from mezo import noise
 from mezo.errors import InputError
-from mezo.estimators import ESTIMATORS, SHAPINGS
 from mezo.forms.rounding import HALF, ROUNDINGS
 from mezo.noise.sharded import is_sharded, local
+from mezo.options.table import ARGUMENTS, SHARED
 from mezo.rules import Rule
-
-FORMS = ("in_place", "scratch", "low_rank")
-_ONE = "eps seed distribution num_samples perturbation rank interval"
-_ONE += " rounding clip clip_quantile max_refused rule estimator shaping layers"
-_ONE += " common_random_numbers"
 
 
 def check_group(
-    group: dict, first: dict, rule: Rule, estimators: Iterable[str] = ESTIMATORS
+    group: dict[str, Any], first: dict[str, Any], rule: Rule, estimators: Collection[str]
 ) -> None:
-    """InputError if a parameter group of MeZO, or a tensor in it, cannot be trained as asked.
+    """Raise InputError if a parameter group of MeZO, or a tensor in it, cannot be trained as asked.
 
-    `first` is the optimizer's first group: the direction (eps, seed, distribution, num_samples) is
-    one for all groups.
+    Args:
+        group: The parameter group.
+        first: The optimizer's first group, with which all others share most options.
+        rule: The rule that the group names.
+        estimators: The names of the estimators that the optimizer knows.
     """
-    for option in ("eps", "lr", "weight_decay"):
-        if math.isinf(group[option]):
-            raise InputError(f"{option} must be finite, got {group[option]}")
-    if not group["eps"] > 0:
-        raise InputError(f"eps must be positive, got {group['eps']}")
-    if not float(group["lr"]) >= 0:
-        raise InputError(f"lr must not be negative, got {group['lr']}")
-    if not group["weight_decay"] >= 0:
-        raise InputError(f"weight_decay must not be negative, got {group['weight_decay']}")
-    if not 1 <= group["num_samples"] <= noise.MAX_PROBE:
-        raise InputError(f"num_samples must be at least 1, got {group['num_samples']}")
-    if not 0 <= group["seed"] < 2**64:
-        raise InputError(f"seed must be in [0, 2^64), got {group['seed']}")
-    if group["distribution"] not in noise.DISTRIBUTIONS:
-        known = ", ".join(noise.DISTRIBUTIONS[:-1]) + f" or {noise.DISTRIBUTIONS[-1]}"
-        raise InputError(f"distribution must be {known}, got {group['distribution']!r}")
-    if group["perturbation"] not in (None, *FORMS):
-        known = ", ".join(FORMS[:-1]) + f" or {FORMS[-1]}"
-        raise InputError(f"perturbation must be {known}, got {group['perturbation']!r}")
-    if group["rounding"] not in tuple(ROUNDINGS):
-        raise InputError(
-            f"rounding must be one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}"
-        )
-    _check_kinds(group, estimators)
+    for option in ARGUMENTS:
+        option.check(group[option.name])
+    if group["estimator"] not in estimators:
+        known = ", ".join(estimators)
+        raise InputError(f"estimator must be one of {known}, got {group['estimator']!r}")
     _check_together(group, rule)
-    for option in ("rank", "interval"):
-        if not (isinstance(group[option], int) and group[option] >= 1):
-            raise InputError(f"{option} must be at least 1, got {group[option]}")
-    if group["clip"] is not None and not group["clip"] > 0:
-        raise InputError(f"clip must be positive, got {group['clip']}")
-    if group["clip_quantile"] is not None and not 0 < group["clip_quantile"] < 1:
-        raise InputError(f"clip_quantile must be between 0 and 1, got {group['clip_quantile']}")
-    if not group["max_refused"] >= 1:
-        raise InputError(f"max_refused must be at least 1, got {group['max_refused']}")
-    for option in _ONE.split():  # one for all groups
-        if group[option] != first[option]:
-            raise InputError(
-                f"{option} is one for all parameter groups, got {first[option]} and {group[option]}"
-            )
+    for option in SHARED:
+        if first[option.name] != group[option.name]:
+            values = f"{first[option.name]} and {group[option.name]}"
+            raise InputError(f"{option.name} is one for all parameter groups, got {values}")
     names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
     for name, tensor in zip(names, group["params"], strict=True):
         if tensor.requires_grad:
             _check_tensor(name, tensor)
 
 
-def _check_kinds(group: dict, estimators: Iterable[str]) -> None:
-    for option, known in (("estimator", estimators), ("shaping", SHAPINGS)):
-        if group[option] not in known:
-            names = ", ".join(str(one) for one in known)
-            raise InputError(f"{option} must be one of {names}, got {group[option]!r}")
-
-
 def _check_together(group: dict, rule: Rule) -> None:
     """Raise InputError for options that cannot be combined with each other."""
     form, rounding, name = group["perturbation"], group["rounding"], group["rule"]["name"]
-    if rounding in ("compensated", "master") and form == "in_place":
+    buffered = ROUNDINGS[rounding].buffer is not None
+    if buffered and form == "in_place":
         raise InputError(f"rounding {rounding!r} keeps a buffer: perturb in scratch")
-    if rounding in ("compensated", "master") and form == "low_rank":
+    if buffered and form == "low_rank":
         raise InputError(
             f"rounding {rounding!r} cannot be combined with low_rank, which writes a matrix once "
             "an interval: take stochastic or nearest"
@@ -92,9 +54,14 @@ def _check_together(group: dict, rule: Rule) -> None:
         if not rule.additive:
             raise InputError(f"rule {name} cannot be combined with low_rank: take sgd or momentum")
         if rule.window is not None:
-            raise InputError(f"rule {name}: no window with low_rank, whose buffers are small")
+            raise InputError(
+                f"rule {name}: a window cannot be combined with low_rank, whose buffers are small"
+            )
         if not rule.decoupled_weight_decay:
-            raise InputError(f"rule {name}: weight decay is decoupled with low_rank")
+            raise InputError(
+                f"rule {name}: coupled weight decay cannot be combined with low_rank: leave "
+                "decoupled_weight_decay True"
+            )
     if group["shaping"] and rule.replayed != rule:
         raise InputError(f"shaping {group['shaping']} and rule {name} both scale the step")
 

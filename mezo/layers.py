@@ -17,8 +17,7 @@ import torch
 
 from mezo.errors import InputError
 from mezo.noise import Move
-
-MODIFIED = ("variance", "expectation")
+from mezo.options.table import MODIFIED
 
 
 @dataclass(frozen=True)

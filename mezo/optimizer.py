@@ -27,6 +27,7 @@ from mezo.guards import check_group, check_storage
 from mezo.interrupts import held
 from mezo.layers import PLAIN, TensorScale, check_layers, scales_of
 from mezo.noise.sharded import is_sharded
+from mezo.options import table
 from mezo.record import Memory, Record
 from mezo.rules import Rule
 from mezo.watch import Watch
@@ -125,7 +126,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.processes: Any = OneProcess()
         self.weights: Any = Weights()
         self._known: Any = None  # how parameters and settings were when `_trained` was listed
-        super().__init__(params, given | {"step": 0})
+        super().__init__(params, table.defaults() | given | {"step": 0})
         check_layers(given["layers"], self.form, {name for name, _, _ in self.trained()})
 
     def _named(self, estimator: Any) -> str:
@@ -170,6 +171,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         rounding.keep_dtypes(self, state_dict)
+        for group in self.param_groups:
+            table.complete_(group)
         self.memory, self._known = Memory.taken_from(self.param_groups[0]), None
 
     @property
@@ -257,7 +260,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def loss(self, closure: Closure | Loss) -> Loss:
         """The closure as estimators call it."""
-        same = self.param_groups[0].get("common_random_numbers", False)  # old checkpoints lack it
+        same = self.param_groups[0]["common_random_numbers"]
         return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around, same)
 
     def is_idle(self) -> bool:

@@ -21,7 +21,7 @@ adam_beta1 adam_beta2 adam_epsilon seed data_seed eval_strategy eval_steps save_
 save_total_limit logging_strategy logging_steps bf16 train_sampling_strategy dataloader_drop_last
 load_best_model_at_end metric_for_best_model greater_is_better max_length packing packing_strategy
 padding_free assistant_only_loss completion_only_loss beta loss_type label_smoothing
-precompute_ref_log_probs dataset_text_field truncation_mode method mezo_eps"""
+precompute_ref_log_probs dataset_text_field truncation_mode"""
 _KINDS = {"task": "task", "reward": "reward", "dataset_train_split": "text"}
 _VERBS = {"task": "mezo train", "reward": "mezo train --reward", "text": "mezo sft or dpo"}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mezo.errors import InputError
 from mezo.foreign import read_options
+from mezo.options.table import FIELDS
 from mezo.runs.data_arguments import DataArguments
 
 _INDENT = "\n" + " " * 38  # of the continuation lines of an option's help
@@ -104,11 +105,25 @@ def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
     for kind in kinds:
         print(f"{kind.__doc__}")
         for f in fields(kind):
-            default = f"  [{f.default}]" if isinstance(f.default, str | int) else ""
-            lines = wrap(f.metadata["help"] + default, 62, break_on_hyphens=False)
-            print(f"  {', '.join(_names(f)):<34}  {_INDENT.join(lines)}")
+            print(_entry(", ".join(_names(f)), f.metadata["help"], f.default))
         print()
     print(tail.lstrip("\n"), end="")
+
+
+def entries_of(*flags: str) -> str:
+    """Return the help of options of the table: of those named, or of all that it says to show."""
+    shown = [option for option in FIELDS if option.flag in flags or (option.shown and not flags)]
+    return "\n".join(
+        _entry(f"--{option.flag} {option.metavar}".rstrip(), option.help, option.flag_default)
+        for option in shown
+    )
+
+
+def _entry(names: str, text: str, default: Any) -> str:
+    """Return an option's lines of help, with a default that can be shown."""
+    plain = isinstance(default, str | int) and "the default" not in text
+    lines = wrap(text + f"  [{default}]" * plain, 62, break_on_hyphens=False)
+    return f"  {names:<34}  {_INDENT.join(lines)}"
 
 
 def quiet() -> None:

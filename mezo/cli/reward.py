@@ -9,6 +9,7 @@ import shlex
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
+    entries_of,
     hf_parser,
     parse,
     print_result,
@@ -33,10 +34,10 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
   --per_device_train_batch_size N     prompts per step; default 16; use more if rewards tie
   --eval_steps N  --save_steps N      default 100
   --log_completions                   write completions to output_dir/completions.jsonl
-  --offload                           keep the model on the CPU and copy it block by block
+{offload}
   --resume_from_checkpoint true       resume an interrupted run
   --json                              print the result as one line of JSON
-"""
+""".replace("{offload}", entries_of("offload"))
 
 
 def asked(argv: list[str]) -> bool:

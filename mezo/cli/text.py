@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
+    entries_of,
     hf_parser,
     parse,
     print_result,
@@ -28,7 +29,7 @@ training, named as TRL's {config} and transformers' (--help_all lists every one)
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
   --max_length N                      longest row in tokens; longer rows are cut
-{own}  --offload                           keep the model on the CPU and copy it block by block
+{own}{offload}
   --resume_from_checkpoint true       resume an interrupted run
   --json                              print the result as one line of JSON
 """
@@ -44,7 +45,7 @@ def main(kind: str, argv: list[str]) -> None:
     """Run `mezo sft` or `mezo dpo`."""
     if {"-h", "--help"} & set(argv):
         config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
-        tail = HELP.format(kind=kind, config=config, own=OWN[kind])
+        tail = HELP.format(kind=kind, config=config, own=OWN[kind], offload=entries_of("offload"))
         return show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")

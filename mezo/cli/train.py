@@ -9,6 +9,7 @@ from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     default_output_dir,
+    entries_of,
     hf_parser,
     parse,
     print_result,
@@ -29,20 +30,7 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
   --max_steps N                       default 20000
   --per_device_train_batch_size N     default 16
-  --num_samples N                     number of directions averaged in each step; default 1; each
-                                      costs two forward passes
-  --distribution NAME                 distribution of the directions: gaussian (the default),
-                                      rademacher (random signs, quicker to draw) or gaussian16
-  --perturbation NAME                 how weights are perturbed: in_place, scratch (the default for
-                                      16-bit weights) or low_rank (the fastest)
-  --estimator NAME                    two_point (the default), one_sided, one_point, or your own
-                                      as module:name
-  --rule NAME                         update rule: sgd (the default), momentum, adam, sign,
-                                      scalar_adam, or your own as module:Name
-  --rounding NAME                     how updates of 16-bit weights are rounded: stochastic (the
-                                      default), nearest, compensated or master
   --bf16 true                         run forward passes of 32-bit weights in bfloat16
-  --common_random_numbers true        draw the same noise in all forward passes of a batch
   --lr_scheduler_type NAME            default constant
   --method NAME                       mezo, or a baseline: adam (backpropagation), lp, zero-shot
   --grid NAME                         search over a grid: table15-mezo, table16-mezo-lora, ... or
@@ -54,19 +42,15 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --seed N                            seed of the directions and of the order of the data
   --eval_steps N  --save_steps N      default 500
   --resume_from_checkpoint true       resume an interrupted run
-  --offload                           keep the model on the CPU and copy it to the device block by
-                                      block, for models larger than the device's memory
-  --offload_folder DIR                keep offloaded weights in a file in this folder, for models
-                                      larger than the host's memory
-  --offload_write_every N             write a block back every N updates; 0: never
-  --probe_groups N                    under torchrun -m mezo train: number of process groups with
-                                      their own direction; -1: one per process
   --report_to tensorboard             write the logs for TensorBoard
   --json                              print the result as one line of JSON
 
+options of MeZO (docs/methods.md, docs/rules.md):
+{options}
+
 To train on what a function or program says of generated text instead of a task, see
 docs/rewards.md.
-"""
+""".replace("{options}", entries_of())
 
 
 SEARCH: dict[str, dict[str, Any]] = {

@@ -36,12 +36,11 @@ from mezo.optimizer import (
     ZerothOrderOptimizer,
     number_of_processes,
 )
+from mezo.options.table import ARGUMENTS, SHARED
 from mezo.record import Record
 
 _FIELDS = 6  # per direction: examples, walks, projected_grad, loss, loss_plus, loss_minus
 _CHECKS = 2  # in front: checksums of all settings and of the weights; then the first probe
-_SETTINGS = "step eps seed distribution num_samples estimator shaping rule rank interval rounding"
-_SETTINGS += " clip clip_quantile layers"
 
 
 class Processes(Link, OneProcess):
@@ -314,11 +313,11 @@ def _take_up(optimizer: ZerothOrderOptimizer, end: int) -> None:
 
 
 def _settings(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
-    first, groups = optimizer.param_groups[0], optimizer.param_groups
-    found = {key: first[key] for key in _SETTINGS.split()} | {
-        "perturbation": optimizer.perturbation
-    }
-    return found | {key: [float(g[key]) for g in groups] for key in ("lr", "weight_decay")}
+    """Return the step and all options, on which the processes must agree."""
+    groups = optimizer.param_groups
+    settings = {name: optimizer.settings[name] for name in ("step", *(o.name for o in SHARED))}
+    settings |= {o.name: [float(g[o.name]) for g in groups] for o in ARGUMENTS if o.of_group}
+    return settings | {"perturbation": optimizer.perturbation}
 
 
 def _fingerprints(optimizer: ZerothOrderOptimizer, model: torch.nn.Module | None) -> dict[str, int]:

@@ -15,21 +15,14 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from mezo.errors import InputError
+from mezo.options.option import Resume
+from mezo.options.table import OPTIONS
 
-_SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "num_samples", "clip", "max_refused")
-HONOURED = (
-    "learning_rate",
-    "weight_decay",
-    "mezo_eps",
-    "mezo_eps_end",
-    "num_samples",
-    "num_samples_end",
-    "clip",
-    "max_refused",
-    "warmup_steps",
-    "warmup_ratio",
-)
-_FREE = [
+_MAY_CHANGE = [option for option in OPTIONS if option.resume is Resume.HONOURED]
+_SETTINGS = ("initial_lr", *(option.name for option in _MAY_CHANGE if option.argument))
+HONOURED = (*(option.flag for option in _MAY_CHANGE), "warmup_steps", "warmup_ratio")
+_FREE_OPTIONS = {option.flag for option in OPTIONS if option.resume is Resume.FREE}
+_FREE = [  # of transformers' and TRL's options, and of the command line's
     "output_dir",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -71,15 +64,11 @@ _FREE = [
     "enable_jit_checkpoint",
     "torch_empty_cache_steps",
     "auto_find_batch_size",
-    "log_completions",
     "max_grad_norm",
     "optim",
     "optim_args",
     "gradient_checkpointing",
     "activation_checkpointing",
-    "offload",
-    "offload_folder",
-    "offload_write_every",
     "debug",
     "remove_unused_columns",
     "label_names",
@@ -94,7 +83,7 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "ddp_", "trackio_", "jit_
 
 def is_free(name: str) -> bool:
     """Return whether an option does not affect the weights of a run."""
-    return name in _FREE or name.startswith(_FREE_PREFIXES)
+    return name in _FREE or name in _FREE_OPTIONS or name.startswith(_FREE_PREFIXES)
 
 
 def check(had: Mapping[str, Any], now: Mapping[str, Any], args: Any, told: str) -> list[str]:

@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mezo import layer_norms, layers, rules
+from mezo import layer_norms, rules
 from mezo.errors import InputError
 from mezo.foreign import imported
 from mezo.mezo import MeZO
+from mezo.options.option import Source
+from mezo.options.table import ARGUMENTS, FIELDS
 from mezo.rules import Rule
 from mezo.schedules import Schedule, linear
+
+_FLAGS = {option.flag: option for option in FIELDS}
+
+
+def option(flag: str) -> Any:
+    """Return the field of an option of the table, with its default and its help."""
+    entry = _FLAGS[flag]
+    return field(default=entry.flag_default, metadata={"help": entry.help})
 
 
 @dataclass
@@ -27,168 +37,37 @@ class MeZOConfig(TrainingArguments):
     activation_checkpointing, neftune_*, ddp_*.
     """
 
-    learning_rate: float = field(
-        default=1e-6,  # Tables 15 and 16: 1e-7 to 1e-6 for all weights
-        metadata={
-            "help": "Learning rate. For models of 1B weights and more, use 1e-7 to 1e-6 for all "
-            "weights, 5e-5 to 1e-4 for LoRA and 1e-3 to 1e-2 for a prefix. Smaller models need "
-            "larger rates; `mezo check` measures one."
-        },
-    )
+    learning_rate: float = option("learning_rate")
     lr_scheduler_type: str = field(  # type: ignore[assignment]  # TRL narrows it the same way
         default="constant",
         metadata={"help": "Learning-rate schedule; the paper keeps the rate constant."},
     )
-    mezo_eps: float = field(
-        default=1e-3,
-        metadata={
-            "help": "Size of the perturbation: 1e-3 for all weights, 1e-2 for LoRA, 1e-1 for a "
-            "prefix."
-        },
-    )
-    num_samples: int = field(
-        default=1,
-        metadata={
-            "help": "Number of directions averaged in each step; each costs two forward passes."
-        },
-    )
-    num_samples_end: int | None = field(
-        default=None,
-        metadata={"help": "Value that num_samples reaches, linearly, by the last step."},
-    )
-    mezo_eps_end: float | None = field(
-        default=None, metadata={"help": "Value that mezo_eps reaches, linearly, by the last step."}
-    )
-    fresh_batches: bool = field(
-        default=False,
-        metadata={
-            "help": "Give each direction its own micro-batches (Algorithm 2); "
-            "gradient_accumulation_steps must be a multiple of num_samples."
-        },
-    )
-    rule: str = field(
-        default="sgd",
-        metadata={
-            "help": "Update rule: sgd, momentum, adam (with adam_beta1, adam_beta2 and "
-            "adam_epsilon), sign, scalar_adam, or your own as module:Name."
-        },
-    )
-    momentum: float = field(
-        default=0.9, metadata={"help": "Momentum coefficient, for rule=momentum."}
-    )
-    window: str | None = field(
-        default=None,
-        metadata={
-            "help": "For rule=momentum and rule=adam: rebuild the moments from this many past "
-            "steps, or from 'all' of them, instead of keeping buffers."
-        },
-    )
-    rule_options: str | None = field(
-        default=None,
-        metadata={"help": "Options of your own rule, as JSON: '{\"beta\": 0.5}'."},
-    )
-    estimator: str = field(
-        default="two_point",
-        metadata={
-            "help": "Gradient estimator: two_point, one_sided, one_point, or your own as "
-            "module:name."
-        },
-    )
-    shaping: str | None = field(
-        default=None,
-        metadata={
-            "help": "How to shape the losses of several directions before they are combined: "
-            "z_scores or ranks."
-        },
-    )
-    modified: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scale the directions by the layers' norms: variance (Definition 6) or "
-            "expectation (Definition 7)."
-        },
-    )
-    keep: float | None = field(
-        default=None,
-        metadata={"help": "Train only this fraction of each tensor: its smallest weights."},
-    )
-    distribution: str = field(
-        default="gaussian",
-        metadata={
-            "help": "Distribution of the directions: gaussian, rademacher (random signs) or "
-            "gaussian16."
-        },
-    )
-    perturbation: str | None = field(
-        default=None,
-        metadata={
-            "help": "How weights are perturbed: in_place (the default), scratch (the default for "
-            "16-bit weights) or low_rank (the fastest)."
-        },
-    )
-    rank: int = field(
-        default=1, metadata={"help": "Rank of a matrix's direction, for perturbation=low_rank."}
-    )
-    interval: int = field(
-        default=50,
-        metadata={
-            "help": "Steps after which accumulated updates are written to a matrix, for "
-            "perturbation=low_rank."
-        },
-    )
-    rounding: str | None = field(
-        default=None,
-        metadata={
-            "help": "How updates of 16-bit weights are rounded: stochastic (the default), "
-            "compensated, master (the default for a 16-bit adapter) or nearest."
-        },
-    )
-    clip: float | None = field(
-        default=None, metadata={"help": "Bound on the magnitude of the projected gradient."}
-    )
-    clip_quantile: float | None = field(
-        default=None,
-        metadata={
-            "help": "Clip at this quantile of the last 100 magnitudes of the projected gradient."
-        },
-    )
-    probe_groups: int = field(
-        default=1,
-        metadata={
-            "help": "Number of process groups with their own direction; -1: one per process."
-        },
-    )
-    common_random_numbers: bool = field(
-        default=False,
-        metadata={
-            "help": "All forward passes of a batch draw the same random numbers, for a loss that "
-            "draws noise by design."
-        },
-    )
-    max_refused: int = field(
-        default=10, metadata={"help": "Stop after this many non-finite losses in a row."}
-    )
-    offload: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the model on the CPU and copy it to the device block by block, for "
-            "models larger than the device's memory."
-        },
-    )
-    offload_folder: str | None = field(
-        default=None,
-        metadata={
-            "help": "With offload: folder for a file of the model's size that holds the weights, "
-            "for models larger than the host's memory. The file can be deleted after the run."
-        },
-    )
-    offload_write_every: int = field(
-        default=1,
-        metadata={
-            "help": "With offload_folder: write a block back after this many updates, which spares "
-            "the disk. 0: never write; the result is the run log (needs save_strategy=no)."
-        },
-    )
+    mezo_eps: float = option("mezo_eps")
+    mezo_eps_end: float | None = option("mezo_eps_end")
+    num_samples: int = option("num_samples")
+    num_samples_end: int | None = option("num_samples_end")
+    fresh_batches: bool = option("fresh_batches")
+    distribution: str = option("distribution")
+    perturbation: str | None = option("perturbation")
+    rank: int = option("rank")
+    interval: int = option("interval")
+    rounding: str | None = option("rounding")
+    rule: str = option("rule")
+    momentum: float = option("momentum")
+    window: str | None = option("window")
+    rule_options: str | None = option("rule_options")
+    estimator: str = option("estimator")
+    shaping: str | None = option("shaping")
+    modified: str | None = option("modified")
+    keep: float | None = option("keep")
+    clip: float | None = option("clip")
+    clip_quantile: float | None = option("clip_quantile")
+    max_refused: int = option("max_refused")
+    common_random_numbers: bool = option("common_random_numbers")
+    probe_groups: int = option("probe_groups")
+    offload: bool = option("offload")
+    offload_folder: str | None = option("offload_folder")
+    offload_write_every: int = option("offload_write_every")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keep the defaults of the other config, TRL's say, for all but MeZO's own options.
@@ -238,20 +117,15 @@ def mezo_options(
 
     `named` are the trained parameters. Raises InputError if `modified` or the rule is unknown.
     """
-    names = "num_samples distribution perturbation rank interval estimator shaping"
-    names += " clip clip_quantile max_refused common_random_numbers"
-    options = {name: getattr(args, name) for name in names.split()}
+    ours = [entry for entry in ARGUMENTS if entry.source is Source.OURS and not entry.of_group]
+    options = {entry.name: getattr(args, entry.flag) for entry in ours}
     if ":" in args.estimator:
         options["estimator"] = imported(args.estimator, "estimator")
-    options |= {"eps": args.mezo_eps, "rule": rule_of(args), "rounding": rounding_of(args, model)}
+    options |= {"rule": rule_of(args), "rounding": rounding_of(args, model)}
+    _FLAGS["modified"].check(args.modified)
     if args.modified is not None:
-        make = {
-            "variance": layers.variance_modified,
-            "expectation": layers.expectation_modified,
-        }.get(args.modified)
-        if make is None:
-            raise InputError(f"modified must be variance or expectation, got {args.modified!r}")
-        options["layers"] = make(layer_norms.parameter_norms(named))
+        scales = layer_norms.parameter_norms(named)
+        options["layers"] = {"scales": scales, "modified": args.modified}
     if args.keep is not None:
         options["layers"] = options.get("layers", {}) | layer_norms.small(named, args.keep)
         options["perturbation"] = args.perturbation or "scratch"
@@ -259,13 +133,14 @@ def mezo_options(
 
 
 def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
+    """Return how updates are rounded: as given, or by master weights if the model is an adapter."""
     adapter = getattr(model, "peft_config", None) is not None
     master = adapter and args.perturbation != "low_rank"
     return args.rounding or ("master" if master else "stochastic")
 
 
 def rule_of(args: MeZOConfig) -> Rule:
-    """Return the rule that the arguments name, with its options.
+    """Return the rule that the config names, with its options.
 
     Raises InputError if the rule is unknown, or if `window` is malformed or not for this rule.
     """

@@ -5,7 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mezo.options.table import FIELDS
+
 TAGS = ("mezo", "zeroth-order")
+_SHOWN = ("rule", "estimator", "mezo_eps", "num_samples", "distribution")
 _OPTIMIZER = re.compile(r"^- optimizer: [^\n]*(?:\n(?!- |\n)[^\n]*)*", re.MULTILINE)
 SECTION = """
 ## MeZO
@@ -41,10 +44,9 @@ def complete(path: Path, trainer: Any) -> None:
 
 def described(args: Any) -> str:
     """Return MeZO's own settings in a phrase; those of `MeZO` where the arguments have none."""
-    given = {"rule": "sgd", "estimator": "two_point", "mezo_eps": 1e-3, "num_samples": 1}
-    given |= {"distribution": "gaussian"}
-    given = {name: getattr(args, name, default) for name, default in given.items()}
-    return ", ".join(f"{name}={value}" for name, value in given.items())
+    shown = [option for option in FIELDS if option.flag in _SHOWN]
+    given = {option.flag: getattr(args, option.flag, option.flag_default) for option in shown}
+    return ", ".join(f"{name}={given[name]}" for name in _SHOWN)
 
 
 def _replay(trainer: Any) -> str:

@@ -13,30 +13,20 @@ from typing import Any
 
 from mezo import noise, rules
 from mezo.errors import InputError
-from mezo.estimators import ESTIMATORS
-from mezo.forms.rounding import ROUNDINGS
-from mezo.guards import FORMS
-from mezo.layers import MODIFIED
+from mezo.options.option import Key, Logged
+from mezo.options.table import OPTIONS
 from mezo.rules import RULES
 from mezo.trajectory import start_values
 
 FORMAT = 1
 Keys = dict[str, tuple[Callable[[Any], bool], str]]
 MAX_CYCLES = 2**16  # walks a probe and step; each is 3 moves of a replay
-_KNOWN = {
-    "distribution": noise.DISTRIBUTIONS,
-    "perturbation": FORMS,
-    "rounding": tuple(ROUNDINGS),
-    "rule": tuple(name for name in RULES if name != "scalar_adam"),
-    "estimator": ESTIMATORS,
-    "modified": MODIFIED,
-}
-_OPTIONAL = ("estimator", "modified")  # without them: two_point, and no scales
-IDENTITY = ("seed", *_KNOWN, "rule_options", "sides", "rank", "interval")  # one for a whole run
+_CONSTANT = [option for option in OPTIONS if option.constant]
+_BY_NAME = {key.name: key for option in _CONSTANT for key in option.header_keys}
+IDENTITY = tuple(_BY_NAME)  # the keys that hold for a whole run
 _LARGEST = 1e100  # of a setting: products of several are finite, and integers become floats
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _DIGEST = re.compile("[0-9a-f]{16}")
-_OF_A_USER = re.compile(r"[\w.]+:[\w.<>]+")  # a rule or an estimator of their own: "module:Name"
 
 
 class Damage(Exception):
@@ -70,9 +60,10 @@ def check_version(header: dict[str, Any]) -> None:
             f"this log has format {_short(found[0])} and noise contract {_short(found[1])}; this "
             f"version of mezo reads {FORMAT} and {noise.CONTRACT}: upgrade mezo-lm"
         )
-    for key in _KNOWN:
-        if isinstance(header.get(key), str) and not _names(key, header[key]):
-            raise InputError(f"this log has {key} {_short(header[key])}: upgrade mezo-lm")
+    for name, key in _BY_NAME.items():
+        value = header.get(name)
+        if key.domain.choices and isinstance(value, str) and value not in key.domain:
+            raise InputError(f"this log has {name} {_short(value)}: upgrade mezo-lm")
 
 
 def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
@@ -80,8 +71,7 @@ def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
 
     `first` is the header of the file's first segment, or None if `header` itself is that.
     """
-    required = {key: rule for key, rule in _FIRST.items() if key not in _OPTIONAL}
-    check_keys(header, _EVERY if first is not None else _EVERY | required)
+    check_keys(header, _EVERY if first is not None else _EVERY | _FIRST)
     check_keys(header, dict.fromkeys({"written"} & header.keys(), _WRITTEN))
     if first is None:
         _check_kinds(header)
@@ -111,12 +101,12 @@ def check_keys(header: dict[str, Any], keys: Keys) -> None:
 
 
 def _check_kinds(header: dict[str, Any]) -> None:
-    """Check the keys that only some runs have."""
-    if header["perturbation"] == "low_rank":
-        check_keys(header, _LOW_RANK)
-    check_keys(header, {key: _FIRST[key] for key in _OPTIONAL if key in header})
-    if "sides" in header:
-        check_keys(header, {"sides": (lambda x: type(x) is int and x in (1, 2), "1 or 2")})
+    """Check the keys of the options that only some runs have, or that they leave out."""
+    for option in _CONSTANT:
+        if option.applies(header):
+            must = option.logged is Logged.ONCE and option.only_for is not None
+            keys = [key for key in option.header_keys if key.name in header or must]
+            check_keys(header, {key.name: _of(key) for key in keys})
     given = header.get("rule_options", {})
     if header["rule"] not in RULES and type(given) is dict:
         return  # the rule's own file checks them
@@ -162,10 +152,8 @@ def are(good: Callable, least: int = 0) -> Callable:
     return lambda value: type(value) is list and len(value) >= least and all(map(good, value))
 
 
-def _names(key: str, value: str) -> bool:
-    """Return whether a key may have this name as its value; nothing is imported to find out."""
-    own = key in ("rule", "estimator") and _OF_A_USER.fullmatch(value) is not None
-    return own or value in _KNOWN[key]
+def _of(key: Key) -> tuple[Callable[[Any], bool], str]:
+    return lambda value: value in key.domain, key.domain.told
 
 
 def _is_digest(value: Any) -> bool:
@@ -185,20 +173,16 @@ _EVERY: Keys = {
     "lr_in_records": (lambda x: type(x) is bool, "true or false"),
 }
 _FIRST: Keys = {
-    "seed": (lambda x: is_count(x, 2**64), "in [0, 2^64)"),
     "tensors": (lambda x: type(x) is list, "a list"),
     "frozen": (lambda x: x is None or _is_digest(x), "16 hexadecimal digits"),
     "config": (lambda x: type(x) is dict, "an object"),
     "versions": (lambda x: type(x) is dict, "an object"),
 } | {
-    key: (lambda x, key=key: isinstance(x, str) and _names(key, x), f"one of {', '.join(known)}")
-    for key, known in _KNOWN.items()
+    option.header_keys[0].name: _of(option.header_keys[0])
+    for option in _CONSTANT
+    if option.logged is Logged.ONCE and option.only_for is None
 }
 _WRITTEN = (lambda x: type(x) is bool, "true or false")
-_LOW_RANK: Keys = {
-    "rank": (lambda x: is_count(x, 2**16, 1), "from 1 to 65535"),
-    "interval": (lambda x: is_count(x, 2**32, 1), "a number of steps"),
-}
 _SIZES = are(lambda x: is_count(x, 2**63))
 _OWN: Keys = {
     "scale": (lambda x: _is_number(x) and x > 0, "a positive number"),

@@ -15,10 +15,11 @@ import torch
 from mezo import noise, rules
 from mezo.compatibility import unpacked
 from mezo.errors import InputError
-from mezo.estimators import ESTIMATORS
 from mezo.layers import PLAIN, scales_of
 from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
+from mezo.options.option import Logged
+from mezo.options.table import ESTIMATORS, OPTIONS
 from mezo.record import Record
 from mezo.trajectory import start_values
 from mezo.trajectory.files import begun, read
@@ -75,7 +76,8 @@ class Writer:
         self._put(data, settings, self._step)
         self._constants = _constants(optimizer)
         self._trained = optimizer.trained()
-        self._known = {key: optimizer.settings[key] for key in _TAKEN}
+        constant = [option.name for option in OPTIONS if option.constant]
+        self._known = {name: optimizer.settings[name] for name in constant}
         optimizer.observers.append(self)
         optimizer.guards.append(self._check_constants)
 
@@ -292,26 +294,36 @@ def _check_names(names: set[str], model: torch.nn.Module) -> None:
 
 def identity(optimizer: MeZO) -> dict[str, Any]:
     """Return the settings of the whole run that a replay depends on, besides the tensors."""
-    group, rule = optimizer.settings, rules.options(optimizer.rule.replayed, optimizer.rules)
-    found = {key: group[key] for key in ("seed", "distribution")}
-    found |= {"perturbation": optimizer.perturbation, "rounding": group["rounding"]}
-    name = rule.pop("name")
-    found["rule"] = name
-    if rule:
-        found["rule_options"] = rule
-    if group["estimator"] != "two_point":
-        found["estimator"] = group["estimator"]
-        if group["estimator"] not in ESTIMATORS and optimizer.estimator.sides == 1:
-            found["sides"] = 1
-    if (group["layers"] or {}).get("scales"):
-        found["modified"] = group["layers"].get("modified", "variance")
-    if optimizer.perturbation == "low_rank":
-        found |= {key: group[key] for key in ("rank", "interval")}
-    return found
+    settings = optimizer.settings | {"perturbation": optimizer.perturbation}
+    keys: dict[str, Any] = {}
+    for option in OPTIONS:
+        value = settings.get(option.name)
+        dropped = option.logged is Logged.UNLESS_DEFAULT and value == option.default
+        if option.constant and option.applies(settings) and not dropped:
+            fill = _FILLED.get(option.name)
+            keys |= {option.name: value} if fill is None else fill(optimizer, value)
+    return keys
 
 
-_TAKEN = ["seed", "distribution", "perturbation", "rounding", "rule", "estimator", "layers"]
-_TAKEN += ["rank", "interval"]
+def _of_rule(optimizer: MeZO, value: Any) -> dict[str, Any]:
+    """Return the rule that a replay applies, and its options if it has any."""
+    given = rules.options(optimizer.rule.replayed, optimizer.rules)
+    return {"rule": given.pop("name")} | ({"rule_options": given} if given else {})
+
+
+def _of_estimator(optimizer: MeZO, value: str) -> dict[str, Any]:
+    """Return the estimator's name and, for a user's own, how many sides it visits if not both."""
+    one_sided = value not in ESTIMATORS and optimizer.estimator.sides == 1
+    return {"estimator": value} | ({"sides": 1} if one_sided else {})
+
+
+def _of_layers(optimizer: MeZO, value: dict[str, Any]) -> dict[str, Any]:
+    """Return how the tensors are scaled; the scales themselves are with the tensors."""
+    return {"modified": value.get("modified", "variance")} if value.get("scales") else {}
+
+
+# The options that fill other keys of the header than one of their name.
+_FILLED = {"rule": _of_rule, "estimator": _of_estimator, "layers": _of_layers}
 
 
 def _constants(optimizer: MeZO) -> dict[str, Any]:

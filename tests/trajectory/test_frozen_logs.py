@@ -18,10 +18,8 @@ from frozen.toy_models import digest, digests
 from safetensors.torch import load_file, save_file
 
 from mezo import MeZO, noise, trajectory
-from mezo.estimators import ESTIMATORS, SHAPINGS
 from mezo.forms.rounding import ROUNDINGS
-from mezo.guards import FORMS
-from mezo.layers import MODIFIED
+from mezo.options.table import ESTIMATORS, FORMS, MODIFIED, SHAPINGS
 from mezo.rules import RULES
 
 FROZEN = json.loads(INDEX.read_text())
@@ -83,7 +81,7 @@ def test_the_frozen_logs_cover_every_option():
         "perturbation": FORMS,
         "distribution": noise.DISTRIBUTIONS,
         "estimator": ESTIMATORS,
-        "shaping": SHAPINGS,
+        "shaping": (None, *SHAPINGS),
         "rounding": ROUNDINGS,
     }.items():
         default = inspect.signature(MeZO.__init__).parameters[option].default
