@@ -358,8 +358,8 @@ def test_what_cannot_work_is_refused_by_name():
     model = Regression(torch.float32)
     scales = variance_modified({"first": 1.0})
     cases = [
-        ({"estimator": "three_point"}, "estimator must be one of two_point, one_sided, one_point"),
-        ({"shaping": "softmax"}, "shaping must be one of None, z_scores, ranks, got 'softmax'"),
+        ({"estimator": "three_point"}, "estimator must be two_point, one_sided or one_point"),
+        ({"shaping": "softmax"}, "shaping must be z_scores or ranks, got 'softmax'"),
         ({"layers": {"scale": {}}}, "layers has scales, modified and thresholds, not scale"),
         ({"layers": {"scales": {"first": 1.0}, "modified": "x"}}, "modified must be variance or"),
         ({"layers": variance_modified({"fist": 1.0})}, "scales names fist, which is not trained"),

@@ -161,7 +161,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, place, capsys, mon
             {"perturbation": "scrath"},
             "perturbation must be in_place, scratch or low_rank, got 'scrath'",
         ),
-        ({"rounding": "up"}, "rounding must be one of stochastic, compensated, master, nearest"),
+        ({"rounding": "up"}, "rounding must be stochastic, compensated, master or nearest"),
         ({"clip_quantile": 2}, "clip_quantile must be between 0 and 1, got 2.0"),
         ({"mezo_eps": 0}, "eps must be positive, got 0.0"),
         ({"distribution": "normal"}, "got 'normal'"),

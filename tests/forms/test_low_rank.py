@@ -341,9 +341,9 @@ def test_an_interrupt_within_a_step_leaves_what_the_log_says(tmp_path, monkeypat
 def test_what_does_not_go_with_low_rank_is_refused_by_name():
     model = Regression(torch.bfloat16)
     for options, message in (
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"interval": 0}, "interval must be at least 1, got 0"),
-        ({"rank": 1.5}, "rank must be at least 1, got 1.5"),
+        ({"rank": 0}, "rank must be from 1 to 65535, got 0"),
+        ({"interval": 0}, "interval must be from 1 to 4294967295, got 0"),
+        ({"rank": 1.5}, "rank must be a whole number, got 1.5"),
         ({"rounding": "master"}, "rounding 'master' cannot be combined with low_rank"),
         ({"rounding": "compensated"}, "rounding 'compensated' cannot be combined with low_rank"),
     ):

@@ -104,7 +104,7 @@ def test_what_the_arguments_cannot_mean_is_refused(tmp_path):
         ({"rule": "lion"}, "rule must be one of"),
         ({"modified": "mean"}, "modified must be variance or expectation, got 'mean'"),
         ({"keep": 0.5, "perturbation": "in_place"}, "perturb in scratch"),
-        ({"estimator": "spsa"}, "estimator must be one of"),
+        ({"estimator": "spsa"}, "estimator must be two_point"),
     ):
         with pytest.raises(InputError, match=message):
             trainer_at(tmp_path, **given).train()
