@@ -1,12 +1,14 @@
 """Instructions an element of the Triton kernels, compiled for sm_90: no GPU is needed.
 
-    python -m benchmarks.sass
+    python -m benchmarks.sass [--output benchmarks/results/sass.json]
 
 The whole kernel is counted: addresses, masks, loads, random words, conversions and stores of one
-program, divided by the elements that a thread moves. Pointers and lengths are multiples of 16, as
-those of a model's matrices are. ptxas and cuobjdump come with Triton.
+program, divided by the elements that a thread moves. Nothing is assumed of the arguments; wide
+loads are a constant of the kernel that a launch chooses for what lies at a multiple of 16 bytes, as
+matrices do ("narrow" is the other one). ptxas and cuobjdump come with Triton.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -24,41 +26,33 @@ from mezo.noise import gpu
 
 TARGET = GPUTarget("cuda", 90, 32)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TYPES = {"table": "*i32", "n": "i64", "offset": "i64", "key": "u64", "count": "i32"}
 ONE = [noise.Move(1, 0, 1.0, 1e-3)]
 ROUNDED = [noise.Move(1, 0, 1.0, 1e-3, noise.ROUND_PERTURBED)]
 
 
-def compiled(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
-    """The kernel as `apply_` launches it for a whole tensor."""
-    launch = gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
-    options = {name: launch.pop(name) for name in gpu.OPTIONS}
-    constants = launch | {"rows": None}
-    names = gpu._kernel.arg_names
-    types = _TYPES | {"out": f"*{dtype}", "source": f"*{dtype}"}
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    even = [names.index(n) for n in ("out", "source", "n", "offset")]
-    source = triton.compiler.ASTSource(gpu._kernel, signature, constants, _multiples(even))
-    return triton.compile(source, target=TARGET, options=options)
+def compiled(dtype: str, distribution: str, moves: list[noise.Move], wide: bool = True) -> Any:
+    """Return the kernel as `apply_` launches it for a whole tensor."""
+    types = {"out": f"*{dtype}", "source": f"*{dtype}", "table": "*i32", "n": "i64"}
+    types |= {"offset": "i64", "key": "u64", "count": "i32"}
+    return _compiled(
+        gpu._kernel, types, dtype, distribution, moves, {"rows": None, "ALIGNED": wide}
+    )
 
 
-def _multiples(arguments: list[int]) -> Any:
-    """What says that these arguments are multiples of 16; an object in triton 3.2."""
-    former = getattr(triton.backends.compiler, "AttrsDescriptor", None)
-    if former is not None:
-        return former.from_hints(dict.fromkeys(arguments, 16))
-    return {(i,): [["tt.divisibility", 16]] for i in arguments}
-
-
-def compiled_all(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
-    """The kernel of many tensors, whose addresses are multiples of 16."""
-    launch = gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
-    options = {name: launch.pop(name) for name in gpu.OPTIONS}
-    constants = launch | {"dtype": gpu._DTYPES[DTYPES[dtype]], "ALIGNED": True}
+def compiled_all(dtype: str, distribution: str, moves: list[noise.Move], wide: bool = True) -> Any:
+    """Return the kernel of many tensors; `wide` is the one of whole spans."""
     types = {"owners": "*i32", "tensors": "*i64", "table": "*i32", "count": "i32", "each": "i32"}
-    names = gpu._kernel_all.arg_names
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    source = triton.compiler.ASTSource(gpu._kernel_all, signature, constants)
+    constants = {"dtype": gpu._DTYPES[DTYPES[dtype]], "WHOLE": wide}
+    return _compiled(gpu._kernel_all, types, dtype, distribution, moves, constants)
+
+
+def _compiled(
+    kernel: Any, types: dict, dtype: str, distribution: str, moves: Any, constants: dict
+) -> Any:
+    constants |= gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
+    options = {name: constants.pop(name) for name in gpu.OPTIONS}
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
     return triton.compile(source, target=TARGET, options=options)
 
 
@@ -73,24 +67,39 @@ def instructions(kernel) -> Counter:
     return Counter(name for name in line.findall(told) if not name.startswith("NOP"))
 
 
-def count(dtype: str, distribution: str, moves: list[noise.Move]) -> float:
-    """Instructions an element."""
+def count(kernel: Any, dtype: str, distribution: str, moves: list[noise.Move]) -> float:
+    """Return the kernel's instructions an element."""
     launch = gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
     elements = launch["PAIRS"] * 2048 / (32 * launch["num_warps"])
-    return sum(instructions(compiled(dtype, distribution, moves)).values()) / elements
+    return round(sum(instructions(kernel).values()) / elements, 1)
 
 
-def counts() -> dict[str, float]:
-    """By dtype, distribution and rounding; one move."""
+def counts() -> dict[str, dict[str, float]]:
+    """Return the counts of one move by dtype, distribution and rounding, and by kernel."""
     found = {}
     for dtype in ("bf16", "fp32"):
         for distribution in noise.DISTRIBUTIONS:
-            found[f"{dtype}, {distribution}"] = count(dtype, distribution, ONE)
-            if dtype != "fp32":
-                name = f"{dtype}, {distribution}, rounded stochastically"
-                found[name] = count(dtype, distribution, ROUNDED)
-    return {name: round(value, 1) for name, value in found.items()}
+            for moves, name in ((ONE, ""), (ROUNDED, ", rounded stochastically")):
+                if dtype == "fp32" and name:
+                    continue
+                what = dtype, distribution, moves
+                found[f"{dtype}, {distribution}{name}"] = {
+                    "one tensor": count(compiled(*what), *what),
+                    "many tensors": count(compiled_all(*what), *what),
+                    "one tensor, narrow": count(compiled(*what, wide=False), *what),
+                }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    found = {"target": "sm_90", "triton": triton.__version__, "instructions": counts()}
+    print(json.dumps(found, indent=1))
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    print(json.dumps(counts(), indent=1))
+    main()

@@ -50,6 +50,7 @@ def compared(cells: list[dict], model_name: str, distribution: str) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--distributions", nargs="+", default=list(noise.DISTRIBUTIONS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--output", type=Path, default=OUTPUT)
@@ -57,12 +58,12 @@ def main() -> None:
     cells: list[dict] = []
     for model_name in args.models:
         for seed in args.seeds:
-            for distribution in noise.DISTRIBUTIONS:
+            for distribution in args.distributions:
                 cells.append(run(model_name, distribution, seed, args.steps))
                 print(json.dumps(cells[-1]), flush=True)
                 result = {"cells": cells, "environment": environment()}
                 args.output.write_text(json.dumps(result, indent=1) + "\n")
-        for distribution in noise.DISTRIBUTIONS:
+        for distribution in args.distributions:
             print(model_name, distribution, compared(cells, model_name, distribution))
 
 

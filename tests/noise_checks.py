@@ -56,6 +56,13 @@ def plain(tensor, key, moves, **where):
     noise.apply_(tensor, key, moves, kernel=False, **where)
 
 
+def check_part(apply_, weights, moves, **where):
+    """In place, since a copy would begin at another address."""
+    expected = outcome(plain, weights, moves, **where)
+    apply_(weights, KEY, moves, **where)
+    check_equal(weights, expected)
+
+
 def check(apply_, weights, moves, device="cpu", **where):
     expected = outcome(plain, weights, moves, **where)
     check_equal(outcome(apply_, weights, moves, device=device, **where), expected)
@@ -79,6 +86,10 @@ def check_moves(distribution):
         check(interpreted, normal(1025, dtype=dtype), WALK, offset=32_000, **where)
         check(interpreted, normal(1500, dtype=dtype), MANY, offset=1, **where)
         check(interpreted, normal(900, dtype=dtype), MANY, **far)
+        # ends of 11 and 9 elements go apart; then nothing can be loaded in wide words
+        ended = normal(5000, dtype=dtype)[5:4505]
+        check_part(interpreted, ended, WALK[:1], offset=5, **where)
+        check_part(interpreted, ended, WALK[:1], offset=6, **where)
 
 
 def check_lookups(distribution):
@@ -105,9 +116,10 @@ def check_many(distribution):
     """Whole spans and parts of them, at any address and offset; the same moves, or one's own."""
     from mezo.noise import gpu
 
-    sizes, offsets = (4096, 5, 2048, 1000, 4100), np.array([0, 1, 2048, 64, 0])
-    keys = [noise.tensor_key(7, f"{i}") for i in range(5)]
-    own = [[move._replace(coefficient=move.coefficient * i)] for i, move in enumerate(MANY[:5])]
+    sizes = 4096, 5, 2048, 1000, 4100, 9000
+    offsets = np.array([0, 1, 2048, 64, 0, 4160])  # the last one has ends and whole spans
+    keys = [noise.tensor_key(7, f"{i}") for i in range(6)]
+    own = [[move._replace(coefficient=move.coefficient * i)] for i, move in enumerate(MANY[:6])]
     for dtype, moves in ((torch.float32, own), (torch.bfloat16, [MANY[:3]]), (torch.bfloat16, own)):
         found = [normal(size + 1, dtype=dtype)[size % 8 == 5 :][:size] for size in sizes]
         expected = [p.clone() for p in found]

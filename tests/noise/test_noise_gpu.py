@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from noise_checks import DTYPES, KEY, MANY, WALK, check, check_equal, every_number, normal, plain
@@ -113,8 +114,60 @@ def test_the_compiled_kernel_rounds_where_the_contract_does(
     assert 0 < products <= 20 * blocks + 8  # two a round, and a few of addresses
     wide = 4 if dtype == "fp32" else 8  # elements of a thread at a time
     assert found["ld.global.v4.b32"] == found["st.global.v4.b32"] == elements // wide
-    counted = sum(sass.instructions(kernel).values()) / elements
-    assert counted <= most[noise.DISTRIBUTIONS.index(distribution)] * (1.2 if old else 1)
+    kernels = (
+        [kernel] if dtype == "fp16" else [kernel, sass.compiled_all(dtype, distribution, moves)]
+    )
+    for each in kernels:
+        counted = sum(sass.instructions(each).values()) / elements
+        assert counted <= most[noise.DISTRIBUTIONS.index(distribution)] * (1.2 if old else 1)
+
+
+def test_wide_loads_are_used_where_addresses_allow_them_and_every_element_is_taken_once():
+    """A wide load at an odd address fails on the device; a part that is left out is silent."""
+    pytest.importorskip("triton")
+    from mezo.noise import gpu
+
+    for dtype in DTYPES:
+        size = torch.empty(0, dtype=dtype).element_size()
+        for begin in (0, 1, 5, 8, 16):
+            for offset in (0, 1, 5, 16, 33_000):
+                for n in (1, 40, 5000, 4096):
+                    x = torch.empty(begin + n, dtype=dtype)[begin:]
+                    runs = gpu._runs(n, offset, x)
+                    ends = [0, *(stop for _, stop, _ in runs)]
+                    assert [start for start, _, _ in runs] == ends[:-1]
+                    assert ends[-1] == n
+                    for start, stop, wide in runs:
+                        places = start + offset, stop + offset, (x.data_ptr() + start * size)
+                        assert not wide or not any(place % 16 for place in places)
+                    even = (x.data_ptr() + (-offset % 16) * size) % 16 == 0
+                    assert any(wide for *_, wide in runs) or not even or n < 2048
+
+
+def test_every_span_of_many_tensors_has_one_program():
+    """Whole spans at wide addresses are launched without masks, and all others with them."""
+    pytest.importorskip("triton")
+    from mezo.noise import gpu
+
+    span, size = 2048, 2
+    rows = [(0, 5 * span, 0), (2, 5 * span, 0), (64, 4096, 32), (0, 7, 0), (0, 40, 2040)]
+    rows += [(10, 4 * span, 5), (64, 3000, 32), (0, 2 * span + 8, 0), (0, span + 8, 2040)]
+    places = np.array([(*row, 0) for row in rows], np.int64)
+    seen = []
+    for whole in (True, False):
+        owners, known = gpu._programs(places.tobytes(), span, size, whole, torch.device("cpu"), 0)
+        for program, owner in enumerate(owners.tolist()):
+            address, n, offset, _, first, begin, stride = known[owner].tolist()
+            at = first + (program - begin) * stride
+            seen.append((owner, at))
+            inside = at * span >= offset and (at + 1) * span <= offset + n
+            assert not whole or (inside and (address + (at * span - offset) * size) % 16 == 0)
+    spans = [
+        (i, at)
+        for i, (_, n, offset) in enumerate(rows)
+        for at in range(offset // span, -(-(offset + n) // span))
+    ]
+    assert sorted(seen) == spans
 
 
 def test_without_triton_plain_torch_draws(monkeypatch, caplog):
