@@ -1,14 +1,16 @@
 """Intercept torch's functions that read a parameter, so that they can be given theta + eps z."""
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Hashable, Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from mezo.errors import InputError
+from mezo.noise.live import Numbers
 
 
 class Placed(Protocol):
@@ -49,12 +51,39 @@ LOOKUP = torch.nn.functional.embedding
 class Reads(TorchFunctionMode):
     """A mode in which `call` handles every call of torch's functions that reads a parameter."""
 
+    _entered: ClassVar[threading.local] = threading.local()  # its `modes`: those around this thread
+
     def __init__(self, perturbed: Any):
         super().__init__()
         self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
         self.read: set[str] = perturbed.read  # names of the parameters read so far
         self.placed: Placed | None = perturbed.placed
         self._known: dict[int, torch.Tensor] = {}  # parameters already looked up in `placed`
+
+    def __enter__(self):
+        vars(self._entered).setdefault("modes", []).append(self)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        self._entered.modes.pop()
+        return super().__exit__(*raised)
+
+    @classmethod
+    def innermost(cls) -> "Reads | None":
+        """Return the mode that was entered last in this thread and not left, or None."""
+        modes = getattr(cls._entered, "modes", None)
+        return modes[-1] if modes else None
+
+    def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
+        """Return what identifies the kernels of a pass within this mode, and a step's numbers.
+
+        A pass can be captured once and replayed at another step if the first is the same. None
+        means that it cannot, or not at this step. `device` is where the batch lies.
+        """
+        return None
+
+    def forget(self) -> None:
+        """Drop what was computed for reuse within the pass or after it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

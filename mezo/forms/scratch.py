@@ -6,7 +6,7 @@ values if they were moved there and back (docs/numerics.md).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from mezo.forms.direction import Direction
 from mezo.forms.reads import LOOKUP, Placed, Reads, eager
 from mezo.layers import PLAIN, within
 from mezo.noise import Move
+from mezo.noise.live import Numbers
 from mezo.noise.sharded import is_sharded, local
 
 
@@ -94,6 +95,20 @@ class Moved(Reads):
         super().__init__(perturbed)
         self.moves, self.distribution, self.scales = moves, perturbed.distribution, perturbed.scales
         self._tables: dict[float, Any] = {}  # by scale
+
+    def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
+        tensors = [tensor for _, tensor, _ in self.rows.values()]
+        if type(self) is not Moved or self.placed is not None:
+            return None
+        if any(x.device != device or is_sharded(x) for x in tensors):
+            return None
+        (step, probe), *others = {(move.step, move.probe) for move in self.moves}
+        if others:
+            return None
+        what = tuple((move.scale, move.coefficient, move.rounding) for move in self.moves)
+        where = tuple([x.data_ptr() for x in tensors]), tuple(self.scales.items())
+        numbers = {"step": step, "probe": probe, "first": step}
+        return ("scratch", what, self.distribution, *where), numbers
 
     def call(self, function, args: tuple, kwargs: dict):
         first = self.rows.get(id(args[0])) if args else None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mezo.noise import live
 from mezo.noise import sharded as shards
 from mezo.noise.definition import (
     CONTRACT,
@@ -135,8 +136,12 @@ def apply_(
         and module.supports(tensor)
         and (source is None or module.supports(source))
     ):
+        if (tables := live.current()) is not None:
+            tables.launch(module, tensor, key, moves, distribution, offset, source, rows)
+            return
         module.apply_(tensor, key, moves, distribution, offset, source, rows)
         return
+    live.refuse(f"noise for a {tensor.dtype} tensor on {tensor.device.type}")
     if module is not None:
         kind, apart = str(tensor.dtype).removeprefix("torch."), not tensor.is_contiguous()
         _tell(f"the kernel takes no {kind} tensor" + " that is not contiguous" * apart)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mezo.noise import definition
+from mezo.noise import definition, live
 from mezo.noise.gpu_draws import _ANEW, _FIELDS, _LANES, _NEAREST, _ROW, _moved
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -130,18 +130,24 @@ def _on_device(moves: bytes, fields: np.dtype, each: int, device, stream) -> tor
     Kept, since the tensors of a model make the same moves one after the other. A stream has its
     own, which the allocator does not give away before the stream is done with it.
     """
-    given = np.frombuffer(moves, fields)
+    given = np.frombuffer(moves, fields).reshape(-1, each)
+    return torch.from_numpy(_encoded(given)).to(device)
+
+
+def _encoded(moves: np.ndarray) -> np.ndarray:
+    """Return the moves as the kernels read them: five numbers each. A row is one tensor's."""
+    given = moves.reshape(-1)
     step, probe = given["step"], given["probe"]
     table = np.empty((len(given), _FIELDS.value), np.uint32)
     with np.errstate(over="ignore"):  # an infinity, as in torch
         numbers = [given[name].astype(np.float32) for name in ("scale", "coefficient")]
     anew = np.full(len(given), _ANEW.value, np.uint32)
     anew[1:][(step[1:] == step[:-1]) & (probe[1:] == probe[:-1])] = 0
-    anew[::each] = _ANEW.value
+    anew[:: moves.shape[-1]] = _ANEW.value
     columns = [step, probe, *(number.view(np.uint32) for number in numbers)]
     for i, column in enumerate([*columns, given["rounding"] + anew]):
         table[:, i] = column
-    return torch.from_numpy(table.view(np.int32)).to(device)
+    return table.view(np.int32)
 
 
 def _launch(moves: np.ndarray, dtype, distribution: str, pairs: int = 0) -> dict:
@@ -162,8 +168,11 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
     """Do what `mezo.noise.apply_` does, for tensors that `supports` accepts."""
     out, n = tensor.detach(), tensor.numel()
     source = out if source is None else source.detach()
-    stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
-    table = _on_device(moves.tobytes(), moves.dtype, len(moves), out.device, stream)
+    if (tables := live.current()) is not None:
+        table = tables.on_device(moves, _encoded, out.device)
+    else:
+        stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
+        table = _on_device(moves.tobytes(), moves.dtype, len(moves), out.device, stream)
     launch = _launch(moves, out.dtype, distribution, 1 if rows is not None else 0)
     span, word = launch["PAIRS"] * 2 * _ROW.value, key[0] | key[1] << 32
     even = (out.data_ptr() | source.data_ptr()) % 16 == 0

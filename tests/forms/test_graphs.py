@@ -1,0 +1,193 @@
+"""Captured forward passes: replays see each step's batch and z, as plain runs do."""
+
+import copy
+
+import pytest
+import torch
+from models import llama
+from recording import Recording
+from torch import nn
+
+from mezo import MeZO, noise, trajectory
+from mezo.errors import InputError
+from mezo.forms.graphs import Graphs
+from mezo.noise import Move, live
+
+SHAPES = [(2, 5), (3, 4)]  # of the batches, by turns
+
+
+def batches(steps):
+    generator = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        ids = torch.randint(64, SHAPES[step % 2], generator=generator)
+        # with a mask of two dimensions, transformers looks at its values: a capture cannot
+        past = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        yield {"input_ids": ids, "labels": ids, "attention_mask": past.expand(len(ids), 1, -1, -1)}
+
+
+def trained(graphs, dtype, steps=9, log=None, device="cpu", **options):
+    """Losses and weights of a run in which every call goes through `graphs`, or none."""
+    model = llama().to(device, dtype).eval()
+
+    def loss(batch):
+        return model(**batch, use_cache=False).loss
+
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, eps=1e-2, seed=3, **options)
+    writer = trajectory.record(optimizer, log, model=model) if log else None
+    losses = []
+    for batch in batches(steps):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        call = (lambda b=batch: graphs(loss, b)) if graphs else (lambda b=batch: loss(b))
+        losses.append(optimizer.step(call))
+    if writer is not None:
+        writer.close()
+    return losses, [p.detach().cpu() for p in model.parameters()]
+
+
+CASES = [
+    (torch.float32, {"perturbation": "scratch"}),
+    (torch.bfloat16, {"num_samples": 2}),
+    (torch.bfloat16, {"distribution": "rademacher", "estimator": "one_sided"}),
+    (torch.float32, {"perturbation": "in_place"}),
+    (torch.float32, {"perturbation": "scratch", "layers": {"scales": {"lm_head.weight": 3.0}}}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_a_run_of_replays_has_the_bits_of_a_plain_run(dtype, options, tmp_path):
+    """Two shapes of batches by turns; each sign of each is captured once, whatever the step."""
+    backend = Recording(twice=True)
+    graphs = Graphs(backend=backend)
+    plain = trained(None, dtype, log=tmp_path / "plain.mezo", **options)
+    found = trained(graphs, dtype, log=tmp_path / "graphs.mezo", **options)
+    assert found[0] == plain[0]
+    assert all(map(torch.equal, found[1], plain[1]))
+    assert (tmp_path / "graphs.mezo").read_bytes() == (tmp_path / "plain.mezo").read_bytes()
+    in_place = options.get("perturbation") == "in_place"
+    kinds = 1 if in_place else 2  # in place, the weights themselves have the sign
+    assert len(backend.tapes) == 2 * kinds
+    assert backend.replays > 8
+
+
+def test_a_replay_draws_nothing_of_the_step_that_was_captured():
+    """Else every step would move along one direction: the noise reads its step when it runs."""
+    tables = live.Tables({"step": 4, "probe": 1, "first": 4})
+    p, key = torch.zeros(3000), noise.tensor_key(0, "w")
+    with live.using(tables):
+        noise.apply_(p, key, [Move(4, 1, 1.0, 0.5)])
+        with pytest.raises(live.Unrecordable, match=r"steps \[5\]"):
+            noise.apply_(p, key, [Move(5, 1, 1.0, 0.5)])
+        with pytest.raises(live.Unrecordable, match="has no kernel"):
+            noise.apply_(p.double(), key, [Move(4, 1, 1.0, 0.5)])
+    moves = tables.live(noise.table([Move(4, 1, 1.0, 0.5)]))
+    tables.set_({"step": 7, "probe": 2, "first": 7})
+    assert moves.tolist() == noise.table([Move(7, 2, 1.0, 0.5)]).tolist()
+
+
+class Syncs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        y = self.layer(x).square().mean()
+        return y * 2 if float(y) < 0 else y
+
+
+def test_a_model_that_waits_for_the_device_runs_plainly_and_the_line_says_where(caplog):
+    """A warning for each step would hide all others."""
+    model, graphs = Syncs(), Graphs(backend=Recording())
+    plain = copy.deepcopy(model)
+    for net, call in ((plain, lambda f, b: f(b)), (model, graphs)):
+        optimizer = MeZO(net.named_parameters(), lr=1e-2, seed=1, perturbation="scratch")
+        for step in range(6):
+            optimizer.step(lambda n=net, c=call, s=step: c(n, torch.full((3, 4), 1.0 + s)))
+    assert torch.equal(model.layer.weight, plain.layer.weight)
+    (line,) = [r.getMessage() for r in caplog.records if "no graph" in r.getMessage()]
+    assert "not permitted when stream is capturing" in line
+    assert "test_graphs.py" in line
+    assert "in forward" in line
+
+
+def test_a_graph_that_gives_another_result_is_never_used(caplog):
+    """Python that changes its mind from call to call cannot be seen in a capture."""
+    calls = []
+
+    def fickle(x):
+        calls.append(x)
+        return x.sum() * len(calls)
+
+    graphs = Graphs(backend=Recording())
+    with torch.no_grad():
+        found = [float(graphs(fickle, torch.ones(2))) for _ in range(5)]
+    assert found == [2.0, 4.0, 6.0, 10.0, 12.0]  # the fourth call was the capture
+    assert "another result than a plain run" in caplog.text
+
+
+def test_no_more_graphs_are_kept_than_asked_for(caplog):
+    """Each holds the memory of a forward pass."""
+    graphs = Graphs(most=1, after=0, backend=Recording())
+    with torch.no_grad():
+        for n in (2, 3, 4, 2, 3):
+            assert float(graphs(torch.sum, torch.ones(n))) == n
+    assert len(graphs.backend.tapes) == 1
+    assert graphs.backend.replays == 2
+    assert caplog.text.count("1 graphs are kept") == 1
+
+
+def test_an_error_of_the_model_is_the_models_own():
+    """It is raised as it would be without graphs, and theta is what it was."""
+
+    def broken(x):
+        raise InputError("no such batch")
+
+    with torch.no_grad(), pytest.raises(InputError, match="no such batch"):
+        Graphs(after=0, backend=Recording())(broken, torch.ones(2))
+
+
+def test_without_a_device_and_with_gradients_functions_are_called_plainly():
+    """Adam on a GPU needs its backward pass."""
+    graphs = Graphs()
+    for _ in range(4):
+        with torch.no_grad():
+            assert float(graphs(torch.sum, torch.ones(2))) == 2
+    assert not graphs.captured
+    backend = Recording()
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(4):
+        Graphs(after=0, backend=backend)(torch.sum, x).backward()
+    assert not backend.tapes
+
+
+# What needs a device: python -m pytest -m gpu tests/forms/test_graphs.py
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "options"), CASES)
+def test_on_the_device_a_run_of_graphs_has_the_bits_of_a_plain_run(dtype, options):
+    graphs = Graphs()
+    plain = trained(None, dtype, device="cuda", **options)
+    found = trained(graphs, dtype, device="cuda", **options)
+    assert sum(known.replay is not None for known in graphs.captured.values()) >= 2
+    assert found[0] == plain[0]
+    assert all(map(torch.equal, found[1], plain[1]))
+
+
+@pytest.mark.gpu
+def test_on_the_device_a_failed_capture_leaves_a_run_that_goes_on(caplog):
+    """The allocator and the current stream are what they were; later captures succeed."""
+    model, graphs = Syncs().cuda(), Graphs()
+    stream = torch.cuda.current_stream()
+    with torch.no_grad():
+        for step in range(5):
+            x = torch.full((3, 4), 1.0 + step, device="cuda")
+            assert float(graphs(model, x)) == float(model(x))
+        assert torch.cuda.current_stream() == stream
+        assert "in forward" in caplog.text
+        big = torch.empty(2**26, device="cuda")
+        del big
+        torch.cuda.empty_cache()
+        for n in range(5):
+            x = torch.full((4,), float(n), device="cuda")
+            assert float(graphs(torch.sum, x)) == 4 * n
+    assert any(known.replay is not None for known in graphs.captured.values())
