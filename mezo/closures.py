@@ -18,7 +18,7 @@ from mezo.errors import InputError
 from mezo.interrupts import released
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
-Both = Callable[[int], AbstractContextManager[None]]  # LowRank.both
+Both = Callable[[int], AbstractContextManager[None]]  # LowRank.both, FullRank.both
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class Paired:
 
         optimizer.step(Paired(lambda: per_example(model, batch).mean(), halves))
 
-    `both` is `LowRank.both`. Where directions have full rank, or where the model cannot be stacked,
-    the closure is `alone`. A run's first step calls each of them some times more, to compare.
+    `both` is `LowRank.both` or `FullRank.both`. Where the model cannot be stacked, the closure is
+    `alone`. A run's first step calls each of them some times more, to compare. `full_rank` says
+    whether directions of full rank (scratch) take one pass, too; by default they do on a GPU.
     """
 
     alone: Callable[[], float | torch.Tensor]
     halves: Callable[[Both], tuple[float | torch.Tensor, float | torch.Tensor]]
+    full_rank: bool | None = None
 
     def __call__(self) -> float | torch.Tensor:
         return self.alone()

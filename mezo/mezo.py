@@ -23,7 +23,7 @@ from mezo.estimators import ONE_WAY, Estimate, Estimator
 from mezo.forms.direction import Direction
 from mezo.forms.low_rank import LowRank
 from mezo.forms.rounding import ROUNDINGS
-from mezo.forms.scratch import Scratch
+from mezo.forms.stacked import FullRank
 from mezo.forms.updates import Update
 from mezo.interrupts import held
 from mezo.optimizer import ZerothOrderOptimizer
@@ -75,7 +75,7 @@ class MeZO(ZerothOrderOptimizer):
     Not for training from scratch: a good start leaves few directions to learn (Section 4).
     """
 
-    forms: ClassVar = {"in_place": InPlace, "scratch": Scratch, "low_rank": LowRank}
+    forms: ClassVar = {"in_place": InPlace, "scratch": FullRank, "low_rank": LowRank}
     estimators: ClassVar = {"two_point": Estimator(spsa)} | ONE_WAY
 
     def estimate(self, closure: Closure | Loss, probe: int = 0) -> Estimate:
@@ -89,7 +89,7 @@ class MeZO(ZerothOrderOptimizer):
 
     @torch.no_grad()
     def _estimate(self, loss: Loss, probe: int) -> Estimate:
-        direction = self.direction(probe)  # InPlace, Scratch, LowRank: what `perturbation` names
+        direction = self.direction(probe)  # InPlace, FullRank, LowRank: what `perturbation` names
         try:
             found = self.plan.estimator.measure(loss, direction)  # spsa, or one_sided, or yours
             if self.watch.unit is None:  # the run's first

@@ -5,6 +5,8 @@ import torch
 import transformers  # a class is imported when it is first asked for: that takes seconds
 from packaging.version import Version
 
+from mezo.closures import Paired
+
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 WIDE = {"initializer_range": 0.3}  # weights large enough that a wrong position shows in the scores
 LENGTH = 64  # context of all models
@@ -151,3 +153,30 @@ def architecture(name, dtype):
         torch.random.manual_seed(0)
         made = kind.get(name, transformers.AutoModelForCausalLM).from_config(config)
     return made.to(dtype).eval()
+
+
+class Counted(torch.nn.Module):
+    """A regression; counts its forward passes, and can mix up the rows of its batch."""
+
+    def __init__(self, turned=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.first, self.last = torch.nn.Linear(6, 16), torch.nn.Linear(16, 1)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) * 0.5
+        self.x = torch.randn(8, 6, generator=generator)
+        self.turned, self.calls = turned, 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = x.flip(0) if self.turned else x
+        y = self.last(torch.tanh(self.first(x))).squeeze(-1)
+        return ((y.flip(0) if self.turned else y) - x.sin().sum(-1)) ** 2
+
+    def paired(self):
+        def halves(both):
+            with both(batch_size=len(self.x)):
+                plus, minus = self(torch.cat([self.x, self.x])).chunk(2)
+            return plus.mean(), minus.mean()
+
+        return Paired(lambda: self(self.x).mean(), halves)

@@ -131,6 +131,26 @@ def check_many(distribution):
             check_equal(found[i], p)
 
 
+def interpreted_both(distribution):
+    """Both signs of one draw have the bits of one call for each, whole spans or not."""
+    from mezo.noise import gpu
+
+    for dtype, rounding in ((torch.float32, NEAREST), (torch.bfloat16, ROUND_PERTURBED)):
+        for n in (1, 2049, 4096):
+            move, weights = Move(*LAST, 1.0, 1e-3, rounding), normal(n, dtype=dtype)
+            both = torch.empty(2, n, dtype=dtype)
+            gpu.apply_both_(both, KEY, noise.table([move]), distribution, weights)
+            check_both(both, weights, move, distribution)
+
+
+def check_both(both, weights, move, distribution):
+    for sign, found in zip((1, -1), both, strict=True):
+        expected = weights.clone()
+        opposite = move._replace(coefficient=sign * move.coefficient)
+        plain(expected, KEY, [opposite], distribution=distribution)
+        check_equal(found, expected)
+
+
 def check_one_copy():
     """The moves go to the device once, not with every tensor."""
     from mezo.noise import gpu

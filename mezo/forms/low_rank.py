@@ -14,8 +14,6 @@ LOZO (Chen et al., 2024, arXiv:2410.07698) keeps V for some steps; EGGROLL (arXi
 the factors in the forward pass. An update uses the V with which its losses were measured.
 """
 
-import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +21,6 @@ from typing import Any
 import torch
 
 from mezo import noise
-from mezo.closures import Loss
 from mezo.forms.factors import (
     key_of,
     parts_of,
@@ -32,12 +29,11 @@ from mezo.forms.factors import (
     summed,
     zeros_for,
 )
-from mezo.forms.products import Factors, Products, Unpaired
+from mezo.forms.one_pass import together
+from mezo.forms.products import Factors, Products
 from mezo.forms.reads import eager
 from mezo.forms.rounding import HALF
 from mezo.forms.scratch import Moved, Scratch
-
-_FAR = 16  # one pass and two passes are compared at this multiple of eps
 
 
 class LowRank(Scratch):
@@ -77,6 +73,11 @@ class LowRank(Scratch):
         """Return loss_plus and loss_minus, from one forward pass if the closure allows it."""
         pair = together(closure, self)
         return super().losses(closure) if pair is None else pair
+
+    def with_eps(self, times: float) -> "LowRank":
+        """Return the same direction with `times` the eps, whose factors are its own."""
+        settings = {**self.settings, "eps": times * self.eps}
+        return LowRank(self.parts, settings, self.probe, states=self.states)
 
     def _products(self, batch: int, *signs: int) -> Products:
         return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
@@ -133,51 +134,3 @@ class _Half(Moved):
         if tensor.dim() != 2:
             return super().slice(name, tensor, key, index)
         return self.moved(name, tensor, key)[index]
-
-
-def together(closure: Callable[[], float], perturbed: LowRank) -> tuple[float, float] | None:
-    """Return loss_plus and loss_minus from one forward pass, or None if it takes two.
-
-    One pass is compared with two before it is first relied on. If they disagree, or if a row cannot
-    be assigned to a half, a warning says so, and every later step takes two passes.
-    """
-    if not isinstance(closure, Loss) or closure.paired is None:
-        return None
-    memory = perturbed.memory
-    tried = memory.paired
-    if tried is False:
-        return None
-    try:
-        if not tried and not _agree(closure, perturbed):
-            return None
-        plus, minus = closure.halves(perturbed.both)
-    except (Unpaired, RuntimeError) as error:  # RuntimeError: twice the batch may not fit in memory
-        if tried and not isinstance(error, Unpaired):
-            raise
-        logging.getLogger("mezo").warning("two forward passes a step instead of one: %s", error)
-        memory.paired = False
-        return None
-    memory.paired = True
-    return plus, minus
-
-
-def _agree(closure: Loss, perturbed: LowRank) -> bool:
-    """Return True if one pass gives the losses of two, and False if they are not finite.
-
-    Raises Unpaired if they differ. At 16 eps the losses are so far apart that a parameter read with
-    the wrong sign is noticed.
-    """
-    settings = {**perturbed.settings, "eps": _FAR * perturbed.eps}
-    far = LowRank(perturbed.parts, settings, perturbed.probe, states=perturbed.states)
-    measured = list(closure.halves(far.both))
-    expected = []
-    for sign in (+1, -1, 0):
-        with far.at(sign):
-            expected.append(closure())
-    if not all(map(math.isfinite, measured + expected)):
-        return False
-    share = 0.05 if far.dtypes & set(HALF) else 0.01
-    slack = share * (max(expected) - min(expected)) + 1e-5 * max(map(abs, expected))
-    if any(abs(one - other) > slack for one, other in zip(measured, expected, strict=False)):
-        raise Unpaired(f"one pass gives the losses {measured}, two passes give {expected[:2]}")
-    return True

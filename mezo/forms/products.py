@@ -5,7 +5,7 @@
 The bracket (rows, m) is computed first, and the product with W is added to it in place. Both signs
 can share one forward pass over the batch and its copy: the first half of the rows uses L of +, the
 second half that of -. Rows are recognised by their number, either that of the batch or that of a
-batch flattened to two dimensions. A tensor that fits neither is refused, and low_rank.py compares
+batch flattened to two dimensions. A tensor that fits neither is refused, and one_pass.py compares
 the losses with those of two passes before it relies on them.
 """
 
@@ -15,19 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from mezo.errors import InputError
+from mezo.forms.one_pass import Unpaired
 from mezo.forms.reads import LOOKUP, Reads, tensors
 from mezo.forms.scratch import Moved
 
 if TYPE_CHECKING:
-    from mezo.forms.low_rank import LowRank
+    pass
 
 Factors = tuple[torch.Tensor, torch.Tensor]  # right (n, rank), and left (signs, m, rank)
 _MATMUL = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
-
-
-class Unpaired(InputError):
-    """Raised if the rows of a tensor cannot be assigned to theta + eps z and theta - eps z."""
 
 
 class Products(Reads):
@@ -36,9 +32,7 @@ class Products(Reads):
     There is one half per sign. With two halves, `batch` is the number of rows of both together.
     """
 
-    def __init__(
-        self, perturbed: "LowRank", halves: Sequence[Moved], signs: Sequence[int], batch: int
-    ):
+    def __init__(self, perturbed: Any, halves: Sequence[Moved], signs: Sequence[int], batch: int):
         super().__init__(perturbed)
         self.perturbed, self.halves, self.signs, self.batch = perturbed, halves, signs, batch
 
@@ -91,7 +85,7 @@ class Products(Reads):
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """Return x W' + b (transposed) or x W + b, with the perturbed W."""
-        x, dtype = self._with_rows(x, x.dim()), _computed_in(x)
+        x, dtype = self._with_rows(x, x.dim()), computed_in(x)
         right, left, w = self._factors(weight, dtype)
         first, second = (right, left.mT) if transposed else (left, right.mT)
         w = w.t() if transposed else w
@@ -191,7 +185,7 @@ def _linear(input, weight, bias=None) -> tuple:
     return input, weight, bias, True
 
 
-def _computed_in(x: torch.Tensor) -> torch.dtype:
+def computed_in(x: torch.Tensor) -> torch.dtype:
     """Return the dtype that autocast would use; it does not see functions that work in place."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from mezo import noise
@@ -98,7 +99,7 @@ class Moved(Reads):
 
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
         tensors = [tensor for _, tensor, _ in self.rows.values()]
-        if type(self) is not Moved or self.placed is not None:
+        if self.placed is not None:
             return None
         if any(x.device != device or is_sharded(x) for x in tensors):
             return None
@@ -157,16 +158,21 @@ class Moved(Reads):
         self._shift(flat, name, tensor, key, flat, rows=input.reshape(-1))
         return out
 
+    def table(self, name: str) -> np.ndarray:
+        """Return the moves of the parameter of that name, as `noise.apply_` takes them."""
+        scale = self.scales.get(name, PLAIN)
+        if scale.scale not in self._tables:
+            self._tables[scale.scale] = noise.table(scale.walk(self.moves))
+        return self._tables[scale.scale]
+
     def _shift(self, out, name: str, tensor: torch.Tensor, key, before, **which) -> None:
         """Perturb `out`, a part of the parameter with the values `before`, within its mask."""
         self.read.add(name)
         scale = self.scales.get(name, PLAIN)
-        if scale.scale not in self._tables:
-            self._tables[scale.scale] = noise.table(scale.walk(self.moves))
         if scale.threshold is not None and before is out:
             before = out.clone()
         how = {"distribution": self.distribution, **which}
-        noise.apply_(out, key, self._tables[scale.scale], **how)
+        noise.apply_(out, key, self.table(name), **how)
         if scale.threshold is not None:
             out.copy_(torch.where(within(before, scale.threshold), out, before))
 

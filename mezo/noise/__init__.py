@@ -33,7 +33,7 @@ from mezo.noise.definition import (
 
 __all__ = ["CONTRACT", "DISTRIBUTIONS", "GROUP", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST"]
 __all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
-__all__ += ["SIGNS", "apply_all_", "pieces", "table", "tensor_key"]
+__all__ += ["SIGNS", "apply_all_", "apply_both_", "pieces", "table", "tensor_key"]
 
 SIGNS = ("rademacher",)  # distributions whose z^2 is 1
 KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
@@ -153,6 +153,38 @@ def apply_(
         if source is not None:
             tensor.copy_(source)
         _apply_in_pieces(tensor.detach(), key, moves, distribution, offset)
+
+
+def apply_both_(
+    both: torch.Tensor,
+    key: tuple[int, int],
+    plus: np.ndarray,
+    minus: np.ndarray,
+    *,
+    source: torch.Tensor,
+    distribution: str = "gaussian",
+) -> None:
+    """Set both[0] to `source` after the moves `plus`, and both[1] to it after the moves `minus`.
+
+    The bits are those of two calls of `apply_`. Where a kernel can, z is drawn once for both: each
+    is then one move along the same z, by opposite coefficients and with the same rounding.
+    """
+    module: Any = _kernel(source.device.type)
+    opposite = len(plus) == 1 and np.array_equal(plus, _opposite(minus))
+    both_ = getattr(module, "apply_both_", None)
+    if both_ and opposite and module.supports(source) and module.supports(both):
+        if (tables := live.current()) is not None:
+            plus = tables.live(plus)
+        return both_(both, key, plus, distribution, source)
+    for out, moves in zip(both, (plus, minus), strict=True):
+        apply_(out, key, moves, distribution=distribution, source=source)
+    return None
+
+
+def _opposite(moves: np.ndarray) -> np.ndarray:
+    turned = moves.copy()
+    turned["coefficient"] *= -1
+    return turned
 
 
 def apply_all_(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mezo.noise import definition, live
-from mezo.noise.gpu_draws import _ANEW, _FIELDS, _LANES, _NEAREST, _ROW, _moved
+from mezo.noise.gpu_draws import _ANEW, _FIELDS, _LANES, _NEAREST, _ROW, _moved, _moved_both
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _PLACE = tl.constexpr(7)  # address, elements, offset, key, first span, first program, stride
@@ -76,6 +76,35 @@ def _kernel(
     x = tl.load(source + i, mask=inside).to(tl.float32)
     x = _moved(x, span, key, table, count, dtype, DISTRIBUTION, PAIRS, MANY, STOCHASTIC)
     tl.store(out + i, x.to(dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "key"])
+def _kernel_both(
+    both,  # two tensors of n elements, one after the other
+    source,
+    n: tl.int64,
+    key: tl.uint64,
+    table,
+    DISTRIBUTION: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    dtype: tl.constexpr = both.dtype.element_ty
+    SPAN: tl.constexpr = PAIRS * 2 * _ROW
+    span = tl.program_id(0).to(tl.int64)
+    start, i = span * SPAN, _index(PAIRS, WIDTH)
+    last, source = tl.minimum(n - start, SPAN).to(tl.int32), source + start
+    first, second = both + start, both + n + start
+    if ALIGNED:
+        source, last = tl.multiple_of(source, 16), tl.multiple_of(last, 16)
+        first, second = tl.multiple_of(first, 16), tl.multiple_of(second, 16)
+    inside = i < last
+    x = tl.load(source + i, mask=inside).to(tl.float32)
+    plus, minus = _moved_both(x, span, key, table, dtype, DISTRIBUTION, PAIRS, STOCHASTIC)
+    tl.store(first + i, plus, mask=inside)
+    tl.store(second + i, minus, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "each"])
@@ -168,11 +197,7 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
     """Do what `mezo.noise.apply_` does, for tensors that `supports` accepts."""
     out, n = tensor.detach(), tensor.numel()
     source = out if source is None else source.detach()
-    if (tables := live.current()) is not None:
-        table = tables.on_device(moves, _encoded, out.device)
-    else:
-        stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
-        table = _on_device(moves.tobytes(), moves.dtype, len(moves), out.device, stream)
+    table = _table(moves, out)
     launch = _launch(moves, out.dtype, distribution, 1 if rows is not None else 0)
     span, word = launch["PAIRS"] * 2 * _ROW.value, key[0] | key[1] << 32
     even = (out.data_ptr() | source.data_ptr()) % 16 == 0
@@ -193,6 +218,25 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
             given = out[start:stop], source[start:stop], None, stop - start, first, word, table
             grid = (-(-end // span) - first // span,)
             _kernel[grid](*given, len(moves), ALIGNED=even, **launch)
+
+
+def apply_both_(both, key, moves: np.ndarray, distribution: str, source) -> None:
+    """Do what `mezo.noise.apply_both_` does with one move, for supported tensors."""
+    source, n = source.detach(), source.numel()
+    launch = _launch(moves, both.dtype, distribution)
+    launch.pop("MANY")
+    even = (both.data_ptr() | source.data_ptr()) % 16 == 0 and n % 16 == 0
+    given = both, source, n, key[0] | key[1] << 32, _table(moves, both)
+    with torch.cuda.device_of(both):
+        _kernel_both[(-(-n // (launch["PAIRS"] * 2 * _ROW.value)),)](*given, ALIGNED=even, **launch)
+
+
+def _table(moves: np.ndarray, out: torch.Tensor) -> torch.Tensor:
+    """Return one tensor's moves on its device; in a capture, a table that is kept up to date."""
+    if (tables := live.current()) is not None:
+        return tables.on_device(moves, _encoded, out.device)
+    stream = out.is_cuda and torch.cuda.current_stream(out.device).cuda_stream
+    return _on_device(moves.tobytes(), moves.dtype, len(moves), out.device, stream)
 
 
 def _runs(n: int, offset: int, *tensors: torch.Tensor) -> list[tuple[int, int, bool]]:

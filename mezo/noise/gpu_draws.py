@@ -188,3 +188,30 @@ def _moved(
                     word = _pair_words(key, span, step, probe | stream, PAIRS)
                     x = _stochastic(x, word, half, dtype).to(tl.float32)
         return x
+
+
+@triton.jit
+def _moved_both(
+    x,
+    span,
+    key,
+    table,
+    dtype: tl.constexpr,
+    DISTRIBUTION: tl.constexpr,
+    PAIRS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """The span's numbers after one move and after its opposite, of one z and the same words."""
+    step = tl.load(table).to(tl.uint32, bitcast=True)
+    probe = tl.load(table + 1).to(tl.uint32, bitcast=True)
+    x = x * tl.load(table + 2).to(tl.float32, bitcast=True)
+    c = tl.load(table + 3).to(tl.float32, bitcast=True)
+    z = _draw(key, span, step, probe, c, DISTRIBUTION, PAIRS)
+    plus, minus = x + z, x - z  # -c times z is minus c times z: rounding is symmetric
+    if STOCHASTIC:
+        half = tl.arange(0, 2)[None, :, None, None].to(tl.uint32)
+        stream = (tl.load(table + 4) % _ANEW).to(tl.uint32) << 24
+        word = _pair_words(key, span, step, probe | stream, PAIRS)
+        return _stochastic(plus, word, half, dtype), _stochastic(minus, word, half, dtype)
+    else:
+        return plus.to(dtype), minus.to(dtype)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mezo.forms.direction import Direction
-from mezo.forms.low_rank import LowRank, together
+from mezo.forms.low_rank import LowRank
+from mezo.forms.one_pass import together
 from mezo.forms.reads import eager
 from mezo.forms.scratch import Moved, Scratch
 from mezo.mezo import InPlace

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from buffers import Largest
-from models import ARCHITECTURES, architecture, tiny_model
+from models import ARCHITECTURES, Counted, architecture, tiny_model
 from peft import LoraConfig, get_peft_model
 from tiny_tokenizers import byte_bpe, word_piece
 from torch.nn import functional as F
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from mezo import MeZO, noise, tasks, trajectory
 from mezo.closures import Paired, double
 from mezo.errors import InputError
-from mezo.forms.products import Unpaired
+from mezo.forms.one_pass import Unpaired
 from mezo.noise import Move
 from mezo.objectives import form_for
 from mezo.tasks import Example, custom_task
@@ -201,33 +201,6 @@ def test_an_embedding_that_rescales_itself_is_refused_by_name():
 
 
 # ---- both losses from one forward pass
-
-
-class Counted(torch.nn.Module):
-    """A regression; counts its forward passes, and can mix up the rows of its batch."""
-
-    def __init__(self, turned=False):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.first, self.last = torch.nn.Linear(6, 16), torch.nn.Linear(16, 1)
-        for p in self.parameters():
-            p.data = torch.randn(p.shape, generator=generator) * 0.5
-        self.x = torch.randn(8, 6, generator=generator)
-        self.turned, self.calls = turned, 0
-
-    def forward(self, x):
-        self.calls += 1
-        x = x.flip(0) if self.turned else x
-        y = self.last(torch.tanh(self.first(x))).squeeze(-1)
-        return ((y.flip(0) if self.turned else y) - x.sin().sum(-1)) ** 2
-
-    def paired(self):
-        def halves(both):
-            with both(batch_size=len(self.x)):
-                plus, minus = self(torch.cat([self.x, self.x])).chunk(2)
-            return plus.mean(), minus.mean()
-
-        return Paired(lambda: self(self.x).mean(), halves)
 
 
 def test_a_paired_step_is_one_forward_pass_with_the_same_estimate():

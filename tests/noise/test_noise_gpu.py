@@ -11,7 +11,19 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from noise_checks import DTYPES, KEY, MANY, WALK, check, check_equal, every_number, normal, plain
+from noise_checks import (
+    DTYPES,
+    KEY,
+    LAST,
+    MANY,
+    WALK,
+    check,
+    check_both,
+    check_equal,
+    every_number,
+    normal,
+    plain,
+)
 from processes import SEARCHED
 
 from mezo import noise
@@ -45,6 +57,7 @@ def test_the_interpreted_kernel_has_the_bits_of_the_definition():
             check_moves,
             check_one_copy,
             check_rounding,
+            interpreted_both,
         )
 
         from mezo.noise import DISTRIBUTIONS
@@ -53,6 +66,7 @@ def test_the_interpreted_kernel_has_the_bits_of_the_definition():
             check_moves(distribution)
             check_lookups(distribution)
             check_many(distribution)
+            interpreted_both(distribution)
             print(distribution, "equal")
         for dtype in (torch.bfloat16, torch.float16):
             check_rounding(dtype)
@@ -250,6 +264,20 @@ def test_sixteen_million_elements_are_the_same_on_both_devices(distribution):
         where = {"step": 3, "distribution": distribution, "device": "cuda"}
         drawn = noise.draw(KEY, start, start + size, **where)
         assert torch.equal(drawn.cpu(), z[start : start + size])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distribution", noise.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 70_001, 2**20])
+def test_both_signs_of_one_draw_on_the_device_have_the_bits_of_two(distribution, dtype, n):
+    weights = normal(n, dtype=dtype)
+    for rounding in (NEAREST, ROUND_PERTURBED):
+        move, both = Move(*LAST, 1.0, 1e-3, rounding), torch.empty(2, n, dtype=dtype, device="cuda")
+        tables = [noise.table([move._replace(coefficient=c)]) for c in (1e-3, -1e-3)]
+        how = {"source": weights.cuda(), "distribution": distribution}
+        noise.apply_both_(both, KEY, *tables, **how)
+        check_both(both.cpu(), weights, move, distribution)
 
 
 @pytest.mark.gpu
