@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mezo import rewards as rewards
     from mezo import rules as rules
     from mezo import trajectory as trajectory
+    from mezo.forms.graphs import Graphs as Graphs
     from mezo.mezo import Estimate as Estimate
     from mezo.mezo import MeZO as MeZO
     from mezo.mezo import spsa as spsa
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PUBLIC = {
     "Estimate": "mezo.mezo",
     "Generation": "mezo.objectives.generation",
+    "Graphs": "mezo.forms.graphs",
     "MeZO": "mezo.mezo",
     "MeZOConfig": "mezo.trainers.config",
     "MeZODPOConfig": "mezo.trainers.trl",

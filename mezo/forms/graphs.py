@@ -1,7 +1,7 @@
 """CUDA graphs: a forward pass is captured once and replayed with new data, a new z and a new step.
 
-    graphs = Graphs()
-    optimizer.step(lambda: graphs(loss, batch))      # loss(batch) is a tensor
+    with Graphs().around(model):
+        optimizer.step(lambda: model(**batch).loss)
 
 A step of a large model launches thousands of kernels, and on a fast device it waits for Python to
 do so. A graph launches them all at once. What changes from step to step reaches the kernels through
@@ -18,9 +18,11 @@ import logging
 import math
 import os
 import traceback
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, is_dataclass
+from functools import wraps
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -93,11 +95,12 @@ class _Captured:
 
 @dataclass
 class Graphs:
-    """Calls of functions of a batch, replayed as CUDA graphs where they can be.
+    """Forward passes, or calls of any function of a batch, replayed where they can be.
 
-    Pass the same function at each step: one that is made anew each time is never captured. It must
-    do the same for all batches of the same shapes; the values of tensors may differ, and everything
-    else in the batch counts as its shape. It must leave the model's tensors where they are.
+    `around(model)` captures the model's forward; `graphs(loss, batch)` captures loss(batch), for a
+    function that is the same at each step. Either must do the same for all batches of the same
+    shapes: values of tensors may differ, and everything else in the batch counts as its shape.
+    The model's tensors must stay where they are. Use one object for one model.
 
     Args:
         most: The number of graphs that are kept at most, since each one takes memory for the
@@ -107,7 +110,7 @@ class Graphs:
             any other batch.
     """
 
-    most: int = 16
+    most: int = 8
     after: int = 2
     backend: Backend | None = None
     captured: dict[Hashable, _Captured] = field(default_factory=dict)
@@ -122,8 +125,7 @@ class Graphs:
         key = (id(function), key)
         known = self.captured.get(key)
         if known is None:
-            if len(self.captured) >= 16 * self.most:  # functions that do not come back
-                self.captured = {k: c for k, c in self.captured.items() if c.replay is not None}
+            self._forget_rare()
             known = self.captured[key] = _Captured(function)
         if known.replay is not None:
             return self._replayed(known, batch, numbers)
@@ -131,6 +133,48 @@ class Graphs:
         if known.refused or known.seen <= self.after or self._full():
             return function(batch)
         return self._first(known, batch, numbers, mode)
+
+    @contextmanager
+    def around(self, model: torch.nn.Module) -> Iterator["Graphs"]:
+        """Return a context in which calls of the model are replayed where they can be.
+
+        Within it, a transformers model returns keys and values only if it is asked to: they would
+        fill the graph's memory.
+        """
+        forward, own = model.forward, vars(model).get("forward")
+        caches = "use_cache" in signature(forward).parameters
+        active = [True]
+
+        def given_to_forward(given: tuple) -> Any:
+            return forward(*given[0], **given[1])
+
+        @wraps(forward)
+        def replayed(*args, **kwargs):
+            if not active[0]:  # another package has kept a reference
+                return forward(*args, **kwargs)
+            if caches and not torch.is_grad_enabled():
+                kwargs.setdefault("use_cache", False)
+            return self(given_to_forward, (args, kwargs))
+
+        model.forward = replayed
+        try:
+            yield self
+        finally:
+            active[0] = False
+            if vars(model).get("forward") is replayed:
+                if own is None:
+                    del model.forward
+                else:
+                    model.forward = own
+
+    def _forget_rare(self) -> None:
+        """Keep the graphs alone once very many kinds of calls have been seen."""
+        if len(self.captured) >= 64 * self.most:
+            self.captured = {k: c for k, c in self.captured.items() if c.replay is not None}
+            self._tell(
+                "no graph is captured for batches whose shapes, or numbers that are not tensors, "
+                "do not come again: pad them to few lengths"
+            )
 
     def _place(self, batch: Any) -> tuple[Hashable, live.Numbers, Reads | None] | None:
         """Return what identifies a call, its numbers and the mode around it; None: run plainly."""
@@ -165,17 +209,21 @@ class Graphs:
         backend, tables, plain = self.backend, known.tables, None
         assert backend is not None
         try:
+            torch.clear_autocast_cache()  # casts of weights are a part of the graph
             with live.using(tables):
                 plain = _copied(backend.warm(lambda: known.function(known.inputs)))
                 if mode is not None:
                     mode.forget()
                 tables.capturing = True
+                torch.clear_autocast_cache()
                 replay, known.out = backend.capture(lambda: known.function(known.inputs))
+            torch.clear_autocast_cache()  # what was made in the capture has no values
             if mode is not None:
-                mode.forget()  # what was made in the capture has no values
+                mode.forget()
             replay()
             _check(known.out, plain)
         except RuntimeError as error:
+            torch.clear_autocast_cache()
             known.refused, known.inputs, known.tables, known.out = True, None, None, None
             self._tell(f"no graph, the forward pass runs plainly: {_where(error)}")
             return known.function(batch) if plain is None else plain
@@ -212,7 +260,8 @@ def _copied(given: Any) -> Any:
     if isinstance(given, torch.Tensor):
         return given.clone()
     if isinstance(given, Mapping):
-        return {key: _copied(value) for key, value in given.items()}
+        found = {key: _copied(value) for key, value in given.items()}
+        return type(given)(**found) if is_dataclass(given) else found  # transformers'
     if type(given) in (tuple, list):
         return type(given)(map(_copied, given))
     return given

@@ -304,6 +304,16 @@ OPTIONS: tuple[Option, ...] = (
         shown=True,
     ),
     Option(
+        "graphs",
+        True,
+        "On a GPU, capture forward passes as CUDA graphs and replay them, which spares the time "
+        "that Python takes to launch kernels. What cannot be captured runs as usual.",
+        FLAG,
+        bool,
+        argument=False,
+        resume=Resume.FREE,
+    ),
+    Option(
         "offload",
         False,
         "Keep the model on the CPU and copy it to the device block by block, for models larger "

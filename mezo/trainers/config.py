@@ -65,6 +65,7 @@ class MeZOConfig(TrainingArguments):
     max_refused: int = option("max_refused")
     common_random_numbers: bool = option("common_random_numbers")
     probe_groups: int = option("probe_groups")
+    graphs: bool = option("graphs")
     offload: bool = option("offload")
     offload_folder: str | None = option("offload_folder")
     offload_write_every: int = option("offload_write_every")

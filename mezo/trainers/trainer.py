@@ -13,7 +13,7 @@ back to theta, and evaluates all micro-batches at both ends.
 import math
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mezo.closures import Both, Paired
 from mezo.compatibility import loss_is_scaled
 from mezo.distributed.sharding import reshard
 from mezo.estimators import merged
+from mezo.forms.graphs import Graphs
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
 from mezo.trainers import changes, checkpoints, model_card, placement, refusals
@@ -92,7 +93,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
 
         Without a checkpoint, the run is resumed from the given model and the log (see resume.py).
         """
-        with self.offloaded():
+        with self.offloaded(), self._replayed():
             try:
                 if resume_from_checkpoint is True:
                     resume_from_checkpoint = self._tail.begin()
@@ -106,6 +107,11 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
                 self._write()
                 self._tail.end()
                 self._run_log.close()
+
+    def _replayed(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model's forward passes are CUDA graphs, where possible."""
+        wanted = getattr(self.args, "graphs", True) and self.args.device.type == "cuda"
+        return Graphs().around(self.model) if wanted else nullcontext()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         checkpoint = self._tail.checkpoint_of(resume_from_checkpoint)

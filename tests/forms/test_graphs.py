@@ -162,6 +162,46 @@ def test_without_a_device_and_with_gradients_functions_are_called_plainly():
 # What needs a device: python -m pytest -m gpu tests/forms/test_graphs.py
 
 
+def test_around_a_model_its_calls_are_replayed_and_its_forward_is_its_own_again():
+    """A loop needs no other closures; outputs are of the model's own class."""
+    model, backend = llama().eval(), Recording()
+    graphs, (batch, *_) = Graphs(backend=backend), batches(1)
+    with torch.no_grad():
+        plain = model(**batch)
+        with graphs.around(model):
+            for _ in range(5):
+                found = model(**batch)
+            assert backend.replays == 3
+            assert type(found) is type(plain)
+            assert torch.equal(found.logits, plain.logits)
+            assert "past_key_values" not in found
+            kept = model.forward
+    assert "forward" not in vars(model)
+    assert kept(**batch).loss.requires_grad  # somebody who kept it gets the model's own
+
+
+def test_autocast_casts_are_a_part_of_the_graph():
+    """A cast of a weight that was made before the capture would be read after it is freed."""
+    backend = Recording()
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        graphs = Graphs(backend=backend, after=0)
+        graphs(layer, x)
+        layer.weight.fill_(2.0)
+        torch.clear_autocast_cache()
+        assert torch.equal(graphs(layer, x), layer(x))
+    assert backend.replays == 2
+
+
+def test_shapes_that_never_come_again_are_told_once(caplog):
+    graphs = Graphs(most=1, backend=Recording())
+    with torch.no_grad():
+        for n in range(1, 200):
+            assert float(graphs(torch.sum, torch.ones(n))) == n
+    assert caplog.text.count("pad them to few lengths") == 1
+    assert len(graphs.captured) <= 64
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "options"), CASES)
 def test_on_the_device_a_run_of_graphs_has_the_bits_of_a_plain_run(dtype, options):
