@@ -35,9 +35,9 @@ def main(argv: list[str]) -> None:
     kinds = (ModelArguments, DataArguments)
     if {"-h", "--help"} & set(argv):
         return show_help("mezo check", kinds, tail)
+    quiet()
     from mezo.check import measure as check
 
-    quiet()
     options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
     options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
     options |= {"directions": {"type": int, "default": 12}}

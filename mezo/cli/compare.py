@@ -57,12 +57,12 @@ OWN: dict[str, Any] = {
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return show_help("mezo compare", (ModelArguments, DataArguments), HELP)
+    quiet()
     from mezo.compare import compare
     from mezo.distributed.processes import leave
     from mezo.runs.arguments import TrainArguments
     from mezo.runs.result import make_folder
 
-    quiet()
     kinds = (ModelArguments, DataArguments, TrainArguments)
     options = with_config(argv)
     parser = hf_parser("mezo compare", kinds, **OWN)

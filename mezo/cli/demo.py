@@ -17,8 +17,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
-    from mezo.demo import demo
-
     quiet()
+    from mezo.demo import demo
 
     demo.main(own.output_dir, seed=own.seed, as_json=own.json, model=own.model)

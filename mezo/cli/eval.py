@@ -46,10 +46,10 @@ OWN: dict[str, Any] = {
 def main(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return show_help("mezo eval", (ModelArguments, DataArguments), HELP)
+    quiet()
     from mezo.objectives.progress import Progress
     from mezo.runs import task as run
 
-    quiet()
     kinds = (ModelArguments, DataArguments)
     model, data, own = parse(with_config(argv), hf_parser("mezo eval", kinds, **OWN), kinds)
     shared = {"log": own.replay, "until": own.until, "batch_size": own.batch_size}

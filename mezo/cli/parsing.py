@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -127,10 +128,15 @@ def _entry(names: str, text: str, default: Any) -> str:
 
 
 def quiet() -> None:
-    """Disable the progress bars of model loading; the process belongs to the command."""
-    from transformers.utils import logging
+    """Silence what other packages say of themselves; the process belongs to the command.
 
-    logging.disable_progress_bar()
+    Call it before what imports them. What fails in them still reaches the user, as one line.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses an optional kernel
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # and then raises
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def say(text: str) -> None:

@@ -31,11 +31,11 @@ def main(argv: list[str]) -> None:
     )
     if {"-h", "--help"} & set(argv):
         return show_help("mezo replay", (ModelArguments,), tail)
+    quiet()
     from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter
     from mezo.runs import task as run
 
-    quiet()
     options = {"log": {"required": True}, "output_dir": {"required": True}, "json": JSON}
     options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
     options["rule"] = {"action": "append", "default": []}

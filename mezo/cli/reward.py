@@ -48,10 +48,10 @@ def asked(argv: list[str]) -> bool:
 def train(argv: list[str]) -> None:
     if {"-h", "--help"} & set(argv):
         return show_help("mezo train --reward", (ModelArguments, RewardArguments), HELP)
+    quiet()
     from mezo.runs import reward as reward_run
     from mezo.runs.arguments import RewardTrainArguments
 
-    quiet()
     kinds = (ModelArguments, RewardArguments, RewardTrainArguments)
     parser = hf_parser("mezo train --reward", kinds, json=JSON)
     if "--help_all" in argv:

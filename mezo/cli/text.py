@@ -1,6 +1,7 @@
 """`mezo sft` and `mezo dpo`: TRL's trainers with MeZO, from the command line."""
 
 import shlex
+import sys
 from importlib.util import find_spec
 
 from mezo.cli.going_on import with_log
@@ -49,9 +50,13 @@ def main(kind: str, argv: list[str]) -> None:
         return show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")
+    quiet()
+    from datasets import disable_progress_bars
+
     from mezo.runs import text
 
-    quiet()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     kinds = (text.ARGUMENTS[kind], ModelArguments, TextArguments)
     parser = hf_parser(f"mezo {kind}", kinds, json=JSON)
     if "--help_all" in argv:

@@ -65,10 +65,10 @@ def main(argv: list[str]) -> None:
         return reward.train(argv)
     if {"-h", "--help"} & set(argv):
         return show_help("mezo train", (ModelArguments, DataArguments), TRAIN_HELP)
+    quiet()
     from mezo.runs import task as run
     from mezo.runs.arguments import TrainArguments
 
-    quiet()
     kinds = (ModelArguments, DataArguments, TrainArguments)
     parser = hf_parser("mezo train", kinds, json=JSON, **SEARCH)
     if "--help_all" in argv:
