@@ -27,7 +27,8 @@ def carried_out(
             result = work(say if talks else (lambda line: None))
     except KeyboardInterrupt:
         if talks:
-            again = shlex.join([*words, "--resume_from_checkpoint", "true"])
+            resumes = "--resume_from_checkpoint" in words
+            again = shlex.join(words if resumes else [*words, "--resume_from_checkpoint", "true"])
             say(f"\nto go on where it stopped:\n  {again}")
         raise
     finally:

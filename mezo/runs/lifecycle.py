@@ -56,7 +56,10 @@ def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
     models.refuse_quantised(model)
     plan.args.dataloader_pin_memory &= torch.accelerator.is_available()  # else it warns
     with trained_part(model, plan):
-        plan = kind.settled(plan, model, tokenizer)
+        settled = kind.settled(plan, model, tokenizer)
+        if plan.chosen and settled is plan:
+            plan.tell(plan.chosen)
+        plan = settled
         trainer = kind.trainer(plan, model, tokenizer)
         if plan.args.disable_tqdm:  # no bars: lines
             trainer.add_callback(ProgressLines(trainer, plan.progress))

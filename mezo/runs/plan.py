@@ -34,7 +34,8 @@ class Plan:
     `begins` is the model to load: the requested one or, when a prefix run of an older version is
     resumed, the prefix that it kept (new logs hold it). `checkpoint` is a folder to resume from,
     True to resume wherever the run in the output folder ended, or None to begin. `config` is what
-    the log and the result record.
+    the log and the result record. `chosen` is a line on values that were not given and are taken
+    by the model's size, unless they are measured; it may be empty.
     """
 
     model: ModelArguments
@@ -45,6 +46,7 @@ class Plan:
     tell: Tell
     began: float  # time.perf_counter()
     measures: bool = False  # whether to measure a rate on the loaded model, as none was given
+    chosen: str = ""
 
     def at_rate(self, rate: float) -> "Plan":
         """Return the same run at another learning rate."""
@@ -80,18 +82,16 @@ def resolve(
     checkpoint = checkpoint_of(args, has_log=_method_of(args) == "mezo")
     given = args = _as_before(args) if checkpoint else args
     args = rates.resolved(model_args, args)
-    alone = (
-        args.world_size == 1 and not args.offload
-    )  # processes that measure separately may not agree
+    # Processes that measure separately may not agree.
+    alone = args.world_size == 1 and not args.offload
     lacks = _method_of(args) == "mezo" and given.learning_rate is None
     measures = lacks and alone and not checkpoint and args.max_steps > 0
-    if line := rates.told(model_args, given, args):
-        tell(line)
+    chosen = rates.told(model_args, given, args)
     begins = _started_with(model_args, args.output_dir, checkpoint)
     config = config_of(model_args, data_args, args)
     if checkpoint:
         _check_going_on(config, args)
-    return Plan(model_args, begins, args, checkpoint, config, tell, began, measures)
+    return Plan(model_args, begins, args, checkpoint, config, tell, began, measures, chosen)
 
 
 def _method_of(args: Any) -> str:

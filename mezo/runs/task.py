@@ -75,9 +75,12 @@ class TaskKind:
             form, train = self.form(model, tokenizer), self.splits["train"]
             rate = rates.measured(model, form, train, args, args.max_steps)
         if rate is None:
-            plan.tell(f"no rate could be measured: learning_rate stays {args.learning_rate:g}")
+            plan.tell("the estimates on this model tell no learning rate")
             return plan
-        plan.tell(f"learning_rate {rate:g}: measured on this model for {args.max_steps:,} steps")
+        plan.tell(
+            f"learning_rate {rate:g}, mezo_eps {args.mezo_eps:g}: the rate was measured on this "
+            f"model for {args.max_steps:,} steps; give your own to override"
+        )
         return plan.at_rate(rate)
 
     def trainer(self, plan: Plan, model: Any, tokenizer: Any) -> Any:
