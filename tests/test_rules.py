@@ -310,7 +310,10 @@ def test_what_cannot_work_is_refused_by_name():
         ({"rule": Momentum(window=9, **COUPLED)}, "needs buffers"),
         ({"rule": "adam", "perturbation": "low_rank"}, "adam cannot be combined with low_rank"),
         ({"rule": "sign", "perturbation": "low_rank"}, "sign cannot be combined with low_rank"),
-        ({"rule": Momentum(window=9), "perturbation": "low_rank"}, "a window cannot be combined with low_rank"),
+        (
+            {"rule": Momentum(window=9), "perturbation": "low_rank"},
+            "a window cannot be combined with low_rank",
+        ),
         ({"rule": Momentum(**COUPLED), "perturbation": "low_rank"}, "decoupled with low_rank"),
         ({"rule": "scalar_adam", "shaping": "ranks"}, "both scale the step"),
     ]
