@@ -51,7 +51,9 @@ def test_the_example_learns(name, capsys):
     """Each prints a figure at the start and at the end; it must have gone the right way."""
     if name == "instruct":
         pytest.importorskip("trl")
-    runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    path = ROOT / "examples" / f"{name}.py"
+    source = path.read_text().replace("range(201)", "range(81)")  # of plain_loop: enough to see
+    exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": str(path)})
     lines = capsys.readouterr().out.splitlines()
     if name == "hf_trainer":
         assert "eval_accuracy" in lines[-1]
