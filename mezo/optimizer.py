@@ -74,7 +74,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         shaping: str | None = None,
         num_samples: int = 1,
         seed: int | None = None,
-        distribution: str = "gaussian",
+        distribution: str | noise.Distribution = "gaussian",
         perturbation: str | None = None,
         rank: int = 1,
         interval: int = 50,
@@ -113,6 +113,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             common_random_numbers: all passes of a batch draw the same numbers (closures.Draws).
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        given["distribution"] = getattr(distribution, "name", distribution)
         given["seed"] = torch.initial_seed() if seed is None else seed
         self.rules = rules.known([type(rule)] if isinstance(rule, Rule) else [])
         given["rule"] = rules.options(rule, self.rules)

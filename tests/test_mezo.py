@@ -432,3 +432,15 @@ def test_loading_a_state_keeps_observers_processes_and_weights():
     assert steps == [0]
     assert optimizer.processes is processes
     assert optimizer.weights is weights
+
+
+def test_a_distribution_may_be_given_by_name_or_as_a_value():
+    """The value is what the names stand for, and the log's text is the name."""
+    left = []
+    for given in ("gaussian16", noise.DISTRIBUTIONS["gaussian16"]):
+        model = Regression()
+        optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=5, distribution=given)
+        optimizer.step(model)
+        assert optimizer.settings["distribution"] == "gaussian16"
+        left.append(weights(model))
+    assert torch.equal(*left)

@@ -314,7 +314,10 @@ def test_what_cannot_work_is_refused_by_name():
             {"rule": Momentum(window=9), "perturbation": "low_rank"},
             "a window cannot be combined with low_rank",
         ),
-        ({"rule": Momentum(**COUPLED), "perturbation": "low_rank"}, "decoupled with low_rank"),
+        (
+            {"rule": Momentum(**COUPLED), "perturbation": "low_rank"},
+            "coupled weight decay cannot be combined",
+        ),
         ({"rule": "scalar_adam", "shaping": "ranks"}, "both scale the step"),
     ]
     for given, message in cases:

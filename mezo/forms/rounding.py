@@ -71,7 +71,7 @@ class _Compensated(Rounding):
 
     def move_(self, tensor, key, moves, distribution, state):
         cut = buffer_of(self, tensor, state).view(-1)
-        for piece, start in noise.pieces(tensor.detach(), noise.GROUP[distribution]):
+        for piece, start in noise.pieces(tensor.detach(), noise.DISTRIBUTIONS[distribution].group):
             rest = cut[start : start + piece.numel()].view(piece.shape)
             wide = self.read(piece, rest)
             noise.apply_(wide, key, moves, distribution=distribution, offset=start)

@@ -15,7 +15,7 @@ from mezo import noise
 from mezo.forms import factors
 from mezo.forms.rounding import buffer_of, rounding_of
 from mezo.layers import PLAIN, TensorScale, within
-from mezo.noise import Move
+from mezo.noise import DISTRIBUTIONS, Move
 from mezo.record import Applied
 from mezo.rules import Rule
 
@@ -81,7 +81,7 @@ def update_(
             state[buffer] = torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
     shrink = update.keep if decay is None and rule.decoupled_weight_decay else 1.0
     distribution = settings["distribution"]
-    for piece, start in noise.pieces(tensor.detach(), noise.GROUP[distribution], PIECE):
+    for piece, start in noise.pieces(tensor.detach(), DISTRIBUTIONS[distribution].group, PIECE):
         span = slice(start, start + piece.numel())
         kept = {b: state[b].view(-1)[span].view(piece.shape) for b in rule.kept}
         rest = None if beside is None else beside.view(-1)[span].view(piece.shape)
@@ -127,7 +127,7 @@ class PieceGradient:
 
     def squares(self, weights: Sequence[float]) -> torch.Tensor:
         one_each = all(len(grads) == 1 for _, grads in self._past)
-        if one_each and self._distribution in noise.SIGNS:  # z^2 is 1: nothing is drawn
+        if one_each and DISTRIBUTIONS[self._distribution].signs:  # z^2 is 1: nothing is drawn
             mean = 0.0
             for (_, (grad,)), weight in zip(self._past, weights, strict=True):
                 mean += weight * (self._factor * grad) ** 2

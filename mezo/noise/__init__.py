@@ -19,11 +19,11 @@ from mezo.noise import sharded as shards
 from mezo.noise.definition import (
     CONTRACT,
     DISTRIBUTIONS,
-    GROUP,
     MAX_PROBE,
     MAX_STEP,
     ROUND_PERTURBED,
     ROUND_UPDATE,
+    Distribution,
     canonical_name,
     draw,
     round_stochastically,
@@ -31,11 +31,10 @@ from mezo.noise.definition import (
     tensor_key,
 )
 
-__all__ = ["CONTRACT", "DISTRIBUTIONS", "GROUP", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST"]
+__all__ = ["CONTRACT", "DISTRIBUTIONS", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST", "Distribution"]
 __all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
-__all__ += ["SIGNS", "apply_all_", "apply_both_", "pieces", "table", "tensor_key"]
+__all__ += ["apply_all_", "apply_both_", "pieces", "table", "tensor_key"]
 
-SIGNS = ("rademacher",)  # distributions whose z^2 is 1
 KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
 
 
@@ -114,7 +113,7 @@ def apply_(
             with any strides. For a DTensor this process's shard is moved; `rows` is not supported.
         key: `tensor_key(seed, name)` of the parameter.
         moves: The moves; their numbers are rounded to float32 (unless the tensor is float64).
-        distribution: One of `DISTRIBUTIONS`.
+        distribution: The name of one of `DISTRIBUTIONS`.
         offset: Row-major index, in the parameter, of the tensor's first element.
         source: Read the old values from this tensor, of the same dtype and shape, instead of from
             `tensor`.
@@ -200,7 +199,7 @@ def apply_all_(
         rows: (name, tensor, key) of different tensors, of any dtypes and devices. DTensors, and
             tensors that the kernels do not support, are moved one by one.
         moves: Moves for all tensors, or one sequence of moves per tensor, all of equal length.
-        distribution: One of `DISTRIBUTIONS`.
+        distribution: The name of one of `DISTRIBUTIONS`.
         kernel: False uses plain torch, which gives the same bits (for tests).
     """
     if not len(moves):
@@ -230,7 +229,7 @@ def apply_all_(
 
 
 def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:
-    for piece, start in pieces(tensor, GROUP[distribution]):
+    for piece, start in pieces(tensor, DISTRIBUTIONS[distribution].group):
         piece.copy_(_moved(piece, key, moves, distribution, offset + start))
 
 

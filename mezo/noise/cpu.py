@@ -31,7 +31,7 @@ from mezo.noise.cpu_draws import (
 from mezo.noise.cpu_halves import float_to_half, float_to_half_by, half_to_float
 from mezo.noise.definition import DISTRIBUTIONS
 
-_GAUSSIAN, _RADEMACHER, _GAUSSIAN16 = range(3)  # as in DISTRIBUTIONS
+_GAUSSIAN, _RADEMACHER, _GAUSSIAN16 = range(3)  # their codes
 _NEAREST = 3  # of the roundings in mezo.noise, the one that takes no bits
 _SPLIT = 2**16  # elements below which a second thread costs more than it brings
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -233,7 +233,7 @@ def supports(tensor: torch.Tensor) -> bool:
 def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
     """Do what `mezo.noise.apply_` does, for tensors that `supports` accepts."""
     kind, out = _KIND[tensor.dtype], _array(tensor)
-    how = (DISTRIBUTIONS.index(distribution), moves, np.uint64(key[0]), np.uint64(key[1]))
+    how = (DISTRIBUTIONS[distribution].code, moves, np.uint64(key[0]), np.uint64(key[1]))
     if rows is None:
         out, given = out.reshape(-1), (out if source is None else _array(source)).reshape(-1)
 
@@ -258,7 +258,7 @@ def apply_all_(tensors: Sequence[torch.Tensor], keys, moves, distribution, offse
     places["n"] = [tensor.numel() for tensor in tensors]
     places["offset"] = offsets
     places["k0"], places["k1"] = np.array(keys, np.uint64).T
-    like, which = np.empty(0, _STORED[kind]), DISTRIBUTIONS.index(distribution)
+    like, which = np.empty(0, _STORED[kind]), DISTRIBUTIONS[distribution].code
     count, what = int(places["n"].sum()), (places, like, kind, which, moves)
     if count <= _SPLIT:
         _apply_all(*what, 0, count)

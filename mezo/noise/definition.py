@@ -16,19 +16,14 @@ added, a change to one needs a new contract version.
 
 import hashlib
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 
 from mezo.errors import InputError
 
 CONTRACT = 1
-DISTRIBUTIONS = ("gaussian", "rademacher", "gaussian16")
 LANES = 256  # blocks are taken 256 at a time, so that neighbours in memory are neighbours in a lane
-GROUP = {  # elements that 256 blocks make
-    "gaussian": 4 * LANES,
-    "rademacher": 128 * LANES,
-    "gaussian16": 8 * LANES,
-}
 MAX_STEP, MAX_PROBE = 2**32, 2**24
 ROUNDING_GROUP = 8 * LANES  # 16 bits an element: a word serves two
 DIRECTION, ROUND_UPDATE, ROUND_PERTURBED = 0, 1, 2  # streams: z; bits of stochastic rounding
@@ -94,6 +89,68 @@ def _multiply(a, b: int):
     return product & _MASK, (product >> 32) & _MASK
 
 
+class Distribution:
+    """How z is made of random words: a value of `DISTRIBUTIONS`, which options and logs name.
+
+    Attributes:
+        name: Its name in options and logs.
+        code: Its number in the kernels.
+        group: The number of elements that 256 blocks make.
+        signs: Whether z is +1 or -1, so that z^2 is 1 and need not be drawn.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[int]
+    group: ClassVar[int]
+    signs: ClassVar[bool] = False
+
+    def from_words(self, words: list[torch.Tensor], count: int) -> torch.Tensor:
+        """Return z in float32, of which the caller needs the first `count` elements.
+
+        `words` are w0 .. w3 of whole groups, each int64 of shape (groups, LANES). The result has
+        the groups in its first dimension, and is row-major in the order of the elements.
+        """
+        raise NotImplementedError
+
+
+class Gaussian(Distribution):
+    """Standard normals, two of every two words, by Box and Muller."""
+
+    name, code, group = "gaussian", 0, 4 * LANES
+
+    def from_words(self, words, count):
+        halves = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
+        return torch.stack(halves, dim=1)  # (groups, 4, LANES)
+
+
+class Rademacher(Distribution):
+    """Random signs, one of every bit."""
+
+    name, code, group, signs = "rademacher", 1, 128 * LANES, True
+
+    def from_words(self, words, count):
+        needed = min(32, -(-count // (4 * LANES)))  # bits of a word, low ones first
+        four = torch.stack(words, dim=1)
+        bits = torch.stack([(four >> k) & 1 for k in range(needed)], dim=1)
+        return (1 - 2 * bits).float()  # (groups, bits, 4, LANES)
+
+
+class Gaussian16(Distribution):
+    """Nearly normal numbers, one of every half word."""
+
+    name, code, group = "gaussian16", 2, 8 * LANES
+
+    def from_words(self, words, count):
+        four = torch.stack(words, dim=1)
+        halves = torch.stack([four & 0xFFFF, four >> 16], dim=1)  # (groups, 2, 4, LANES)
+        return _from_16_bits(halves)
+
+
+DISTRIBUTIONS: dict[str, Distribution] = {
+    one.name: one for one in (Gaussian(), Rademacher(), Gaussian16())
+}
+
+
 def draw(
     key: tuple[int, int],
     start: int,
@@ -110,23 +167,11 @@ def draw(
     for rademacher), and temporaries take about 100 bytes per element, so draw long tensors in
     pieces.
     """
-    group = GROUP[distribution]
-    first, last = start // group, -(-stop // group)
-    rows = _words(key, first, last, step, DIRECTION << 24 | probe, device)
-    if distribution == "gaussian":
-        halves = [*_box_muller(rows[0], rows[1]), *_box_muller(rows[2], rows[3])]
-        z = torch.stack(halves, dim=1)  # (groups, 4, LANES)
-    elif distribution == "gaussian16":
-        words = torch.stack(rows, dim=1)
-        z = _from_16_bits(
-            torch.stack([words & 0xFFFF, words >> 16], dim=1)
-        )  # (groups, 2, 4, LANES)
-    else:
-        needed = min(32, -(-(stop - first * group) // (4 * LANES)))  # bits a word, low ones first
-        four = torch.stack(rows, dim=1)
-        bits = torch.stack([(four >> k) & 1 for k in range(needed)], dim=1)
-        z = (1 - 2 * bits).float()  # (groups, bits, 4, LANES)
-    return z.reshape(-1)[start - first * group : stop - first * group]
+    drawn = DISTRIBUTIONS[distribution]
+    first, last = start // drawn.group, -(-stop // drawn.group)
+    words = _words(key, first, last, step, DIRECTION << 24 | probe, device)
+    begin = first * drawn.group
+    return drawn.from_words(words, stop - begin).reshape(-1)[start - begin : stop - begin]
 
 
 def _words(key: tuple[int, int], first: int, last: int, step: int, probe_word: int, device):

@@ -183,9 +183,9 @@ def _launch(moves: np.ndarray, dtype, distribution: str, pairs: int = 0) -> dict
     """What the kernels are compiled for; `pairs` of rows a program, by default what is best."""
     rounded = (moves["rounding"] > 0) & (moves["rounding"] < _NEAREST.value)
     alone = moves.shape[-1] == 1 and (rounded.all() or not rounded.any())  # known when compiled
-    signs = distribution == "rademacher"  # of four rows are of the same words
+    signs = definition.DISTRIBUTIONS[distribution].signs  # those of four rows share their words
     return OPTIONS | {
-        "DISTRIBUTION": definition.DISTRIBUTIONS.index(distribution),
+        "DISTRIBUTION": definition.DISTRIBUTIONS[distribution].code,
         "PAIRS": pairs or (2 if signs and alone else 1),
         "MANY": not alone,
         "STOCHASTIC": bool(alone and dtype != torch.float32 and rounded.any()),

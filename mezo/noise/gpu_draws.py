@@ -11,7 +11,7 @@ from mezo.noise import definition
 
 _LANES = tl.constexpr(definition.LANES)
 _ROW = tl.constexpr(4 * definition.LANES)
-_GAUSSIAN, _RADEMACHER, _GAUSSIAN16 = (tl.constexpr(i) for i in range(3))  # as in DISTRIBUTIONS
+_GAUSSIAN, _RADEMACHER, _GAUSSIAN16 = (tl.constexpr(i) for i in range(3))  # their codes
 _NEAREST = tl.constexpr(3)  # of the roundings in mezo.noise; 0 keeps, 1 and 2 are stochastic
 _ANEW = tl.constexpr(4)  # added to a move's rounding where its direction is not the last one's
 _FIELDS = tl.constexpr(5)  # of a move on the device: step, probe, scale, coefficient, that sum

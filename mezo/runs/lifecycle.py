@@ -21,7 +21,6 @@ from mezo.models import adapters
 from mezo.models import loading as models
 from mezo.models.frozen import FrozenLower
 from mezo.models.trainable import select, told
-from mezo.options.table import DISTRIBUTIONS
 from mezo.runs.plan import Plan
 from mezo.runs.result import environment, make_folder, write_result
 from mezo.trainers import placement
@@ -142,7 +141,7 @@ def _mean_loss(plan: Plan) -> float | None:
 
 def _warm_up(distribution: str) -> None:
     """Compile the kernels that draw directions; later they would count as a step's memory."""
-    if distribution not in DISTRIBUTIONS:
+    if distribution not in noise.DISTRIBUTIONS:
         return  # the optimizer raises the error
     move = noise.Move(0, 0, 1.0, 1.0)
     noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=distribution)
