@@ -14,10 +14,12 @@ cpu_builds=https://download.pytorch.org/whl/cpu
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet install "$@"; }
 locked() { if [ -n "$constraints" ]; then pip --constraint "$constraints" "$@"; else pip "$@"; fi; }
 
-# torch first. On Linux the plain build brings several GB of CUDA: a CPU build is taken where one
-# can be found, on the package index or else on PyTorch's own, and the plain build where none can.
 pinned=$(if [ -n "$constraints" ]; then sed -n 's/^torch==\([0-9.]*\).*/==\1/p' "$constraints"; fi)
 echo "installing torch$pinned and what mezo needs into $venv; this takes a few minutes"
+locked "setuptools>=77" # from the constraints too, hence no isolated build at the end
+
+# torch comes next. On Linux the plain build brings several GB of CUDA: a CPU build is taken where
+# one can be found, on the package index or else on PyTorch's own, and the plain one where none can.
 try() { pip --no-deps --retries 1 --timeout 15 "$@" 2>>"$venv/torch.log"; }
 if [ -n "${TORCH:-}" ]; then
     locked "$TORCH"
@@ -28,7 +30,6 @@ else
     locked "torch$pinned"
 fi
 
-locked "setuptools>=77" # from the constraints too, hence no isolated build
 if [ -n "$archive" ]; then
     locked --no-build-isolation "$archive$extras"
 else

@@ -54,9 +54,10 @@ def test_the_plain_torch_is_taken_where_there_is_no_cpu_build(tmp_path):
     status, said, calls = install(tmp_path, without="cpu")
     assert status == 0
     assert f"no CPU build of {TORCH} is at hand: taking the plain one" in said
-    assert calls[0].endswith(f" {TORCH}+cpu")
-    assert calls[1].endswith(f" {TORCH} --index-url https://download.pytorch.org/whl/cpu")
-    assert calls[2] == f"--constraint requirements/lock.txt {TORCH}"
+    assert calls[0].endswith("setuptools>=77")  # after torch, pip would miss all that torch needs
+    assert calls[1].endswith(f" {TORCH}+cpu")
+    assert calls[2].endswith(f" {TORCH} --index-url https://download.pytorch.org/whl/cpu")
+    assert calls[3] == f"--constraint requirements/lock.txt {TORCH}"
     assert calls[-1].endswith("--editable .[test]")
 
 
