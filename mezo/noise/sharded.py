@@ -47,8 +47,7 @@ def partners(tensor: Any) -> list[int]:
 def apply_(tensor: Any, move: Callable[..., None]) -> None:
     """Call `move(part, offset=...)` on this process's elements, with offsets in the whole tensor.
 
-    A whole tensor or a shard of whole rows is one part. For any other shard, rows are moved in
-    their full width and then cut.
+    `apply_to_box_` says what the parts are.
     """
     if not is_sharded(tensor):
         return move(tensor, offset=0)
@@ -56,14 +55,28 @@ def apply_(tensor: Any, move: Callable[..., None]) -> None:
     if not mine.numel():
         return
     assert tuple(mine.shape) == tuple(shape)
-    row = math.prod(tensor.shape[1:])
-    if mine.shape[1:] == tensor.shape[1:]:
-        return move(mine, offset=start[0] * row if start else 0)
-    inner = tuple(slice(at, at + n) for at, n in zip(start[1:], shape[1:], strict=True))
+    apply_to_box_(mine, tuple(tensor.shape), start, move)
+
+
+@torch.no_grad()
+def apply_to_box_(
+    box: torch.Tensor, shape: tuple[int, ...], start: tuple[int, ...], move: Callable[..., None]
+) -> None:
+    """Call `move(part, offset=...)` on a box of a tensor of `shape`, which begins at `start`.
+
+    A box of whole rows is one part. For any other box, rows are moved in their full width and then
+    cut.
+    """
+    if not box.numel():
+        return
+    row = math.prod(shape[1:])
+    if box.shape[1:] == shape[1:]:
+        return move(box, offset=start[0] * row if start else 0)
+    inner = tuple(slice(at, at + n) for at, n in zip(start[1:], box.shape[1:], strict=True))
     rows = max(1, _BLOCK // row)
-    for first in range(0, len(mine), rows):
-        part = mine[first : first + rows]
-        whole = part.new_zeros(len(part), *tensor.shape[1:])
+    for first in range(0, len(box), rows):
+        part = box[first : first + rows]
+        whole = part.new_zeros(len(part), *shape[1:])
         whole[(slice(None), *inner)] = part
         move(whole, offset=(start[0] + first) * row)
         part.copy_(whole[(slice(None), *inner)])

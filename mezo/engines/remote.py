@@ -1,0 +1,209 @@
+"""MeZO's weights in an engine: what `attach(optimizer, engine)` puts in place of `forms.Weights`.
+
+    engine = VLLMEngine("Qwen/Qwen3-8B")
+    remote = attach(optimizer, engine)
+    optimizer.step(lambda: remote.loss(batch))
+
+The optimizer's own parameters do not move while it steps. `optimizer.write()` copies the engine's
+weights into them, for an evaluation in transformers or for saving.
+
+Every number of the run stays with the optimizer, and the run log is an ordinary one. In place, the
+walk of a direction is part of the log, and the engine needs no memory beside the weights. With
+scratch, the default for 16-bit weights, the log holds updates alone, and the engine keeps a copy of
+the trained weights beside those that it reads.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from mezo import noise
+from mezo.engines.engine import THETA, Batch, Change, Engine, Point, Query, Run
+from mezo.errors import InputError
+from mezo.forms.direction import Direction, Part
+from mezo.forms.updates import Update
+from mezo.forms.weights import Weights
+from mezo.mezo import InPlace, MeZO
+from mezo.noise import Move
+
+_ROUNDINGS = ("stochastic", "nearest")  # the others keep a buffer beside a weight
+
+
+class RemoteWeights(Weights):
+    """The weights of an optimizer whose model runs in an engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._walk: list[Change] = []  # not sent yet: they ride with the next question
+        self._look: tuple[Change, ...] = ()
+
+    def loss(self, batch: Batch) -> float:
+        """Return the loss of a batch where the optimizer's direction is at the moment."""
+        (loss,) = self.engine.losses(batch, [self.here()])
+        return loss
+
+    def here(self) -> Point:
+        """Return the point at which the optimizer wants a loss, for one question to the engine."""
+        walk, self._walk = tuple(self._walk), []
+        return Point(walk, self._look)
+
+    def flush(self) -> None:
+        """Send the changes that no question has taken along."""
+        if self._walk:
+            self.engine.apply(self.here().walk)
+
+    def walk(self, part: Part, moves: Sequence[Move]) -> None:
+        if len(moves):
+            self._walk.append(_change(part, moves))
+
+    @contextmanager
+    def looking(self, changes: Sequence[Change]) -> Iterator[None]:
+        self._look = tuple(changes)
+        try:
+            yield
+        finally:
+            self._look = ()
+
+    def direction(self, optimizer: Any, probe: int) -> Direction:
+        kind = Walked if optimizer.form.moves_weights else Looked
+        estimator, memory = optimizer.estimator, optimizer.memory
+        given = {"sides": estimator.sides, "memory": memory, "states": optimizer.state}
+        direction = kind(optimizer.parts(), optimizer.settings, probe, **given)
+        direction.remote = self
+        if estimator.looks_back and probe < len(memory.before):
+            direction.before = memory.before[probe]
+        return direction
+
+    def move_(
+        self, optimizer: Any, part: Part, moves: Sequence[Move], update: Update | None = None
+    ) -> None:
+        assert update is None  # _check has refused such rules
+        self.walk(part, moves)
+
+    def end_step_(self, optimizer: Any) -> None:
+        pass
+
+    @torch.no_grad()
+    def write_(self, optimizer: Any) -> None:
+        """Copy the engine's weights into the optimizer's parameters."""
+        self.flush()
+        named = {name: p for name, p, _ in optimizer.trained()}
+        for name, value in self.engine.weights():
+            named[name].copy_(value)
+
+
+class Walked(InPlace):
+    """The paper's form, walked by an engine's weights."""
+
+    remote: RemoteWeights
+
+    def _go(self, end: int) -> None:
+        legs, self.walked = self.walk[self.walked : end], end
+        for part in self.parts:
+            self.remote.walk(part, part.scale.walk(legs))
+
+
+class Looked(Direction):
+    """Scratch: the engine looks at theta + sign eps z, and theta stays as it is."""
+
+    remote: RemoteWeights
+
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        moves = [self.move(sign * self.eps, noise.ROUND_PERTURBED)] if sign else []
+        changes = [_change(part, part.scale.walk(moves)) for part in self.parts if moves]
+        with self.remote.looking(changes):
+            yield
+
+
+def _change(part: Part, moves: Sequence[Move]) -> Change:
+    return Change(tuple(row.name for row in part.rows), noise.table(moves))
+
+
+def attach(optimizer: MeZO, engine: Engine, *, probe: Sequence[int] | None = None) -> RemoteWeights:
+    """Let an engine hold the optimizer's weights, and return what its closures ask.
+
+    The engine's weights must be the optimizer's, to the bit. This is compared tensor by tensor.
+    Then each matrix is moved, and a text is scored: an engine that goes on reading other weights,
+    such as a packed copy, is found before the first step.
+
+    Args:
+        optimizer: A MeZO in place or with scratch, with the rule sgd.
+        engine: The engine; `begin` is called.
+        probe: Tokens of the text that is scored; None: tokens 1 to 8. An empty one skips this.
+
+    Raises InputError for settings that an engine does not have, and naming the tensor, for weights
+    that differ or are not read.
+    """
+    _check(optimizer)
+    shapes = {name: tuple(p.shape) for name, p, _ in optimizer.trained()}
+    settings = optimizer.settings
+    engine.begin(Run(shapes, settings["seed"], settings["distribution"]))
+    _compare(optimizer, engine)
+    tokens = tuple(range(1, 9)) if probe is None else tuple(probe)
+    if tokens:
+        _read(engine, shapes, tokens)
+    optimizer.weights = RemoteWeights(engine)
+    return optimizer.weights
+
+
+def _check(optimizer: MeZO) -> None:
+    """Raise InputError for what an engine cannot do: it makes moves, and keeps no buffers."""
+    settings, rule = optimizer.settings, optimizer.rule
+    if type(optimizer.weights) is not Weights:
+        raise InputError("the optimizer's weights are offloaded, sharded or in an engine already")
+    if not rule.linear:
+        name = settings["rule"]["name"]
+        raise InputError(f"rule {name} keeps buffers, which no engine has: take rule sgd")
+    if optimizer.form.factored:
+        raise InputError("perturbation low_rank is not made by engines: take scratch or in_place")
+    half = not all(part.plain for part in optimizer.parts())
+    if half and settings["rounding"] not in _ROUNDINGS:
+        raise InputError(
+            f"rounding {settings['rounding']} keeps a buffer, which no engine has: take "
+            + " or ".join(_ROUNDINGS)
+        )
+    if any(part.scale.masked for part in optimizer.parts()):
+        raise InputError("layers with thresholds (masks) are not made by engines: leave them away")
+
+
+@torch.no_grad()
+def _compare(optimizer: MeZO, engine: Engine) -> None:
+    named = {name: p for name, p, _ in optimizer.trained()}
+    for name, value in engine.weights():
+        p = named.pop(name).detach().cpu()
+        if p.dtype != value.dtype or p.shape != value.shape or not torch.equal(p, value):
+            kinds = {_told(p), _told(value)}
+            told = f"is {_told(value)} there and {_told(p)} here" if len(kinds) > 1 else "differs"
+            raise InputError(
+                f"engine {engine.name}: parameter {name} {told}: load the same weights in both"
+            )
+    if named:
+        raise InputError(f"engine {engine.name} does not hold parameter {min(named)}")
+
+
+def _told(p: torch.Tensor) -> str:
+    return f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}"
+
+
+def _read(engine: Engine, shapes: dict[str, tuple[int, ...]], tokens: Sequence[int]) -> None:
+    """Raise InputError if the engine's losses do not depend on a matrix that it holds."""
+    place = len(tokens) - 1
+    asked = (*((at, tokens[at]) for at in range(1, place)), (place, tokens[0]))
+    query = Query(tuple(tokens), asked)
+    table = noise.table([Move(0, 0, 1.0, 0.1, noise.ROUND_PERTURBED)])
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    points = [THETA, *(Point(look=(Change((name,), table),)) for name in matrices), THETA]
+    before, *moved, after = (found[0] for found in engine.logprobs([query], points))
+    unread = [name for name, found in zip(matrices, moved, strict=True) if found == before]
+    if unread:
+        raise InputError(
+            f"engine {engine.name} does not read parameter {unread[0]} as it is: its losses stay "
+            "the same when it moves (a packed, merged or cached copy)"
+        )
+    spread = max(np.ptp([before, found], axis=0).max() for found in moved) if moved else 0.0
+    if np.ptp([before, after], axis=0).max() > 1e-3 * spread:
+        raise InputError(f"engine {engine.name} does not come back to its weights after a look")

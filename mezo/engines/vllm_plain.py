@@ -1,0 +1,63 @@
+"""On a CPU, vLLM packs matrices and drops them; this keeps them, and reads them where they are.
+
+It is a quantization config of vLLM, registered as vLLM's documentation says, that quantises
+nothing. On a GPU vLLM keeps its matrices, and nothing of this is used.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+
+NAME = "mezo_plain"
+
+
+class PlainLinear(UnquantizedLinearMethod):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+    def apply(self, layer, x, bias=None):
+        return F.linear(x, layer.weight, bias)
+
+
+class PlainEmbedding(UnquantizedEmbeddingMethod):
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+    def apply(self, layer, x, bias=None):
+        return F.linear(x, layer.weight, bias)
+
+
+@register_quantization_config(NAME)
+class PlainWeights(QuantizationConfig):
+    """Weights as they are, which moves can reach."""
+
+    def get_name(self) -> Any:
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "PlainWeights":
+        return cls()
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, LinearBase):
+            return PlainLinear()
+        return PlainEmbedding() if isinstance(layer, VocabParallelEmbedding) else None
