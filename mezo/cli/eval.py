@@ -24,6 +24,8 @@ HELP = """
   --batch_size N                      examples per forward pass; default 32
   --offload                           leave the weights in their files, and load them block by
                                       block
+  --engine NAME                       what scores and writes: transformers (the default) or vllm
+  --engine_options JSON               options of the engine, such as '{"tensor_parallel_size": 2}'
   --tasks NAME,NAME                   use tasks of lm-evaluation-harness instead of --task
     --include_path DIR                folder with your own task files
     --limit N                         number of examples of each task
@@ -39,6 +41,8 @@ OWN: dict[str, Any] = {
     "limit": {"type": int},
     "num_fewshot": {"type": int},
     "offload": {"action": "store_true"},
+    "engine": {"default": "transformers"},
+    "engine_options": {},
     "json": JSON,
 }
 
@@ -57,6 +61,7 @@ def main(argv: list[str]) -> None:
         for name in ("include_path", "limit", "num_fewshot"):
             if getattr(own, name) is not None:
                 raise InputError(f"--{name} needs --tasks")
+        shared |= {"engine": own.engine, "engine_options": own.engine_options}
         with redirect_stdout(sys.stderr):
             result = run.evaluate(
                 *(model, data), **shared, offload=own.offload, progress=Progress(say)
@@ -64,6 +69,8 @@ def main(argv: list[str]) -> None:
         return print_result(result, own.json)
     if own.offload:
         raise InputError("--offload cannot be used with --tasks")
+    if own.engine != "transformers":
+        raise InputError("--engine cannot be used with --tasks")
     from mezo.runs import lm_eval as harness
 
     names = [name.strip() for name in own.tasks.split(",") if name.strip()]

@@ -33,6 +33,12 @@ training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_
   --max_steps N                       default 1000
   --per_device_train_batch_size N     prompts per step; default 16; use more if rewards tie
   --eval_steps N  --save_steps N      default 100
+  --num_samples N                     directions a step; each generates twice
+  --scale_rewards group               with several directions: rewards are centred and scaled
+                                      prompt by prompt, as GRPO does
+  --engine vllm                       generate with vLLM, which holds the weights (docs/engines.md)
+  --engine_options JSON               options of the engine, such as '{"tensor_parallel_size": 2}'
+  --stop_forgotten X                  stop when the loss on --held_out_file has risen by X
   --log_completions                   write completions to output_dir/completions.jsonl
 {offload}
   --resume_from_checkpoint true       resume an interrupted run

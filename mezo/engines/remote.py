@@ -39,6 +39,7 @@ class RemoteWeights(Weights):
         self.engine = engine
         self._walk: list[Change] = []  # not sent yet: they ride with the next question
         self._look: tuple[Change, ...] = ()
+        self._moved = False  # since the optimizer's parameters had the engine's weights
 
     def loss(self, batch: Batch) -> float:
         """Return the loss of a batch where the optimizer's direction is at the moment."""
@@ -57,6 +58,7 @@ class RemoteWeights(Weights):
 
     def walk(self, part: Part, moves: Sequence[Move]) -> None:
         if len(moves):
+            self._moved = True
             self._walk.append(_change(part, moves))
 
     @contextmanager
@@ -89,10 +91,13 @@ class RemoteWeights(Weights):
     @torch.no_grad()
     def write_(self, optimizer: Any) -> None:
         """Copy the engine's weights into the optimizer's parameters."""
+        if not self._moved:
+            return
         self.flush()
         named = {name: p for name, p, _ in optimizer.trained()}
         for name, value in self.engine.weights():
             named[name].copy_(value)
+        self._moved = False
 
 
 class Walked(InPlace):
@@ -123,7 +128,9 @@ def _change(part: Part, moves: Sequence[Move]) -> Change:
     return Change(tuple(row.name for row in part.rows), noise.table(moves))
 
 
-def attach(optimizer: MeZO, engine: Engine, *, probe: Sequence[int] | None = None) -> RemoteWeights:
+def attach(
+    optimizer: MeZO, engine: Engine, *, take: bool = False, probe: Sequence[int] | None = None
+) -> RemoteWeights:
     """Let an engine hold the optimizer's weights, and return what its closures ask.
 
     The engine's weights must be the optimizer's, to the bit. This is compared tensor by tensor.
@@ -133,6 +140,8 @@ def attach(optimizer: MeZO, engine: Engine, *, probe: Sequence[int] | None = Non
     Args:
         optimizer: A MeZO in place or with scratch, with the rule sgd.
         engine: The engine; `begin` is called.
+        take: Give the optimizer's weights to the engine, for a run that goes on. The engine has
+            begun with the model that the run began with, so that its layout is known to fit.
         probe: Tokens of the text that is scored; None: tokens 1 to 8. An empty one skips this.
 
     Raises InputError for settings that an engine does not have, and naming the tensor, for weights
@@ -142,6 +151,8 @@ def attach(optimizer: MeZO, engine: Engine, *, probe: Sequence[int] | None = Non
     shapes = {name: tuple(p.shape) for name, p, _ in optimizer.trained()}
     settings = optimizer.settings
     engine.begin(Run(shapes, settings["seed"], settings["distribution"]))
+    if take:
+        engine.take((name, p.detach()) for name, p, _ in optimizer.trained())
     _compare(optimizer, engine)
     tokens = tuple(range(1, 9)) if probe is None else tuple(probe)
     if tokens:

@@ -75,6 +75,13 @@ class TransformersEngine(Engine):
     def apply(self, update: Sequence[Change]) -> None:
         self._begun().apply(update)
 
+    @torch.no_grad()
+    def take(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        theta = {piece.name: piece.view for piece in self._begun().home()}
+        self._begun().forget()
+        for name, value in weights:
+            theta[name].copy_(value)
+
     def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
         for piece in self._begun().home():
             yield piece.name, piece.view.cpu()

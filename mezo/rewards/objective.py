@@ -69,7 +69,7 @@ def sample(
     Raises InputError as `generate` and `RewardFunctions` do.
     """
     functions = _functions(reward_funcs)
-    tokens = _worded(tokenizer, prompts)
+    tokens = worded(tokenizer, prompts)
     made = generate(model, tokenizer, tokens, generation, batch_size=batch_size, draw=draw)
     scores = functions(prompts, made, columns, trainer_state=trainer_state)
     return Sampled(list(prompts), made, scores)
@@ -136,7 +136,7 @@ def _functions(
     return given if isinstance(given, RewardFunctions) else RewardFunctions(given, weights)
 
 
-def _worded(tokenizer, prompts: Sequence[Prompt]) -> list[str] | list[list[int]]:
+def worded(tokenizer, prompts: Sequence[Prompt]) -> list[str] | list[list[int]]:
     """Return texts as they are, and conversations as tokens of the chat template for an answer."""
     kinds = {is_conversation(prompt) for prompt in prompts}
     if kinds == {True, False}:

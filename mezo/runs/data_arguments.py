@@ -85,6 +85,9 @@ class RewardArguments:
     prompt: str | None = option(
         None, "Template over the file's columns, instead of a column 'prompt'."
     )
+    held_out_file: str | None = option(
+        None, "Texts, in a column 'text', whose loss shows at evaluations what is forgotten."
+    )
     num_train: int | None = option(None, "Largest number of training prompts.")
     num_dev: int = option(64, "Largest number of prompts for evaluation.")
     split_seed: int = option(42, "Seed for selecting prompts.")

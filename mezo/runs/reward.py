@@ -8,7 +8,7 @@ lifecycle.py says what the output folder then holds.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mezo.runs.lifecycle import carry_out
 from mezo.runs.plan import Plan, Tell, resolve
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import fields_of, fill
+from mezo.trainers import engines
 from mezo.trainers.policy import MeZOPolicyTrainer
 
 _SHOWN = 3  # samples of text in the result
@@ -41,9 +42,13 @@ def train(
         raise InputError("--reward names no function and no command")
     if args.method != "mezo":
         raise InputError(f"--method {args.method}: a reward has no gradient, only mezo trains it")
+    engines.check(args.engine, args.engine_options, offload=args.offload)
+    held_out = texts(data.held_out_file) if data.held_out_file else []
+    if args.stop_forgotten is not None and not held_out:
+        raise InputError("--stop_forgotten needs texts: --held_out_file")
     plan = resolve(model_args, data, args, tell)
     functions = [rewards.resolve(text, data.reward_timeout) for text in data.reward]
-    return carry_out(RewardKind(data.reward, functions, *prompts(data)), plan)
+    return carry_out(RewardKind(data.reward, functions, *prompts(data), held_out), plan)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class RewardKind:
     functions: list[Any]
     train_rows: list[dict]
     dev_rows: list[dict]
+    held_out: list[str] = field(default_factory=list)
 
     def settled(self, plan: Plan, model: Any, tokenizer: Any) -> Plan:
         return plan
@@ -63,7 +69,7 @@ class RewardKind:
             raise InputError(f"model {plan.model.model_name_or_path} generates no text")
         plan.args.dataloader_pin_memory = False  # batches hold only text
         data = (self.train_rows, self.dev_rows, tokenizer)
-        return MeZOPolicyTrainer(model, self.functions, plan.args, *data)
+        return MeZOPolicyTrainer(model, self.functions, plan.args, *data, held_out=self.held_out)
 
     def before(self, plan: Plan, trainer: Any) -> dict[str, Any]:
         named = {"reward": self.names, "before": _named(trainer.evaluate())}
@@ -75,6 +81,7 @@ class RewardKind:
         shown = zip(found["samples"], written, strict=True)
         samples = [sample | {"after": text} for sample, text in shown]
         ties = {"ties": trainer.ties.ties, "estimates": trainer.ties.estimates}
+        trainer.close_engine()
         return {"after": after, "samples": samples} | ties
 
 
@@ -100,6 +107,18 @@ def prompts(data: RewardArguments) -> tuple[list[dict], list[dict]]:
     if data.num_train is not None:
         train_rows = train_rows[: data.num_train]
     return train_rows, dev_rows
+
+
+def texts(file: str) -> list[str]:
+    """Return the column `text` of a file. Raises InputError if a row lacks it."""
+    found = []
+    for place, row in read(Path(file), READERS):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{file} {place} has no column 'text', it has {', '.join(row)}")
+        found.append(row["text"])
+    if not found:
+        raise InputError(f"{file} is empty")
+    return found
 
 
 def _mixed(rows: Sequence[Any], seed: int) -> list[Any]:
@@ -130,6 +149,6 @@ def _texts(trainer: Any, rows: list[dict]) -> list[str]:
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:
-    kept = ("reward", "completions/", "unscored")
+    kept = ("reward", "completions/", "unscored", "held_out_loss")
     found = {name.removeprefix("eval_"): x for name, x in metrics.items()}
     return {name: x for name, x in found.items() if name.startswith(kept)}

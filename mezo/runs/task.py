@@ -29,7 +29,7 @@ from mezo.runs.rebuild import rebuilt
 from mezo.runs.result import make_folder
 from mezo.runs.task_trainer import task_trainer
 from mezo.tasks import Example, Task
-from mezo.trainers import placement
+from mezo.trainers import engines, placement
 
 
 def train(
@@ -175,6 +175,8 @@ def evaluate(
     batch_size: int = 32,
     offload: bool = False,
     progress: Progress = SILENT,
+    engine: str = "transformers",
+    engine_options: str | None = None,
 ) -> dict:
     """Return metrics on the test examples: zero-shot, in context, or after replaying a run log.
 
@@ -185,6 +187,8 @@ def evaluate(
         until: Replay only the first steps of the run, up to this one.
         batch_size: Examples per forward pass.
         offload: Leave the weights in their files and load them block by block; not with `log`.
+        engine: What scores and writes: "transformers", or "vllm" (docs/engines.md).
+        engine_options: Options of the engine, as JSON.
 
     Raises InputError for options or data that do not fit.
     """
@@ -192,6 +196,7 @@ def evaluate(
         raise InputError(f"demonstrations must not be negative, got {data_args.demonstrations}")
     if log is None and until is not None:
         raise InputError("until is for the run log that --replay names")
+    engines.check(engine, engine_options, offload=offload)
     task = task_of(data_args)
     examples = tested(read_split(task, data_args, "test"), data_args)
     shown: list[Example] = []
@@ -208,9 +213,15 @@ def evaluate(
         raise InputError("offload is for a model in files: `mezo replay --by_tensor` makes it")
     else:
         model, tokenizer, _ = rebuilt(model_args, log, until)
-    with placement.inference(model, offload=offload):
+    how: dict[str, Any] = {"each": each, "progress": progress}
+    if engine != "transformers":
         form = form_of(model, tokenizer, task, model_args, data_args, shown)
-        found = evaluate_form(model, form, examples, batch_size, each=each, progress=progress)
+        with engines.reading(engine, model, engine_options, tuned=log is not None) as reader:
+            found = evaluate_form(model, form, examples, batch_size, reader=reader, **how)
+    else:
+        with placement.inference(model, offload=offload):
+            form = form_of(model, tokenizer, task, model_args, data_args, shown)
+            found = evaluate_form(model, form, examples, batch_size, **how)
     result = {"task": task.name, "model": model_args.model_name_or_path} | found.metrics
     result |= {"loss": found.loss, "n": found.n, "demonstrations": data_args.demonstrations}
     return result | {"demonstrations_dropped": found.dropped, "log": log}

@@ -18,13 +18,18 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
 
+from mezo.engines import Engine
 from mezo.errors import InputError
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
-from mezo.objectives.generation import Generation
-from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties, sample
+from mezo.objectives.generation import Generation, tokens_of
+from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties
+from mezo.rewards.health import repetition
+from mezo.rewards.objective import worded
 from mezo.trainers.config import MeZOConfig, changed
+from mezo.trainers.engines import Held, check_engine, started
 from mezo.trainers.trainer import MeZOMixin
+from mezo.trainers.vitals import Vitals
 
 _EVALUATION = 2**31  # draws from here on belong to evaluations, which all use the same ones
 
@@ -60,6 +65,30 @@ class MeZOPolicyConfig(MeZOConfig):
         default=False,
         metadata={"help": "Append prompts, completions and rewards to completions.jsonl."},
     )
+    scale_rewards: str = field(
+        default="none",
+        metadata={
+            "help": "With num_samples > 1, group: centre and scale each prompt's rewards over all "
+            "directions and both their halves, as GRPO does within a group."
+        },
+    )
+    stop_forgotten: float | None = field(
+        default=None,
+        metadata={"help": "Stop when the held-out loss has risen by so many nats a token."},
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={"help": "What generates: transformers, or vllm (docs/engines.md)."},
+    )
+    engine_options: str | None = field(
+        default=None,
+        metadata={"help": "Options of the engine, as JSON: '{\"tensor_parallel_size\": 2}'."},
+    )
+
+    @property
+    def place_model_on_device(self) -> bool | None:
+        """Whether the Trainer moves the model to the device: not if an engine has the weights."""
+        return super().place_model_on_device if self.engine == "transformers" else False
 
     def generation(self) -> Generation:
         """Return the options of generation. Raises InputError for a value out of range."""
@@ -79,7 +108,8 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
 
     The logs contain `reward`, `rewards/<function>/mean`, `completions/mean_length`,
     `completions/clipped_ratio` (the fraction without an end within the limit) and `ties`, the
-    fraction of estimates whose two rewards were equal. They cover both halves of all estimates
+    fraction of estimates whose two rewards were equal, and figures of the run's health
+    (rewards/health.py). They cover both halves of all estimates
     since the last log. `evaluate` returns `eval_reward` and so on, and
     `metric_for_best_model="reward"` works. With several processes, each generates for its own
     prompts, and the losses are averaged; evaluations repeat some prompts if they cannot be shared
@@ -93,6 +123,10 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         train_dataset, eval_dataset: Rows with `prompt` and the reward functions' columns.
         processing_class: The tokenizer; None loads the model's own.
         peft_config: The config of an adapter to train instead of all weights.
+        engine: What holds the weights and generates: "transformers", "vllm", or an Engine whose
+            weights are the model's. None: what args.engine names.
+        held_out: Texts that are not trained; evaluations report their loss a token as
+            `held_out_loss`, which rises as the model forgets.
 
     Raises InputError as MeZOMixin does, and for a data set without prompts.
     """
@@ -107,9 +141,15 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         processing_class: Any = None,
         *,
         peft_config: Any = None,
+        engine: str | Engine | None = None,
+        held_out: Sequence[str] = (),
         **kwargs: Any,
     ):
         args = MeZOPolicyConfig("trainer_output") if args is None else args
+        if engine is not None:
+            args.engine = engine if isinstance(engine, str) else engine.name
+        if not isinstance(engine, Engine):
+            check_engine(args.engine, args.engine_options)
         if args.remove_unused_columns:
             raise InputError("remove_unused_columns=True would take the prompts: leave it False")
         model, processing_class = _loaded(model, processing_class)
@@ -123,6 +163,10 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         elif args.reward_weights is not None:
             raise InputError("reward_weights are in the RewardFunctions given: leave them out")
         self.reward_funcs, self.generation = reward_funcs, args.generation()
+        self.vitals = Vitals(self, args, tokens_of(processing_class, list(held_out)))
+        if not isinstance(engine, Engine):
+            engine = started(args.engine, model, args.engine_options)
+        self._held = Held(engine)
         self.log_completions = args.log_completions
         self.ties = Ties()
         self.on_sample: Callable[[Sampled], None] | None = None
@@ -151,6 +195,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         draw = (draw * args.world_size + args.process_index) % _EVALUATION
         loss = super().training_step(model, inputs | {"draw": draw}, num_items_in_batch)
         if self.accelerator.sync_gradients:
+            self._estimates = self.vitals.scaled(self._estimates)
             for estimate in self._estimates:
                 self.ties.add(estimate.projected_grad)
                 self._tied.append(estimate.projected_grad == 0)
@@ -161,6 +206,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         sampled = self.sample(inputs["rows"], inputs["draw"], model)
         if inputs["draw"] < _EVALUATION:
             self._tally.add(sampled)
+            self.vitals.members.append(sampled.scores.total)
             self._tokens += sum(len(completion.ids) for completion in sampled.completions)
         else:
             self._eval_tally.add(sampled)
@@ -171,13 +217,15 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         """Return completions for rows of a data set, and their rewards."""
         prompts, columns = _columns(rows)
         tokenizer: Any = self.processing_class
+        tokens = tokens_of(tokenizer, worded(tokenizer, prompts))
         with self._placement.reading():
-            sampled = sample(
-                self.accelerator.unwrap_model(self.model if model is None else model),
-                tokenizer,
+            model = self.accelerator.unwrap_model(self.model if model is None else model)
+            (sampled,) = self._held.of(model, tokenizer).rewards(
                 prompts,
-                self.reward_funcs,
+                [self._held.here()],
                 self.generation,
+                self.reward_funcs,
+                tokens=tokens,
                 columns=columns,
                 draw=draw,
                 trainer_state=self.state,
@@ -213,7 +261,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         output = super().evaluation_loop(
             dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
-        found = self._eval_tally.averages()
+        found = self._eval_tally.averages() | self.vitals.held_out_loss()
         output.metrics.update({f"{metric_key_prefix}_{name}": x for name, x in found.items()})
         return output
 
@@ -222,8 +270,30 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
             logs |= self._tally.averages()
             if self._tied:
                 logs["ties"] = sum(self._tied) / len(self._tied)
+            logs |= self.vitals.share_changed()
+            self.vitals.judge(logs, len(self._tied))
             self._tally, self._tied = _Tally(), []
+        elif "eval_held_out_loss" in logs:
+            self.vitals.judge(logs, 0)
         super().log(logs, start_time)
+
+    def take_up(self, optimizer: Any, loader: Any = None) -> None:
+        """Begin as MeZOMixin does; then an engine takes the weights that the run is at."""
+        super().take_up(optimizer, loader)
+        self._held.take_up(optimizer)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._held.give(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def close_engine(self) -> None:
+        """Free the engine; the model then has its weights."""
+        self._write()
+        self._held.close(getattr(self.optimizer, "optimizer", self.optimizer))
+
+    def _before_evaluation(self) -> None:
+        if not self._held.is_remote:  # an engine has the weights that evaluations read
+            super()._before_evaluation()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """2 per weight and generated token; reading the prompts is left out."""
@@ -244,6 +314,7 @@ class _Tally:
         for name, rewards in scores.per_function.items():
             self._add(f"rewards/{name}/mean", [x for x in rewards if x is not None])
         self._add("completions/mean_length", [len(c.ids) for c in completions])
+        self._add("completions/repetition", [repetition([c.ids]) for c in completions])
         self._add("completions/clipped_ratio", [not c.finished for c in completions])
         self._add("unscored", [x is None for x in scores.total])
         for name, values in scores.metrics.items():

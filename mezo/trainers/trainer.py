@@ -142,9 +142,13 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
             optimizer.write()
 
     def evaluation_loop(self, *args, **kwargs):
-        self._write()
+        self._before_evaluation()
         with self._placement.reading():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _before_evaluation(self) -> None:
+        """Bring the weights up to date, if evaluations read them in this process."""
+        self._write()
 
     def save_model(self, *args, **kwargs):
         self._placement.check_saved()

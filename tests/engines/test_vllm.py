@@ -1,0 +1,131 @@
+"""The battery of engines for vLLM, on tiny models with random weights, with one worker and two.
+
+`make test-vllm` makes an environment for it. VLLM_CPU_KVCACHE_SPACE keeps its cache small.
+"""
+
+import copy
+import os
+
+import pytest
+import torch
+import transformers
+from battery import *  # noqa: F403
+from battery import BATCH, PROMPTS, QUERIES, begun, moves, same, values, weights
+from tiny_tokenizers import byte_bpe
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+
+from mezo import Generation
+from mezo.engines import THETA, Change, Point, Run, TransformersEngine
+from mezo.engines.vllm_engine import VLLMEngine
+from mezo.errors import InputError
+
+SHAPE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128}
+KINDS = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": 1}),
+}
+
+
+def saved(kind, folder):
+    """A random model: fused matrices, biases (Qwen), a tied head (Qwen), grouped heads."""
+    tokenizer, (model_class, config_class, more) = byte_bpe(), KINDS[kind]
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        config = config_class(**SHAPE, vocab_size=len(tokenizer), initializer_range=0.1, **more)
+        model = model_class(config).float().eval()
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("llama", 1), ("qwen2", 1), ("llama", 2), ("qwen2", 2)],
+    ids=lambda given: f"{given[0]} with {given[1]}",
+)
+def served(request, tmp_path_factory):
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    kind, workers = request.param
+    folder = tmp_path_factory.mktemp(kind)
+    model, tokenizer = saved(kind, folder)
+    options = {"max_model_len": 64, "max_num_seqs": 16, "gpu_memory_utilization": 0.2}
+    engine = VLLMEngine(str(folder), tensor_parallel_size=workers, **options)
+    yield model, tokenizer, engine
+    engine.close()
+
+
+@pytest.fixture
+def made(served):
+    model, _, engine = served
+
+    def make(dtype=torch.float32):
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        engine.begin(Run(shapes, 0, "gaussian"))
+        engine.take(values(model).items())
+        engine.forget()
+        return copy.deepcopy(model), engine
+
+    return make
+
+
+def test_it_begins_with_the_files_weights(served):
+    """Every fused matrix is found, and every shard: before anything was given to it."""
+    model, _, engine = served
+    begun(model, engine)
+    assert same(weights(engine), values(model))
+
+
+def test_losses_are_those_of_transformers(served, made):
+    """Both losses of a direction within 2e-3 in float32, and far closer than they are apart."""
+    model, engine = made()
+    reference = TransformersEngine(copy.deepcopy(model), served[1])
+    names = begun(model, engine)
+    begun(model, reference)
+    points = [Point(look=(Change(names, moves(c)),)) for c in (1e-2, -1e-2)]
+    found, expected = engine.losses(BATCH, points), reference.losses(BATCH, points)
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert abs(expected[0] - expected[1]) > 1e-3
+    assert engine.logprobs(QUERIES, [THETA])[0][1] == pytest.approx(
+        reference.logprobs(QUERIES, [THETA])[0][1], abs=1e-4
+    )
+
+
+def test_greedy_texts_are_those_of_transformers(served, made):
+    model, engine = made()
+    reference = TransformersEngine(model, served[1])
+    settings = Generation(max_new_tokens=5)
+    (found,), (expected,) = (e.texts(PROMPTS, [THETA], settings) for e in (engine, reference))
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    assert [one.text for one in found] == [one.text for one in expected]
+
+
+def test_texts_follow_the_weights_and_not_the_prefix_cache(made):
+    """A long prompt is cached: after an update its keys and values are those of other weights."""
+    model, engine = made()
+    names, prompts = begun(model, engine), [list(range(5, 45))]
+    settings = Generation(max_new_tokens=6)
+    far = Point(look=(Change(names, moves(0.3)),))
+    first, there, again = engine.texts(prompts, [THETA, far, THETA], settings)
+    assert first == again != there
+
+
+def test_prompts_that_do_not_fit_are_one_line(made):
+    _, engine = made()
+    with pytest.raises(InputError, match="prompt 1 has no tokens"):
+        engine.texts([[1], []], [THETA], Generation(max_new_tokens=2))
+    with pytest.raises(InputError, match=r"prompt 0 has 63 tokens.*more than the engine's 64"):
+        engine.texts([[1] * 63], [THETA], Generation(max_new_tokens=2))
+
+
+def test_a_matrix_of_another_shape_is_named(made):
+    """As where vLLM would pad or fuse a layer in a way that is not mapped."""
+    model, engine = made()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    with pytest.raises(InputError, match=f"{name}.*is not mapped"):
+        engine.begin(Run(shapes | {name: (3, 5)}, 0, "gaussian"))
