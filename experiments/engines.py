@@ -164,7 +164,7 @@ def speed(args) -> dict[str, Any]:
 
 
 def loss(engine, remote, tokenizer, judge, rows, draw: int) -> float:
-    return asked(engine, tokenizer, judge, rows, [remote.here()], draw)[0].loss
+    return asked(engine, tokenizer, judge, rows, [remote.point()], draw)[0].loss
 
 
 def train(args) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def one_run(args, seed: int, model, tokenizer, engine: Engine) -> dict[str, Any]
             chosen, members = rows[at : at + BATCH], []
 
             def closure(chosen=chosen, step=step, members=members) -> float:
-                (sampled,) = asked(engine, tokenizer, judge, chosen, [remote.here()], step)
+                (sampled,) = asked(engine, tokenizer, judge, chosen, [remote.point()], step)
                 members.append(sampled.scores.total)
                 return sampled.loss
 
@@ -210,7 +210,7 @@ def one_run(args, seed: int, model, tokenizer, engine: Engine) -> dict[str, Any]
                 ]
             optimizer.step()
             if step % max(1, args.steps // 6) == 0:
-                held_out = asked(engine, tokenizer, judge, dev, [remote.here()], DEV_DRAW)[0]
+                held_out = asked(engine, tokenizer, judge, dev, [remote.point()], DEV_DRAW)[0]
                 curve.append([step, held_out.scores.mean])
                 print(seed, curve[-1], flush=True)
     optimizer.write()

@@ -35,6 +35,8 @@ _ROUNDINGS = ("stochastic", "nearest")  # the others keep a buffer beside a weig
 class RemoteWeights(Weights):
     """The weights of an optimizer whose model runs in an engine."""
 
+    here = False
+
     def __init__(self, engine: Engine):
         self.engine = engine
         self._walk: list[Change] = []  # not sent yet: they ride with the next question
@@ -43,10 +45,10 @@ class RemoteWeights(Weights):
 
     def loss(self, batch: Batch) -> float:
         """Return the loss of a batch where the optimizer's direction is at the moment."""
-        (loss,) = self.engine.losses(batch, [self.here()])
+        (loss,) = self.engine.losses(batch, [self.point()])
         return loss
 
-    def here(self) -> Point:
+    def point(self) -> Point:
         """Return the point at which the optimizer wants a loss, for one question to the engine."""
         walk, self._walk = tuple(self._walk), []
         return Point(walk, self._look)
@@ -54,7 +56,7 @@ class RemoteWeights(Weights):
     def flush(self) -> None:
         """Send the changes that no question has taken along."""
         if self._walk:
-            self.engine.apply(self.here().walk)
+            self.engine.apply(self.point().walk)
 
     def walk(self, part: Part, moves: Sequence[Move]) -> None:
         if len(moves):
@@ -70,13 +72,10 @@ class RemoteWeights(Weights):
             self._look = ()
 
     def direction(self, optimizer: Any, probe: int) -> Direction:
-        kind = Walked if optimizer.form.moves_weights else Looked
-        estimator, memory = optimizer.estimator, optimizer.memory
-        given = {"sides": estimator.sides, "memory": memory, "states": optimizer.state}
-        direction = kind(optimizer.parts(), optimizer.settings, probe, **given)
+        new = optimizer.plan.new  # a partial of the form, which is replaced
+        kind: Any = Walked if optimizer.form.moves_weights else Looked
+        direction = kind(*new.args, probe, **new.keywords)
         direction.remote = self
-        if estimator.looks_back and probe < len(memory.before):
-            direction.before = memory.before[probe]
         return direction
 
     def move_(
@@ -105,10 +104,17 @@ class Walked(InPlace):
 
     remote: RemoteWeights
 
-    def _go(self, end: int) -> None:
-        legs, self.walked = self.walk[self.walked : end], end
+    @contextmanager
+    def at(self, sign: int) -> Iterator[None]:
+        """The engine's weights are there at the next question, as InPlace.at says."""
+        walked = len(self.walk) - len(self.ahead)
+        end = {1: 1, -1: 2, 0: len(self.walk) if walked else 0}[sign]
+        again = walked > end
+        legs = self.ahead + self.walk[:end] if again else self.walk[walked:end]
+        self.ahead[:], self.cycles = self.walk[end:], self.cycles + again
         for part in self.parts:
             self.remote.walk(part, part.scale.walk(legs))
+        yield
 
 
 class Looked(Direction):
@@ -171,13 +177,13 @@ def _check(optimizer: MeZO) -> None:
         raise InputError(f"rule {name} keeps buffers, which no engine has: take rule sgd")
     if optimizer.form.factored:
         raise InputError("perturbation low_rank is not made by engines: take scratch or in_place")
-    half = not all(part.plain for part in optimizer.parts())
+    half = not all(part.plain for part in optimizer.plan.parts)
     if half and settings["rounding"] not in _ROUNDINGS:
         raise InputError(
             f"rounding {settings['rounding']} keeps a buffer, which no engine has: take "
             + " or ".join(_ROUNDINGS)
         )
-    if any(part.scale.masked for part in optimizer.parts()):
+    if any(part.scale.threshold is not None for part in optimizer.plan.parts):
         raise InputError("layers with thresholds (masks) are not made by engines: leave them away")
 
 

@@ -113,7 +113,7 @@ class Held:
 
     def here(self) -> Point:
         """Return the point at which the optimizer is."""
-        return THETA if self.remote is None else self.remote.here()
+        return THETA if self.remote is None else self.remote.point()
 
     def take_up(self, optimizer: MeZO) -> None:
         """Let the engine hold the weights of an optimizer that begins, or goes on."""

@@ -64,7 +64,7 @@ class Vitals:
         optimizer = self._trainer.optimizer.optimizer
         if not optimizer.memory.past or not optimizer.rule.linear or optimizer.form.factored:
             return {}
-        (part, *_), memory = optimizer.parts(), optimizer.memory
+        (part, *_), memory = optimizer.plan.parts, optimizer.memory
         how = float(part.group["lr"]), part.group["weight_decay"], memory.past, len(memory.past)
         update = Update(optimizer.rule, memory.past[-1][0], *how, memory.number)
         moves = sgd(update, optimizer.rounding)
