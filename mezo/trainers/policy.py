@@ -281,6 +281,7 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         """Begin as MeZOMixin does; then an engine takes the weights that the run is at."""
         super().take_up(optimizer, loader)
         self._held.take_up(optimizer)
+        self.vitals.begin()
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

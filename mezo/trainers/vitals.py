@@ -48,6 +48,11 @@ class Vitals:
             direction.estimates[:] = [one]
         return found
 
+    def begin(self) -> None:
+        """Note the loss on texts that are not trained, from which a rise is counted."""
+        if "held_out" not in self.health.first:
+            self.judge({f"eval_{name}": x for name, x in self.held_out_loss().items()}, 0)
+
     def held_out_loss(self) -> dict[str, float]:
         """Return the loss a token on the texts that are not trained."""
         if not self._held_out:

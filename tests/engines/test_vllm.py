@@ -46,7 +46,7 @@ def saved(kind, folder):
 @pytest.fixture(
     scope="module",
     params=[("llama", 1), ("qwen2", 1), ("llama", 2), ("qwen2", 2)],
-    ids=lambda given: f"{given[0]} with {given[1]}",
+    ids=lambda given: f"{given[0]}-by-{given[1]}",
 )
 def served(request, tmp_path_factory):
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -54,6 +54,8 @@ def served(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(kind)
     model, tokenizer = saved(kind, folder)
     options = {"max_model_len": 64, "max_num_seqs": 16, "gpu_memory_utilization": 0.2}
+    if workers == 1:
+        options["distributed_executor_backend"] = "uni"  # no process more than is needed
     engine = VLLMEngine(str(folder), tensor_parallel_size=workers, **options)
     yield model, tokenizer, engine
     engine.close()
