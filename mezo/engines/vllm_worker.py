@@ -32,6 +32,7 @@ from mezo.engines.engine import Change, Point
 from mezo.engines.pieces import Piece, Pieces
 from mezo.errors import InputError
 
+TABLE = noise.table([noise.Move(0, 0, 1.0, 0.0)]).dtype
 PlainChange = tuple[Sequence[str], bytes]  # names, and a table's bytes
 PlainPoint = tuple[Sequence[PlainChange], Sequence[PlainChange]]  # walk, look
 

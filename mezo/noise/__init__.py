@@ -205,7 +205,7 @@ def apply_all_(
     if not len(moves):
         return
     if isinstance(moves, np.ndarray) or isinstance(moves[0], Move):
-        tables = np.atleast_2d(np.array(moves, TABLE))
+        tables = np.atleast_2d(np.array(moves, _TABLE))
     else:
         tables = np.stack([table(own) for own in moves])  # type: ignore[arg-type]
     listed, groups = list(rows), dict[Any, list[int]]()
