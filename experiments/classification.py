@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 TASKS = ("sst2", "sst5", "snli", "rte", "boolq", "multirc")
 MODELS = ("causal-lm", "minilm")
 FOLDERS = {"sst2": "SST-2", "sst5": "SST-5", "rte": "superglue/RTE", "multirc": "superglue/MultiRC"}
+FOLDERS |= {"copa": "superglue/COPA", "wsc": "superglue/WSC"}
 SNLI_LABELS = 3
 KEPT = (
     "method",

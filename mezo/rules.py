@@ -56,8 +56,10 @@ class Rule:
             keeps no buffers. None covers this step alone, and the rule keeps its buffers.
         linear: Whether theta only moves by multiples of this step's z, as for sgd, so that the
             moves themselves are the update.
-        additive: Whether `direction` is linear in the gradients, so that it can be applied to a
-            low-rank factor instead of its matrix.
+        additive: Whether `direction` can be applied to a low-rank factor instead of its matrix:
+            because it is linear in the gradients, or because the rule is meant for the factor.
+        whole: Whether `direction` needs a tensor, or a factor, in one piece of its own shape. The
+            temporaries are then as large as the tensor.
         decoupled_weight_decay: Whether theta is multiplied by 1 - lr weight_decay before the
             update. If not, `direction` must apply the decay itself.
     """
@@ -65,6 +67,7 @@ class Rule:
     buffers: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     window: int | str | None = None
     decoupled_weight_decay: bool = True
 

@@ -144,7 +144,7 @@ def plan(
     made = []
     for seed in settings.seeds:
         for method in methods:
-            if method == "zero-shot" and seed != settings.seeds[0]:
+            if method in ("zero-shot", recipes.CALIBRATED) and seed != settings.seeds[0]:
                 continue  # it has no seed
             grid = {name: value for name, value in grids[method].items() if name not in given}
             for name, options in cells(grid):

@@ -16,6 +16,7 @@ from mezo.memory import sizes
 
 STYLES = {  # method -> colour, marker, line
     "zero-shot": ("#666666", "o", ":"),
+    "calibrated": ("#666666", "s", ":"),
     "icl": ("#000000", "s", ":"),
     "lp": ("#56B4E9", "D", ":"),
     "ft": ("#D55E00", "^", "--"),
@@ -28,11 +29,13 @@ STYLES = {  # method -> colour, marker, line
     "mezo-prefix": ("#CC79A7", "D", "-"),
     "mezo-head": ("#56B4E9", "P", "-"),
     "mezo-prompt": ("#000000", "X", "-"),
+    "mezo-biases_and_norms": ("#56B4E9", "v", "-"),
     "ft-checkpointing": ("#D55E00", "p", "-."),
     "lora-checkpointing": ("#E69F00", "h", "-."),
 }
 _OTHERS = ("#8C6D31", "*", "-")
 NAMES = {"icl": "in context", "lp": "linear probe", "ft": "Adam, all weights"}
+NAMES |= {"calibrated": "zero-shot, calibrated"}
 _BESIDE: Any = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
 METRICS = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "f1": "F1, %"}
 METRICS |= {"exact_match": "exact match, %"}
@@ -62,7 +65,7 @@ def label(method: str) -> str:
     if method in NAMES or method == "zero-shot":
         return NAMES.get(method, method)
     trained, _, part = method.partition("-") if method.startswith("mezo") else ("Adam", "", method)
-    part = part.replace("lora", "LoRA").replace("ft-check", "all weights, check")
+    part = part.replace("_", " ").replace("lora", "LoRA").replace("ft-check", "all weights, check")
     part = part.replace("-checkpointing", ", checkpointing")
     return f"{'MeZO' if trained == 'mezo' else trained}, {part or 'all weights'}"
 

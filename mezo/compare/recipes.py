@@ -1,8 +1,9 @@
 """The methods of `mezo compare`, each as options of `mezo train`.
 
-    zero-shot, icl, lp                       nothing is trained
+    zero-shot, calibrated, icl, lp           nothing is trained
     ft, head, lora, prefix, prompt, ia3, ... Adam by back-propagation, on what the name says
     mezo, mezo-head, mezo-lora, ...          forward passes alone, on the same
+    mezo-biases, -norms, -biases_and_norms   forward passes alone, on these weights
     ft-checkpointing, lora-checkpointing     Adam with activation checkpointing
 
 Learning rates fall with the number N of the model's weights: rates.py.
@@ -19,10 +20,13 @@ from mezo.runs import rates
 from mezo.tasks import Task
 
 UNTRAINED = ("zero-shot", "icl", "lp")
-PARTS = ("head", "lora", "prefix", "prompt")
+CALIBRATED = "calibrated"  # zero-shot, less the scores of an empty example
+SELECTED = ("head", "biases", "norms", "biases_and_norms")  # by --trainable
+PARTS = (*SELECTED, "lora", "prefix", "prompt")
 CHECKPOINTING = ("ft-checkpointing", "lora-checkpointing")
 DEFAULT = (*UNTRAINED, "ft", "lora", "prefix", "mezo", "mezo-lora", "mezo-prefix")
 KNOWN = (*DEFAULT, "head", "prompt", "mezo-head", "mezo-prompt", *CHECKPOINTING)
+KNOWN += (CALIBRATED, "mezo-biases_and_norms")
 AROUND = (1 / 3, 1.0, 3.0)  # of the rate, in the default grid
 SHOWN = 32  # demonstrations, as in the paper
 
@@ -32,6 +36,8 @@ def parts_of(method: str) -> tuple[str, str, bool]:
     nearest name, for an unknown method."""
     if method in UNTRAINED:
         return method, "", False
+    if method == CALIBRATED:
+        return "zero-shot", "", False
     if method in CHECKPOINTING:
         part = method.removesuffix("-checkpointing")
         return "adam", "" if part == "ft" else part, True
@@ -68,10 +74,12 @@ def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
     made: Grid = {"method": trained}
     if method == "icl":
         made["demonstrations"] = SHOWN
+    if method == CALIBRATED:
+        made["calibrate"] = True
     if trained in UNTRAINED:
         return made
-    if part == "head":
-        made["trainable"] = "head"
+    if part in SELECTED:
+        made["trainable"] = part
     elif part:
         made |= {"use_peft": True, "peft_type": part}
     if trained == "mezo":

@@ -6,7 +6,7 @@ tensor. Every single operation is one that IEEE 754 rounds identically everywher
 gives the same bits on any device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ def update_(
             state[buffer] = torch.zeros(tensor.shape, dtype=wide, device=tensor.device)
     shrink = update.keep if decay is None and rule.decoupled_weight_decay else 1.0
     distribution = settings["distribution"]
-    for piece, start in noise.pieces(tensor.detach(), DISTRIBUTIONS[distribution].group, PIECE):
+    for piece, start in pieces_for(rule, tensor.detach(), distribution):
         span = slice(start, start + piece.numel())
         kept = {b: state[b].view(-1)[span].view(piece.shape) for b in rule.kept}
         rest = None if beside is None else beside.view(-1)[span].view(piece.shape)
@@ -92,12 +92,21 @@ def update_(
             u = u * within(piece, scale.threshold)
         x = x * shrink - u * update.lr
         bits = {"key": key, "start": span.start, "stop": span.stop, "step": update.step}
+        for buffer, value in after.items():  # before theta, which a value may be a view of
+            kept[buffer].copy_(value)
         for target, source in rounding.writes(piece, rest, x, bits):
             target.copy_(source)
-        for buffer, value in after.items():
-            kept[buffer].copy_(value)
     if decay is not None and decay != 1:
         state["decay"] = decay
+
+
+def pieces_for(
+    rule: Rule, tensor: torch.Tensor, distribution: str
+) -> Iterable[tuple[torch.Tensor, int]]:
+    """Return the pieces that the rule is given, each with the index of its first element."""
+    if rule.whole:
+        return [(tensor, 0)]
+    return noise.pieces(tensor, DISTRIBUTIONS[distribution].group, PIECE)
 
 
 class PieceGradient:

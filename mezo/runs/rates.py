@@ -58,6 +58,7 @@ LARGE = 1_000_000_000  # weights from which on Table 16 applies
 _MEZO = {
     "": (Rate(3.75, 0.7, 1e-7, 1e-6), 1e-3),
     "head": (Rate(3.75, 0.7, 1e-7, 1e-6), 1e-3),
+    "biases_and_norms": (Rate(4.4, 0.5, 5e-5, 1e-4), 1e-2),
     "lora": (Rate(5.2, 0.5, 5e-5, 1e-4), 1e-2),
     "prefix": (Rate(170.0, 0.5, 1e-3, 1e-2), 1e-1),
     "prompt": (Rate(170.0, 0.5, 1e-3, 1e-2), 1e-1),
