@@ -95,7 +95,7 @@ def data_for(job: Job, args: argparse.Namespace) -> DataArguments:
 
 def run(job: Job, seed: int, args: argparse.Namespace, ends: float) -> None:
     first = job.task == "sst2" and job.k == 512 and seed == SEEDS[0]
-    grid = TRIED if first else RATES
+    grid = TRIED if first else rates_of(job)
     settings = compare.Settings(job.methods, (seed,), str(grid), job.steps, job.adam_steps)
     train = TrainArguments(str(job.folder), disable_tqdm=True, use_cpu=True)
     each = 1 / job.evaluations
@@ -116,6 +116,15 @@ def run(job: Job, seed: int, args: argparse.Namespace, ends: float) -> None:
     )
     if first:
         choose()
+
+
+def rates_of(job: Job) -> Path:
+    """A file with the chosen rates of the job's methods."""
+    chosen = yaml.safe_load(RATES.read_text())
+    path = job.folder / "rates.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({m: chosen[m] for m in job.methods if m in chosen}))
+    return path
 
 
 def choose() -> None:

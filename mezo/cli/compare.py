@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ options of the comparison:
                                       or FILE.yaml, a section of mezo train's options a method
   --max_steps N                       steps of the MeZO runs; default 2000
   --adam_steps N                      steps of the other runs; default: a tenth of that
+  --equal KIND ...                    budgets: steps (the default), passes, time, memory; of
+                                      several, each in a folder of its own and on one page
   --k N | --num_train N               default: --num_train 1000 --num_test 1000
   --data_dir DIR                      folder of the data; {seed} in it is replaced by the seed
   --keep_weights                      keep the tuned weights of every run
@@ -49,6 +52,7 @@ OWN: dict[str, Any] = {
     "seeds": {"nargs": "+", "type": int},
     "grid": {"default": "none"},
     "adam_steps": {"type": int},
+    "equal": {"nargs": "+", "default": ["steps"]},
     "keep_weights": {"action": "store_true"},
     "json": JSON,
 }
@@ -81,12 +85,16 @@ def main(argv: list[str]) -> None:
     try:
         log_file = Path(args.output_dir, "log.txt") if talks else Path(os.devnull)
         with log_file.open("a") as log, redirect_stdout(log):
-            found = compare.compare(
-                *(model, data, args, compare.Settings(**chosen)),
-                given=words - {"max_steps"},
-                on_cell=_Cells() if talks else (lambda at, number, cell, what: None),
-                tell=say if talks else (lambda line: None),
-            )
+            founds = {
+                kind: compare.compare(
+                    *(model, data, _within(args, kind, own.equal)),
+                    compare.Settings(**chosen, equal=kind),
+                    given=words - {"max_steps"},
+                    on_cell=_Cells() if talks else (lambda at, number, cell, what: None),
+                    tell=say if talks else (lambda line: None),
+                )
+                for kind in dict.fromkeys(own.equal)
+            }
     except KeyboardInterrupt:
         if talks:
             say(f"\nto go on where it stopped:\n  {shlex.join(['mezo', 'compare', *argv])}")
@@ -95,10 +103,20 @@ def main(argv: list[str]) -> None:
         leave()
     if not talks:
         return
-    show(found, own.json)
-    page = write(found, Path(args.output_dir))
-    say(f"report: {page}")
-    say(f"each cell's folder and commands: {Path(args.output_dir, compare.SUMMARY)}")
+    for kind, found in founds.items():
+        show(found, own.json)
+        folder = Path(_within(args, kind, own.equal).output_dir)
+        say(f"report: {write(found, folder)}")
+        say(f"each cell's folder and commands: {folder / compare.SUMMARY}")
+    if len(founds) > 1:
+        say(f"all in one report: {write_several(founds, Path(args.output_dir))}")
+
+
+def _within(args: Any, kind: str, kinds: list[str]) -> Any:
+    """Return the arguments with a folder for each of several budgets."""
+    if len(dict.fromkeys(kinds)) == 1:
+        return args
+    return replace(args, output_dir=str(Path(args.output_dir, f"equal-{kind}")))
 
 
 class _Cells:
@@ -128,6 +146,23 @@ def show(found: dict[str, Any], as_json: bool) -> None:
             print("  ".join(cells).rstrip())
     for method, reason in found["refused"].items():
         say(f"{method} was refused: {reason}")
+
+
+def write_several(founds: dict[str, dict[str, Any]], folder: Path) -> Path:
+    """Write one report of several budgets, and return its path."""
+    from mezo.compare import page, plots
+
+    drawn = {
+        kind: {
+            name: path
+            for name, path in plots.of_comparison(found, folder / f"equal-{kind}").items()
+            if name != "Memory by model size"  # it is the same for all
+        }
+        for kind, found in founds.items()
+    }
+    path = folder / "report.html"
+    path.write_text(page.html_of_several(founds, drawn), encoding="utf-8")
+    return path
 
 
 def write(found: dict[str, Any], folder: Path) -> Path:

@@ -6,7 +6,8 @@ from mezo.cli.parsing import JSON, Parser, say
 from mezo.errors import InputError
 
 DTYPES = ("bfloat16", "float16", "float32")
-PLANNED = ["in_place", "scratch", "low_rank", "offload", "lora", "adam", "adam_checkpointing"]
+PLANNED = ["in_place", "scratch", "low_rank", "offload", "lora", "lora_checkpointing"]
+PLANNED += ["adam", "adam_checkpointing"]
 
 
 def memory(argv: list[str]) -> None:

@@ -11,7 +11,8 @@ interrupted is resumed. The seed is that of the split and of the run.
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from mezo.compare import recipes
+from mezo.compare import recipes, referee
 from mezo.compare.grids import ASIDE, Grid, cells, finish, with_options
 from mezo.errors import InputError
 from mezo.foreign import read_options
@@ -50,6 +51,7 @@ class Settings:
     max_steps: int = 2000  # of MeZO
     adam_steps: int | None = None  # default: a tenth of max_steps
     keep_weights: bool = False
+    equal: str = "steps"  # one of referee.EQUAL
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,10 @@ def compare(
         data_args = replace(data_args, num_test=1000)
     make_folder(args.output_dir)
     parameters = models.parameters_of(model_args)
-    planned = plan(model_args, data_args, args, settings, parameters, given)
+    grids = _grids(settings, parameters, task_of(data_args), data_args.k)
+    grids, refused = _at_equal(settings.equal, grids, (model_args, data_args, args))
+    planned = plan(model_args, data_args, args, settings, grids, given)
     found: list[dict[str, Any]] = []
-    refused: dict[str, str] = {}
     for at, cell in enumerate(planned, start=1):
         if cell.method in refused:
             continue
@@ -133,17 +136,20 @@ def plan(
     data_args: DataArguments,
     args: TrainArguments,
     settings: Settings,
-    parameters: int,
+    grids: int | Mapping[str, Grid],
     given: Collection[str] = (),
 ) -> list[Cell]:
-    """Return all cells, seed by seed, so that a first row of the table is there early."""
-    methods = recipes.check(settings.methods)
+    """Return all cells, seed by seed, so that a first row of the table is there early.
+
+    `grids` are by method, or the number of the model's weights, from which they follow.
+    """
     if not settings.seeds:
         raise InputError("no seeds to compare with")
-    grids = _grids(settings, methods, parameters, task_of(data_args), data_args.k)
+    if isinstance(grids, int):
+        grids = _grids(settings, grids, task_of(data_args), data_args.k)
     made = []
     for seed in settings.seeds:
-        for method in methods:
+        for method in grids:
             if method in ("zero-shot", recipes.CALIBRATED) and seed != settings.seeds[0]:
                 continue  # it has no seed
             grid = {name: value for name, value in grids[method].items() if name not in given}
@@ -152,10 +158,8 @@ def plan(
     return made
 
 
-def _grids(
-    settings: Settings, methods: Sequence[str], parameters: int, task: Task, k: int | None
-) -> dict[str, Grid]:
-    steps = settings.max_steps
+def _grids(settings: Settings, parameters: int, task: Task, k: int | None) -> dict[str, Grid]:
+    methods, steps = recipes.check(settings.methods), settings.max_steps
     if steps < 10:
         raise InputError(f"max_steps must be at least 10, got {steps}")
     adam = settings.adam_steps or max(10, steps // 10)
@@ -173,6 +177,37 @@ def _grids(
     own = read_options(settings.grid, f"grid {settings.grid}", expected)
     sections = recipes.of_file(settings.grid, own, methods)
     return {method: made[method] | sections.get(method, {}) for method in methods}
+
+
+Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
+
+
+def _at_equal(
+    kind: str, grids: dict[str, Grid], arguments: Arguments
+) -> tuple[dict[str, Grid], dict[str, str]]:
+    """Return the grids at an equal budget, and the methods that have none, with the reason."""
+    model, data, _ = arguments
+    timed: dict[str, float] = {}
+
+    def seconds(method: str, grid: Grid) -> float:
+        if method not in timed:
+            timed[method] = (_timed(arguments, grid, 6) - _timed(arguments, grid, 2)) / 4
+        return timed[method]
+
+    memory = referee.memory_of(model.model_name_or_path, model.dtype, data.max_length)
+    return referee.at_equal(kind, grids, memory, seconds)
+
+
+def _timed(arguments: Arguments, grid: Grid, steps: int) -> float:
+    """Return the seconds of a short run's training, whose results are dropped."""
+    model, data, args = arguments
+    (_, options), *_ = cells(grid)
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
+        options |= {"load_best_model_at_end": False, "output_dir": folder, "num_test": 1}
+        own = [with_options(one, options) for one in (model, data, args)]
+        result = finish(*own, lambda what: None, lambda line: None)
+    return float(result["seconds_of_training"])
 
 
 def _cell(
@@ -292,14 +327,16 @@ def _summary(
         own = [row for row in chosen if row["method"] == method]
         tests = [row["test"][metric] for row in own]
         table: dict[str, Any] = {"method": method, "mean": mean(tests), "n": len(own)}
+        table["interval"] = referee.interval(tests)
         table |= {"std": stdev(tests) if len(own) > 1 else None, "values": tests}
         table["dev"] = mean(row["dev"] for row in own)
-        for name in ("peak_memory", "seconds", "forward_passes", "stored_bytes"):
+        for name in ("peak_memory", "seconds", "forward_passes", "stored_bytes", "steps"):
             table[name] = mean(row[name] for row in own)
         rows.append(table | {"folders": [row["folder"] for row in own]})
     order = {method: at for at, method in enumerate(settings.methods)}
     head = {name: found[0][name] for name in ("task", "model", "metric", "environment") if found}
     return head | {
+        "equal": settings.equal,
         "parameters": parameters,
         "grid": settings.grid,
         "seeds": list(settings.seeds),

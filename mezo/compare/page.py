@@ -44,7 +44,8 @@ CAPTIONS = {
 def table(found: Mapping[str, Any]) -> list[list[str]]:
     """Return the comparison as rows of text, the head first."""
     metric = METRICS.get(found["metric"], found["metric"])
-    head = ["method", metric, "seeds", "memory above the model", "time", "forward passes", "stored"]
+    head = ["method", metric, "95 % interval", "seeds", "memory above the model", "time"]
+    head += ["forward passes", "stored"]
     rows = [head]
     for row in found["rows"]:
         spread = "" if row["std"] is None else f" ± {100 * row['std']:.1f}"
@@ -52,6 +53,7 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
             [
                 label(row["method"]),
                 f"{100 * row['mean']:.1f}{spread}",
+                _interval(row.get("interval")),
                 str(row["n"]),
                 size(row["peak_memory"]),
                 duration(row["seconds"]),
@@ -60,6 +62,10 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def _interval(found: Sequence[float] | None) -> str:
+    return f"{100 * found[0]:.1f} to {100 * found[1]:.1f}" if found else "-"
 
 
 def size(count: float) -> str:
@@ -81,12 +87,41 @@ def duration(seconds: float) -> str:
 def html(found: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
     """Return the report: table, plots as data, and the numbers and commands of each cell."""
     title = f"{found['task']} on {found['model']}"
-    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_facts(found))}</p>"]
-    parts.append(_table_html(table(found)))
+    return _page(title, [f"<h1>{escape(title)}</h1>", *_section(found, plots)])
+
+
+def html_of_several(
+    founds: Mapping[str, Mapping[str, Any]], plots: Mapping[str, Mapping[str, Path]]
+) -> str:
+    """Return one report of comparisons at equal budgets, by kind (referee.EQUAL)."""
+    first = next(iter(founds.values()))
+    title = f"{first['task']} on {first['model']}, at equal budgets"
+    parts = [f"<h1>{escape(title)}</h1>"]
+    for kind, found in founds.items():
+        parts += [f"<h2>{EQUAL[kind]}</h2>", f"<p>{escape(BUDGETS[kind])}</p>"]
+        parts += _section(found, plots[kind])
+    return _page(title, parts)
+
+
+EQUAL = {"passes": "Equal forward passes", "time": "Equal time", "memory": "Equal memory"}
+EQUAL |= {"steps": "Steps as given"}
+BUDGETS = {
+    "steps": "Each method makes the steps that it was given.",
+    "passes": "Each method takes as many examples through the model as MeZO; a backward pass "
+    "counts as two forward passes.",
+    "time": "Each method trains for as many seconds as MeZO, by the speed of a few steps of each.",
+    "memory": "As at equal forward passes, but Adam checkpoints activations and takes the largest "
+    "batch whose estimated memory is at most MeZO's.",
+}
+
+
+def _section(found: Mapping[str, Any], plots: Mapping[str, Path]) -> list[str]:
+    parts = [f"<p>{escape(_facts(found))}</p>", _table_html(table(found))]
     parts.append(
-        "<p>Means over seeds ± their standard deviation; of a grid the cell that is best on the "
-        "dev examples. Forward passes are of one batch, a backward pass counts as two. Time is of "
-        "the whole run with its evaluations. Stored is what has to be kept beside the model.</p>"
+        "<p>Means over seeds ± their standard deviation, and the 95 % confidence interval of the "
+        "mean (Student's t); of a grid the cell that is best on the dev examples. Forward passes "
+        "are of one batch, a backward pass counts as two. Time is of the whole run with its "
+        "evaluations. Stored is what has to be kept beside the model.</p>"
     )
     for method, reason in found["refused"].items():
         parts.append(f"<p>{escape(label(method))} was refused: {escape(reason)}</p>")
@@ -94,7 +129,10 @@ def html(found: Mapping[str, Any], plots: Mapping[str, Path]) -> str:
         parts += [f"<h2>{name}</h2>", _image(name, path)]
     parts += ["<h2>Cells</h2>", *map(_cell, found["cells"])]
     environment = json.dumps(found["environment"], indent=1)
-    parts += ["<h2>Environment</h2>", f"<pre>{escape(environment)}</pre>"]
+    return [*parts, "<h2>Environment</h2>", f"<pre>{escape(environment)}</pre>"]
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
     meta = '<meta charset="utf-8">\n'
     meta += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f"{meta}<title>{escape(title)}</title><style>{STYLE}</style>"

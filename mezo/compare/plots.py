@@ -30,12 +30,20 @@ STYLES = {  # method -> colour, marker, line
     "mezo-head": ("#56B4E9", "P", "-"),
     "mezo-prompt": ("#000000", "X", "-"),
     "mezo-biases_and_norms": ("#56B4E9", "v", "-"),
+    "n-spsa": ("#0072B2", "^", "-."),
+    "one-sided": ("#009E73", "v", "-."),
+    "fzoo": ("#CC79A7", "P", "-."),
+    "lozo": ("#56B4E9", "X", "-."),
+    "momentum": ("#000000", "d", "-."),
+    "zo-adam": ("#8C6D31", "D", "-."),
     "ft-checkpointing": ("#D55E00", "p", "-."),
     "lora-checkpointing": ("#E69F00", "h", "-."),
 }
 _OTHERS = ("#8C6D31", "*", "-")
 NAMES = {"icl": "in context", "lp": "linear probe", "ft": "Adam, all weights"}
-NAMES |= {"calibrated": "zero-shot, calibrated"}
+NAMES |= {"calibrated": "zero-shot, calibrated", "n-spsa": "MeZO, 4 directions"}
+NAMES |= {"one-sided": "MeZO, one-sided, 8 directions", "fzoo": "FZOO", "lozo": "LOZO"}
+NAMES |= {"momentum": "MeZO, momentum", "zo-adam": "MeZO with Adam's rule"}
 _BESIDE: Any = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
 METRICS = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "f1": "F1, %"}
 METRICS |= {"exact_match": "exact match, %"}

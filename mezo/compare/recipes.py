@@ -25,8 +25,17 @@ SELECTED = ("head", "biases", "norms", "biases_and_norms")  # by --trainable
 PARTS = (*SELECTED, "lora", "prefix", "prompt")
 CHECKPOINTING = ("ft-checkpointing", "lora-checkpointing")
 DEFAULT = (*UNTRAINED, "ft", "lora", "prefix", "mezo", "mezo-lora", "mezo-prefix")
-KNOWN = (*DEFAULT, "head", "prompt", "mezo-head", "mezo-prompt", *CHECKPOINTING)
-KNOWN += (CALIBRATED, "mezo-biases_and_norms")
+VARIANTS: dict[str, tuple[float, Grid]] = {  # of MeZO on all weights: its rate times, and options
+    "n-spsa": (3.0, {"num_samples": 4}),
+    "one-sided": (5.0, {"estimator": "one_sided", "num_samples": 8}),
+    "fzoo": (27.0, {"estimator": "one_sided", "num_samples": 8, "shaping": "z_scores"}),
+    "lozo": (1.0, {"perturbation": "low_rank", "rank": 2}),
+    "momentum": (0.1, {"rule": "momentum"}),
+    "zo-adam": (4.5, {"rule": "adam"}),
+}  # the factors are those of the rates in docs/results.md, "Ablations"
+VARIANTS["fzoo"][1]["distribution"] = "rademacher"
+KNOWN: tuple[str, ...] = (*DEFAULT, "head", "prompt", "mezo-head", "mezo-prompt")
+KNOWN += (*CHECKPOINTING, CALIBRATED, "mezo-biases_and_norms", *VARIANTS)
 AROUND = (1 / 3, 1.0, 3.0)  # of the rate, in the default grid
 SHOWN = 32  # demonstrations, as in the paper
 
@@ -41,6 +50,8 @@ def parts_of(method: str) -> tuple[str, str, bool]:
     if method in CHECKPOINTING:
         part = method.removesuffix("-checkpointing")
         return "adam", "" if part == "ft" else part, True
+    if method in VARIANTS:
+        return "mezo", "", False
     trained, part = "adam", "" if method == "ft" else method
     if method == "mezo" or method.startswith("mezo-"):
         trained, part = "mezo", method[len("mezo-") :]
@@ -84,16 +95,22 @@ def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
         made |= {"use_peft": True, "peft_type": part}
     if trained == "mezo":
         rate, eps = rates.mezo(parameters, part)
+        factor, options = VARIANTS.get(method, (1.0, {}))
+        rate, made = float(f"{rate * factor:.2g}"), made | options
         made |= {"mezo_eps": eps, "max_steps": steps, "per_device_train_batch_size": 16}
     else:
         rate = rates.adam(parameters, part)
         made |= {"max_steps": adam_steps, "per_device_train_batch_size": 8}
         made |= {"lr_scheduler_type": "linear"}
-    if checkpointing:
-        from transformers import TrainingArguments  # slow to import, and most recipes need none
-
-        made[checkpointing_option(TrainingArguments)] = True
+    made |= checkpointed() if checkpointing else {}
     return made | {"learning_rate": [rate], "eval_steps": 0.1, "save_steps": 0.1}
+
+
+def checkpointed() -> Grid:
+    """Return the option of activation checkpointing, by its name in this transformers."""
+    from transformers import TrainingArguments  # slow to import, and most recipes need none
+
+    return {checkpointing_option(TrainingArguments): True}
 
 
 def searched(made: Grid) -> Grid:
@@ -110,6 +127,8 @@ def of_paper(table: str, method: str, task: Task, k: int | None) -> Grid | None:
     The comparison makes its own splits: seeds are an axis of `mezo compare`.
     """
     trained, part, _ = parts_of(method)
+    if method in VARIANTS:
+        return None
     try:
         name = name_of(table, trained, part, task.name, 512 if k is None else k)
     except InputError:

@@ -52,6 +52,7 @@ PLANNED = {
     "low_rank": "MeZO, low rank",
     "offload": "MeZO, offload",
     "lora": "LoRA, AdamW",
+    "lora_checkpointing": "LoRA, AdamW, checkpointing",
     "adam": "AdamW",
     "adam_checkpointing": "AdamW, checkpointing",
 }
@@ -159,7 +160,7 @@ class Planner:
         made: Callable[[], tuple[int, int, float, float]] = getattr(self, f"_{method}")
         device, host, flops, draws = made()
         stored = sum(len(name) + _ENTRY for name, _ in self.named) + _RECORD * steps
-        if method == "lora":
+        if method.startswith("lora"):
             stored = 4 * self._lora_parameters
         elif method.startswith("adam"):
             stored = self.weights
@@ -193,29 +194,26 @@ class Planner:
         device = two + kept + self.buffers + self.forward(perturbed=True) + 2 * states
         return device, self.weights, 2 * self._forward, 3 * self.parameters
 
-    def _lora(self):
-        def adapted(config: Any) -> Any:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of Conv1D's fan_in_fan_out
-                return with_adapter(
-                    skeleton(config, self.dtype), ModelArguments(lora_r=self.rank), 0
-                )
+    def _adapted(self, config: Any) -> Any:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of Conv1D's fan_in_fan_out
+            model = skeleton(config, self.dtype)
+            return with_adapter(model, ModelArguments(lora_r=self.rank), 0)
 
-        whole = adapted(self.config)
+    def _lora(self):
+        whole = self._adapted(self.config)
         self._lora_parameters = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-        return self._trained(adapted, 3)
+        return self._trained(self._adapted, 3)
+
+    def _lora_checkpointing(self):
+        self._lora()
+        return self._trained(lambda config: _checkpointed(self._adapted(config)), 4)
 
     def _adam(self):
         return self._trained(lambda config: self.make(config, self.dtype), 3)
 
     def _adam_checkpointing(self):
-        def checkpointing(config: Any) -> Any:
-            model: Any = self.make(config, self.dtype)
-            again = {"context_fn": lambda: (nullcontext(), FusedAttention())}  # within backward
-            enable_checkpointing(model, {"use_reentrant": False} | again)
-            return model.train()
-
-        return self._trained(checkpointing, 4)
+        return self._trained(lambda config: _checkpointed(self.make(config, self.dtype)), 4)
 
     def _trained(self, make: Callable[[Any], Any], passes: int):
         peaks = self._of_layers(lambda config: _backward(make(config), self._loss))
@@ -298,6 +296,12 @@ class _Remade(Moved):
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _checkpointed(model: Any) -> Any:
+    again = {"context_fn": lambda: (nullcontext(), FusedAttention())}  # within backward
+    enable_checkpointing(model, {"use_reentrant": False} | again)
+    return model.train()
 
 
 def _width(config: Any) -> int:

@@ -109,6 +109,7 @@ def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
     memory.peak.end()
     return {
         "steps": trainer.state.global_step,
+        "seconds_of_training": output.metrics["train_runtime"],  # with evaluations and checkpoints
         "train_loss": _mean_loss(plan) if plan.checkpoint and logs else output.training_loss,
         "peak_memory_above_model": max(0, memory.peak.whole),
         "peak_memory_of_steps": max(0, memory.peak.bytes),
