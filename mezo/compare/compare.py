@@ -205,8 +205,8 @@ def _timed(arguments: Arguments, grid: Grid, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         options |= {"max_steps": steps, "eval_strategy": "no", "save_strategy": "no"}
         options |= {"load_best_model_at_end": False, "output_dir": folder, "num_test": 1}
-        own = [with_options(one, options) for one in (model, data, args)]
-        result = finish(*own, lambda what: None, lambda line: None)
+        model, data = with_options(model, options), with_options(data, options)
+        result = finish(model, data, with_options(args, options))
     return float(result["seconds_of_training"])
 
 

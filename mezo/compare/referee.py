@@ -43,15 +43,16 @@ def at_equal(
     if kind == "steps":
         return dict(grids), {}
     first = _standard(grids)
-    made, refused = {}, Refused()
+    made: dict[str, Grid] = {}
+    refused: Refused = {}
     for method, grid in grids.items():
         own: Grid | None = grid
         if kind == "memory" and grid["method"] == "adam":
             own = _fitted(method, grid, memory, _batch(grids[first]))
-            if own is None:
-                refused[method] = _reason(method, memory, _batch(grids[first]))
-                continue
-        made[method] = own
+        if own is None:
+            refused[method] = _reason(method, memory, _batch(grids[first]))
+        else:
+            made[method] = own
     for method, grid in made.items():
         if "max_steps" in grid and method != first:
             cost = seconds if kind == "time" else _examples
@@ -132,5 +133,5 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean(values) - half, mean(values) + half
 
 
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
