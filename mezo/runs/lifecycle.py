@@ -58,10 +58,10 @@ def carry_out(kind: Kind, plan: Plan) -> dict[str, Any]:
         settled = kind.settled(plan, model, tokenizer)
         if plan.chosen and settled is plan:
             plan.tell(plan.chosen)
-        plan = settled
+        plan, progress = settled, settled.progress
         trainer = kind.trainer(plan, model, tokenizer)
         if plan.args.disable_tqdm:  # no bars: lines
-            trainer.add_callback(ProgressLines(trainer, plan.progress))
+            trainer.add_callback(ProgressLines(trainer, progress))
         if logs := isinstance(trainer, MeZOMixin):
             trainer.run_config = (trainer.run_config or {}) | plan.config
         with trainer.offloaded() if logs else nullcontext():

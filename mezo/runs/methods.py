@@ -48,7 +48,7 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
     prompt = tuners.is_prompt(model_args)
     if model_args.freeze_layers and prompt:
         raise InputError(f"freeze_layers cannot be combined with peft_type {model_args.peft_type}")
-    if checkpoints_activations(args) and prompt and args.method == "adam":
+    if prompt and args.method == "adam" and checkpoints_activations(args):
         raise InputError(
             f"{checkpointing_option(args)} cannot be combined with peft_type "
             f"{model_args.peft_type}: "

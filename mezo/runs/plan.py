@@ -71,7 +71,9 @@ class Plan:
 def resolve(
     model_args: ModelArguments, data_args: Any, args: Any, tell: Tell = lambda line: None
 ) -> Plan:
-    """Return the plan of a run. Raises InputError for options that exclude each other.
+    """Return the plan of a run.
+
+    Raises InputError for options that exclude each other or contradict the run that is resumed.
 
     `tell` is called, in the process that prints, with a line that says which values were chosen
     because they were not given.
@@ -89,8 +91,9 @@ def resolve(
     chosen = rates.told(model_args, given, args)
     begins = _started_with(model_args, args.output_dir, checkpoint)
     config = config_of(model_args, data_args, args)
+    placement.check_arguments(args)
     if checkpoint:
-        _check_going_on(config, args)
+        changes.check_log(Path(args.output_dir, "run.mezo"), config, args)
     return Plan(model_args, begins, args, checkpoint, config, tell, began, measures, chosen)
 
 
@@ -119,7 +122,6 @@ def _check(model_args: ModelArguments, args: Any) -> None:
     if isinstance(args, TrainArguments):
         methods.check(args, model_args)
     methods.check_adapter(model_args)
-    placement.check_arguments(args)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -127,16 +129,6 @@ def _check(model_args: ModelArguments, args: Any) -> None:
         raise InputError(f"output_dir {args.output_dir}: File exists")
     if args.max_steps == 0:
         raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
-
-
-def _check_going_on(config: dict[str, Any], args: Any) -> None:
-    """Raise InputError for options that contradict the resumed run, before anything is loaded."""
-    log = Path(args.output_dir, "run.mezo")
-    if trajectory.begun(log):
-        had = trajectory.read(log, recover=True).header["config"]
-        known = config.keys() | changes.defaults_of(args).keys()
-        had = {name: value for name, value in had.items() if name in known}
-        changes.check(had, config, args, f"the run of {log}")
 
 
 def _started_with(

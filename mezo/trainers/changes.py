@@ -10,10 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from mezo import trajectory
 from mezo.errors import InputError
 from mezo.options.option import Resume
 from mezo.options.table import OPTIONS
@@ -118,6 +120,18 @@ def check(had: Mapping[str, Any], now: Mapping[str, Any], args: Any, told: str) 
             )
         lines.append(f"{name} is {after} from here on; {told} had {before}")
     return lines
+
+
+def check_log(log: Path, now: Mapping[str, Any], args: Any) -> None:
+    """Raise InputError for options that contradict the run of `log`, if it has begun.
+
+    Options of that run that this version of the package does not know are left out.
+    """
+    if trajectory.begun(log):
+        had = trajectory.read(log, recover=True).header["config"]
+        known = now.keys() | defaults_of(args).keys()
+        had = {name: value for name, value in had.items() if name in known}
+        check(had, now, args, f"the run of {log}")
 
 
 def defaults_of(args: Any) -> dict[str, Any]:

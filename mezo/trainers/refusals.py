@@ -4,7 +4,7 @@ import logging
 
 from transformers import Trainer
 
-from mezo.compatibility import checkpointing_option, checkpoints_activations
+from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
 from mezo.mezo import MeZO
 from mezo.trainers.config import MeZOConfig
@@ -33,8 +33,8 @@ def check(trainer: Trainer) -> None:
         name = getattr(args.optim, "value", args.optim)
         raise InputError(f"optim {name} cannot be combined with MeZO: the optimizer is MeZO")
     logger = logging.getLogger("mezo")
-    if checkpoints_activations(args):  # TRL's default
-        option = checkpointing_option(args)
+    option = checkpointing_option(type(args))
+    if getattr(args, option):  # TRL's default
         logger.warning("%s has no effect: no activations are kept anyway", option)
     if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
         message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
