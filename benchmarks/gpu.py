@@ -72,6 +72,17 @@ class Plan:
         return statistics.median(taken)
 
 
+FULL = tuple(f"full rank, one pass, {name}" for name in ("gaussian16", "rademacher"))
+STEPS = [
+    "forwards, labelled logits",
+    "reference",
+    "scratch, gaussian",
+    "scratch, gaussian16",
+    *FULL,
+]
+STEPS += ["low rank, one pass", "forwards, graphs", "scratch, gaussian16, graphs"]
+STEPS += ["low rank, one pass, graphs", *(f"{name}, graphs" for name in FULL)]
+
 DRY = {"device": "cpu", "small": "tiny", "large": "tiny", "elements": 2**14, "repeats": 1}
 DRY |= {"small_sizes": ((1, 9), (2, 5)), "large_sizes": ((2, 9),), "budget": 600.0}
 
@@ -183,7 +194,8 @@ def _graphs(plan: Plan, forward: Callable[[], object]) -> float | None:
 def steps(plan: Plan, shape: str, sizes) -> list[dict]:
     found = []
     for batch, tokens in sizes:
-        row = step.measure(shape, batch, tokens, plan.repeats, plan.device, plan.dtype, [])
+        only = STEPS if plan.device == "cuda" else []
+        row = step.measure(shape, batch, tokens, plan.repeats, plan.device, plan.dtype, only)
         plan.say(f"{shape} {batch}x{tokens}")
         for name, value in row["methods"].items():
             took, ratio = 1e3 * value["seconds"], value["of_two_forwards"]
@@ -221,7 +233,13 @@ def profile(plan: Plan, shape: str, size: tuple[int, int]) -> dict:
     model = plan.model(shape)
     calls, found = step.methods(model, *size), {}
     kind = ProfilerActivity.CUDA if plan.device == "cuda" else ProfilerActivity.CPU
-    for name in ("forwards", "scratch, gaussian", "scratch, gaussian16", "low rank, one pass"):
+    for name in (
+        "forwards",
+        "scratch, gaussian",
+        "scratch, gaussian16",
+        *FULL,
+        "low rank, one pass",
+    ):
         with torch.no_grad():
             wall = plan.timed(calls[name])
             with profiler(activities=[kind]) as seen:
@@ -291,12 +309,12 @@ SECTIONS: dict[str, Callable[[Plan], object]] = {
     "all_at_once": all_at_once,
     "steps_small": lambda plan: steps(plan, plan.small, plan.small_sizes),
     "steps_large": lambda plan: steps(plan, plan.large, plan.large_sizes),
+    "tests": tests,
     "profile_small": lambda plan: profile(plan, plan.small, plan.small_sizes[0]),
     "floors_small": lambda plan: floors(plan, plan.small, plan.small_sizes),
     "floors_large": lambda plan: floors(plan, plan.large, plan.large_sizes),
     "memory_small": lambda plan: memory(plan, plan.small, plan.small_sizes[-1]),
     "memory_large": lambda plan: memory(plan, plan.large, plan.large_sizes[0]),
-    "tests": tests,
     "offload": offload,
 }
 

@@ -10,6 +10,8 @@ median over turns of the ratio to two plain forward passes within a turn.
     forwards, labelled logits   the least that a step with two passes can take
     reference   torch.normal, p = p + s * z * eps, four sweeps, all logits, written out naively
     in place, scratch, low rank   this library's step; logits at the labelled position alone
+    full rank, one pass   the batch and its copy: z is drawn once for both signs
+    ..., graphs   the same with forward passes as CUDA graphs; on a GPU alone
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +29,14 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO, noise
 from mezo.closures import Paired, double
+from mezo.forms.graphs import Graphs
 from mezo.memory.plan import OPT
 from mezo.runs.result import environment
 
 SHAPES = {"tiny": (64, 2, 2), **OPT}  # hidden size, layers, heads
 EPS, LR = 1e-3, 1e-6
+GRAPHED = ("forwards", "scratch", "low rank, one pass", "full rank")  # also measured as graphs
+WARM = 4  # turns that do not count: graphs are captured in the third call of their kind
 
 
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
@@ -106,7 +112,22 @@ def methods(model, batch: int, tokens: int) -> dict[str, Callable[[], object]]:
     low = MeZO(model.named_parameters(), lr=LR, eps=EPS, perturbation="low_rank", seed=0)
     found["low rank, two passes"] = lambda: low.step(labelled)
     found["low rank, one pass"] = lambda: low.step(Paired(labelled, halves))
+    one_pass = Paired(labelled, halves, full_rank=True)
+    for distribution in noise.DISTRIBUTIONS:
+        options = {"perturbation": "scratch", "distribution": distribution, "seed": 0}
+        whole = MeZO(model.named_parameters(), lr=LR, eps=EPS, **options)
+        found[f"full rank, one pass, {distribution}"] = lambda o=whole: o.step(one_pass)
     return found
+
+
+def replayed(model, calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """The same calls, each with forward passes as CUDA graphs of its own."""
+
+    def call(own: Graphs, method: Callable[[], object]) -> object:
+        with own.around(model):
+            return method()
+
+    return {f"{name}, graphs": partial(call, Graphs(), call_) for name, call_ in calls.items()}
 
 
 def measure(
@@ -114,17 +135,19 @@ def measure(
 ) -> dict:
     model = build(shape, device, getattr(torch, dtype))
     calls = methods(model, batch, tokens)
+    if device == "cuda":
+        calls |= replayed(model, {n: c for n, c in calls.items() if n.startswith(GRAPHED)})
     if only:
         calls = {name: call for name, call in calls.items() if name in ("forwards", *only)}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        for turn in range(repeats + 1):
+        for turn in range(repeats + WARM):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
                 if device == "cuda":
                     torch.cuda.synchronize()
-                if turn:  # the first one compiles and takes the memory
+                if turn >= WARM:  # the first ones compile, capture and take the memory
                     seconds[name].append(time.perf_counter() - began)
     plain = seconds["forwards"]
     rows = {

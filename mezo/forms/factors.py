@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mezo import noise
 from mezo.forms import rounding
@@ -24,6 +25,8 @@ from mezo.record import Memory
 
 State = dict[str, Any]  # a tensor's state: "low_rank" is A, "decay" the pending factor of W
 States = Mapping[torch.Tensor, State]  # the optimizer's state
+_SPARE = WeakTensorKeyDictionary()  # by matrix: A of the last interval, which is written
+
 Settings = Mapping[str, Any]  # the options in a parameter group or in a log's header
 
 
@@ -62,8 +65,16 @@ def update_(
 def factor(tensor: torch.Tensor, name: str, settings: Settings, state: State) -> tuple:
     """Return A, which is zero at first, and the key of U."""
     if "low_rank" not in state:
-        state["low_rank"] = zeros_for(tensor, len(tensor), settings)
+        state["low_rank"] = _reused(tensor, zeros_for(tensor, len(tensor), settings))
     return state["low_rank"], key_of(name, "U", settings)
+
+
+def _reused(tensor: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return a zero A at the address of the last interval's, which captured graphs read."""
+    spare = _SPARE.pop(tensor, None)
+    if spare is None or (spare.shape, spare.dtype) != (zeros.shape, zeros.dtype):
+        return zeros
+    return spare.zero_() if spare.device == zeros.device else zeros
 
 
 def restart_(tensor: torch.Tensor, step: int, settings: Settings, state: State) -> None:
@@ -88,8 +99,8 @@ def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state
             rows[part].copy_(summed(rows, part, mine, right, bits, decay, offset))
 
     shards.apply_(tensor, write)
-    for kept in ("low_rank", "decay"):
-        state.pop(kept, None)
+    _SPARE[tensor] = state.pop("low_rank")
+    state.pop("decay", None)
 
 
 def write_now_(

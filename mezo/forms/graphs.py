@@ -114,6 +114,7 @@ class Graphs:
     after: int = 2
     backend: Backend | None = None
     captured: dict[Hashable, _Captured] = field(default_factory=dict)
+    _functions: dict[int, tuple[Any, Any]] = field(default_factory=dict)  # of `around`, by model
     _told: set[str] = field(default_factory=set)
 
     def __call__(self, function: Function, batch: Any) -> Any:
@@ -145,8 +146,13 @@ class Graphs:
         caches = "use_cache" in signature(forward).parameters
         active = [True]
 
-        def given_to_forward(given: tuple) -> Any:
-            return forward(*given[0], **given[1])
+        before, function = self._functions.get(id(model), (None, None))
+        if before != forward:  # else the graphs of the last time are those of this time
+
+            def function(given: tuple) -> Any:
+                return forward(*given[0], **given[1])
+
+            self._functions[id(model)] = forward, function
 
         @wraps(forward)
         def replayed(*args, **kwargs):
@@ -154,7 +160,7 @@ class Graphs:
                 return forward(*args, **kwargs)
             if caches and not torch.is_grad_enabled():
                 kwargs.setdefault("use_cache", False)
-            return self(given_to_forward, (args, kwargs))
+            return self(function, (args, kwargs))
 
         model.forward = replayed
         try:
@@ -208,15 +214,19 @@ class Graphs:
         known.inputs, known.tables = _copied(batch), live.Tables(numbers)
         backend, tables, plain = self.backend, known.tables, None
         assert backend is not None
+
+        def call() -> Any:
+            if mode is not None:
+                mode.forget()
+            return known.function(known.inputs)
+
         try:
             torch.clear_autocast_cache()  # casts of weights are a part of the graph
             with live.using(tables):
-                plain = _copied(backend.warm(lambda: known.function(known.inputs)))
-                if mode is not None:
-                    mode.forget()
+                plain = _copied(backend.warm(call))
                 tables.capturing = True
                 torch.clear_autocast_cache()
-                replay, known.out = backend.capture(lambda: known.function(known.inputs))
+                replay, known.out = backend.capture(call)
             torch.clear_autocast_cache()  # what was made in the capture has no values
             if mode is not None:
                 mode.forget()
@@ -224,6 +234,8 @@ class Graphs:
             _check(known.out, plain)
         except RuntimeError as error:
             torch.clear_autocast_cache()
+            if mode is not None:
+                mode.forget()
             known.refused, known.inputs, known.tables, known.out = True, None, None, None
             self._tell(f"no graph, the forward pass runs plainly: {_where(error)}")
             return known.function(batch) if plain is None else plain

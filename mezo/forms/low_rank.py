@@ -34,6 +34,7 @@ from mezo.forms.products import Factors, Products
 from mezo.forms.reads import eager
 from mezo.forms.rounding import HALF
 from mezo.forms.scratch import Moved, Scratch
+from mezo.noise import live
 
 
 class LowRank(Scratch):
@@ -79,6 +80,11 @@ class LowRank(Scratch):
         settings = {**self.settings, "eps": times * self.eps}
         return LowRank(self.parts, settings, self.probe, states=self.states)
 
+    def forget(self) -> None:
+        """Draw the factors anew when they are next used; a captured pass draws its own."""
+        self._made.clear()
+        self._shifts.clear()
+
     def _products(self, batch: int, *signs: int) -> Products:
         return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
 
@@ -120,6 +126,8 @@ class _Half(Moved):
         if tensor.dim() > 2 or (tensor.dim() < 2 and tensor.dtype in HALF):
             return super().moved(name, tensor, key)
         self.read.add(name)
+        if tensor.dtype in HALF:
+            live.refuse("a 16-bit matrix that is read by something else than a product")
         if tensor.dim() < 2:
             return self.of.vector(tensor, key, self.sign)
         out = torch.empty_like(tensor, requires_grad=False)

@@ -9,7 +9,7 @@ batch flattened to two dimensions. A tensor that fits neither is refused, and on
 the losses with those of two passes before it relies on them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from mezo.forms.one_pass import Unpaired
 from mezo.forms.reads import LOOKUP, Reads, tensors
 from mezo.forms.scratch import Moved
+from mezo.noise.live import Numbers
+from mezo.noise.sharded import is_sharded
 
 if TYPE_CHECKING:
     pass
@@ -65,6 +67,34 @@ class Products(Reads):
         for reads, value in ((self, plus), *zip(self.halves, (plus, minus), strict=True)):
             reads.rows[id(plus)] = (f"(by {name})", value, None)
         return plus
+
+    def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
+        of, tensors = self.perturbed, [tensor for _, tensor, _ in self.rows.values()]
+        interval = of.settings["interval"]
+        first = of.step - of.step % interval
+        if of.placed is not None or any(x.device != device or is_sharded(x) for x in tensors):
+            return None
+        if first == of.step and interval > 1:  # U and V would have one step: which is which?
+            return None
+        kept = [of.states.get(x, {}).get("low_rank") for x in tensors]
+        where = (
+            tuple([x.data_ptr() for x in tensors]),
+            tuple([x is not None and x.data_ptr() for x in kept]),
+        )
+        options = tuple(of.settings[name] for name in ("rank", "interval", "distribution"))
+        numbers = {"step": of.step, "probe": of.probe, "first": first}
+        return (
+            "low rank",
+            self.batch,
+            tuple(self.signs),
+            of.eps,
+            of.probe,
+            options,
+            where,
+        ), numbers
+
+    def forget(self) -> None:
+        self.perturbed.forget()
 
     def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:
         for reads in (self, *self.halves):

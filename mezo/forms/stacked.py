@@ -90,6 +90,9 @@ class Stacked(Products):
         (plus, numbers), (minus, _) = found  # type: ignore[misc]
         return ("stacked", self.batch, plus, minus), numbers
 
+    def forget(self) -> None:
+        """Do nothing: nothing is kept from one read to the next."""
+
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """Return x W' + b (transposed) or x W + b; each half of the rows has its own W and b."""
         x = self._with_rows(x, x.dim())

@@ -25,7 +25,7 @@ def batches(steps):
         yield {"input_ids": ids, "labels": ids, "attention_mask": past.expand(len(ids), 1, -1, -1)}
 
 
-def trained(graphs, dtype, steps=9, log=None, device="cpu", **options):
+def trained(graphs, dtype, steps=16, log=None, device="cpu", **options):
     """Losses and weights of a run in which every call goes through `graphs`, or none."""
     model = llama().to(device, dtype).eval()
 
@@ -39,17 +39,21 @@ def trained(graphs, dtype, steps=9, log=None, device="cpu", **options):
         batch = {key: value.to(device) for key, value in batch.items()}
         call = (lambda b=batch: graphs(loss, b)) if graphs else (lambda b=batch: loss(b))
         losses.append(optimizer.step(call))
+    optimizer.write()
     if writer is not None:
         writer.close()
     return losses, [p.detach().cpu() for p in model.parameters()]
 
 
+LOW_RANK = {"perturbation": "low_rank", "interval": 8}
 CASES = [
     (torch.float32, {"perturbation": "scratch"}),
     (torch.bfloat16, {"num_samples": 2}),
     (torch.bfloat16, {"distribution": "rademacher", "estimator": "one_sided"}),
     (torch.float32, {"perturbation": "in_place"}),
     (torch.float32, {"perturbation": "scratch", "layers": {"scales": {"lm_head.weight": 3.0}}}),
+    (torch.float32, LOW_RANK),
+    (torch.bfloat16, LOW_RANK | {"rank": 2, "num_samples": 2}),
 ]
 
 
@@ -65,6 +69,7 @@ def test_a_run_of_replays_has_the_bits_of_a_plain_run(dtype, options, tmp_path):
     assert (tmp_path / "graphs.mezo").read_bytes() == (tmp_path / "plain.mezo").read_bytes()
     in_place = options.get("perturbation") == "in_place"
     kinds = 1 if in_place else 2  # in place, the weights themselves have the sign
+    kinds *= options.get("num_samples", 1) if "interval" in options else 1
     assert len(backend.tapes) == 2 * kinds
     assert backend.replays > 8
 
@@ -94,12 +99,13 @@ class Syncs(nn.Module):
         return y * 2 if float(y) < 0 else y
 
 
-def test_a_model_that_waits_for_the_device_runs_plainly_and_the_line_says_where(caplog):
-    """A warning for each step would hide all others."""
+@pytest.mark.parametrize("form", ["scratch", "low_rank"])
+def test_a_model_that_waits_for_the_device_runs_plainly_and_the_line_says_where(form, caplog):
+    """A warning for each step would hide all others. What half a capture drew is not used."""
     model, graphs = Syncs(), Graphs(backend=Recording())
     plain = copy.deepcopy(model)
     for net, call in ((plain, lambda f, b: f(b)), (model, graphs)):
-        optimizer = MeZO(net.named_parameters(), lr=1e-2, seed=1, perturbation="scratch")
+        optimizer = MeZO(net.named_parameters(), lr=1e-2, seed=1, perturbation=form)
         for step in range(6):
             optimizer.step(lambda n=net, c=call, s=step: c(n, torch.full((3, 4), 1.0 + s)))
     assert torch.equal(model.layer.weight, plain.layer.weight)
@@ -176,6 +182,9 @@ def test_around_a_model_its_calls_are_replayed_and_its_forward_is_its_own_again(
             assert torch.equal(found.logits, plain.logits)
             assert "past_key_values" not in found
             kept = model.forward
+        with graphs.around(model):  # once more: what was captured serves again
+            model(**batch)
+        assert backend.replays == 4
     assert "forward" not in vars(model)
     assert kept(**batch).loss.requires_grad  # somebody who kept it gets the model's own
 
