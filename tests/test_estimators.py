@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
-from mezo.estimators import shaped
+from mezo.estimators import passes_of, shaped
 from mezo.layer_norms import gradient_norms, layer_of, parameter_norms, small
 from mezo.layers import expectation_modified, variance_modified
 from mezo.mezo import Estimate
@@ -93,6 +93,7 @@ def test_an_estimate_takes_as_many_passes_as_it_says(name):
     n = options.get("num_samples", 1)
     _, calls = moved(Quadratic(), options)
     assert calls == passes(n)
+    assert passes_of(options.get("estimator", "two_point"), n) == passes(n)
 
 
 def test_one_side_is_off_by_half_the_curvature():
@@ -285,6 +286,10 @@ def test_norms_are_of_layers_and_keep_the_perturbations_length():
             p.zero_()
     with pytest.raises(InputError, match=r"the norm of layer layers\.1 is 0"):
         parameter_norms(named)
+    with torch.no_grad():
+        model["layers"][1].bias.fill_(math.inf)
+    with pytest.raises(InputError, match=r"the norm of layer layers\.1 is inf"):
+        parameter_norms(named)
 
 
 def test_gradient_norms_are_estimated_by_forward_passes():
@@ -300,6 +305,25 @@ def test_gradient_norms_are_estimated_by_forward_passes():
     assert (found["0.a"] / found["1.b"]) ** 2 == pytest.approx(
         ratio**2, rel=2 * 5 * math.sqrt(2 / 400)
     )
+
+
+def test_gradient_norms_are_root_mean_squares_along_four_directions_of_seed_0():
+    """Central differences are exact on a quadratic: |g_l . z_l|^2 of each layer and direction."""
+    model, sizes = Quadratic(), {"0.a": 3, "1.b": 5}
+    found = gradient_norms([("0.a", model.a), ("1.b", model._parameters["b"])], model)
+    squares, start = {}, 0
+    for name, size in sizes.items():
+        g, key, start = gradient(model)[start : start + size], noise.tensor_key(0, name), size
+        where = [{"step": 0, "probe": i, "distribution": "gaussian"} for i in range(4)]
+        squares[name] = sum(float(g @ noise.draw(key, 0, size, **w).double()) ** 2 for w in where)
+    ratio = math.sqrt(squares["0.a"] / squares["1.b"])
+    assert found["0.a"] / found["1.b"] == pytest.approx(ratio, rel=1e-6)
+
+
+def test_a_mask_of_almost_nothing_keeps_the_smallest_weight():
+    assert small([("w", torch.tensor([-3.0, 1.0, 2.0], requires_grad=True))], 1e-9) == {
+        "thresholds": {"w": 1.0}
+    }
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])

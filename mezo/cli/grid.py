@@ -55,10 +55,13 @@ def main(own, options: list[str], model, data, args) -> None:
 
 
 def _name_of(table: str, model: ModelArguments, data: DataArguments, args: TrainArguments) -> str:
-    if model.trainable is not None:
+    if model.trainable not in (None, "head"):
         raise InputError(f"{table} has no grid for trainable {model.trainable}: use --grid")
-    part = adapters.method_of(model).removeprefix("-")
-    return paper_grids.name_of(table, args.method, part, data.task, data.k)
+    part = model.trainable or adapters.method_of(model).removeprefix("-")
+    names = ("method", "rule", "objective", "num_samples", "num_samples_end")
+    options = {name: getattr(args, name) for name in names}
+    options["optim"] = getattr(args.optim, "value", args.optim)
+    return paper_grids.name_of(table, paper_grids.Asked(data.task, part=part, k=data.k, **options))
 
 
 def _with_model(table: str, model: ModelArguments, given: set[str]) -> ModelArguments:

@@ -35,8 +35,11 @@ training, named as transformers' TrainingArguments (--help_all lists every one):
   --method NAME                       mezo, or a baseline: adam (backpropagation), lp, zero-shot
   --grid NAME                         search over a grid: table15-mezo, table16-mezo-lora, ... or
                                       FILE.yaml
-  --paper TABLE                       table15 or table16: use the paper's model, grid, data and
-                                      steps for the task, the method and the adapter
+  --paper TABLE                       table15, table16 or another table of the paper: use its
+                                      model, grid, data and steps for the task, the method and the
+                                      adapter
+  --objective NAME                    train on a metric: accuracy or macro_f1 over candidates, f1
+                                      of generated answers; default: the cross-entropy
   --dry_run                           print the commands that would run, one per line
   --activation_checkpointing true     with adam: save memory at the cost of a forward pass
   --seed N                            seed of the directions and of the order of the data
@@ -55,7 +58,7 @@ docs/rewards.md.
 
 SEARCH: dict[str, dict[str, Any]] = {
     "grid": {"help": "Search over a grid."},
-    "paper": {"help": "table15 or table16: search over the paper's grid for method and task."},
+    "paper": {"help": "table15, table16, ...: search over the paper's grid for method and task."},
     "dry_run": {"action": "store_true", "help": "Print the commands of the runs, and run none."},
 }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
-from mezo.compare.paper_grids import GRIDS, Grid, name_of, on_task
+from mezo.compare.paper_grids import GRIDS, Asked, Grid, name_of, on_task
 from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
 from mezo.runs import rates
@@ -130,7 +130,7 @@ def of_paper(table: str, method: str, task: Task, k: int | None) -> Grid | None:
     if method in VARIANTS:
         return None
     try:
-        name = name_of(table, trained, part, task.name, 512 if k is None else k)
+        name = name_of(table, Asked(task.name, trained, part, 512 if k is None else k))
     except InputError:
         name = f"{table}-{method}"
     grid = on_task(name, task.num_dev) if name in GRIDS else None

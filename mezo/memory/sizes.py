@@ -16,7 +16,7 @@ and fused attention. All but the last line use bfloat16.
 from typing import Any
 
 PAPER: dict[str, dict[str, float]] = {
-    # arXiv:2305.17333, Figure 3 and Appendix: GB on A100s, MultiRC (up to 700 tokens), batch 1
+    # arXiv:2305.17333, Table 22: GB on A100s, MultiRC (400 tokens on average), batch 1
     "MeZO": {"1.3B": 4, "2.7B": 7, "6.7B": 14, "13B": 26, "30B": 58, "66B": 128},
     "in context": {"1.3B": 6, "2.7B": 8, "6.7B": 16, "13B": 29, "30B": 62, "66B": 134},
     "prefix FT": {"1.3B": 19, "2.7B": 29, "6.7B": 46, "13B": 158, "30B": 315},

@@ -7,9 +7,11 @@ they make a composite objective. Section 3.3 of the paper trains accuracy. It ch
 one example, so a batch must be large enough for the two passes to differ.
 
     optimizer.step(metric_closure(form, model, batch, {"accuracy": 1.0, "cross_entropy": 0.1}))
+
+For a task that generates, `text_loss` is 1 - F1 of what the model writes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +21,8 @@ from mezo.closures import Both, Paired
 from mezo.errors import InputError
 from mezo.models.modes import Batch
 from mezo.objectives.form import Form
+from mezo.objectives.generated import Generated
+from mezo.objectives.generation import Generation, generate
 from mezo.tasks import metrics
 
 
@@ -45,6 +49,7 @@ PARTS: dict[str, Callable[[torch.Tensor, torch.Tensor], float]] = {
     "macro_f1": _macro_f1,
     "cross_entropy": _cross_entropy,
 }
+TEXT_METRICS = {"f1": metrics.token_f1, "exact_match": metrics.exact_match}
 Objective = str | Mapping[str, float]  # a part, or parts with weights
 
 
@@ -82,6 +87,37 @@ def metric_closure(
         partial(_alone, form, model, batch, objective),
         partial(_pair, form, model, batch, objective),
     )
+
+
+def text_loss(
+    model: torch.nn.Module,
+    form: Generated,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[str]],
+    objective: str = "f1",
+) -> float:
+    """Return 1 minus the mean metric of what the model writes greedily after each prompt.
+
+    Args:
+        prompts: token ids, as `Generated.encode` makes them.
+        answers: the right answers of each prompt, of which the best counts (Section 3.3).
+        objective: "f1" of the words or "exact_match".
+    """
+    settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
+    made = generate(model, form.tokenizer, prompts, settings)
+    texts = (completion.text.strip() for completion in made)
+    values = [TEXT_METRICS[objective](*pair) for pair in zip(texts, answers, strict=True)]
+    return 1.0 - sum(values) / len(values)
+
+
+def check_objective(form: Form, objective: str | None) -> None:
+    """Raise InputError for an objective that the form's task does not have; None is every one's."""
+    known = TEXT_METRICS if isinstance(form, Generated) else PARTS
+    if objective is not None and objective not in known:
+        raise InputError(
+            f"objective {objective!r} is not one of {', '.join(known)}, which task "
+            f"{form.task.name} has"
+        )
 
 
 def _check(weights: Mapping[str, float]) -> None:

@@ -31,6 +31,7 @@ RULES = ("sgd", "momentum", "adam", "sign", "scalar_adam")
 ESTIMATORS = ("two_point", "one_sided", "one_point")
 SHAPINGS = ("z_scores", "ranks")
 MODIFIED = ("variance", "expectation")
+NORMS = ("parameters", "gradients")
 _LOW_RANK = ("perturbation", "low_rank")
 
 # The order of the options that are logged is the order of their keys in a log.
@@ -101,6 +102,14 @@ OPTIONS: tuple[Option, ...] = (
         "N",
         argument=False,
         resume=Resume.HONOURED,
+    ),
+    Option(
+        "scale_lr_with_samples",
+        False,
+        "Multiply the learning rate by the number of directions of each step (Table 6).",
+        FLAG,
+        bool,
+        argument=False,
     ),
     Option(
         "fresh_batches",
@@ -230,6 +239,14 @@ OPTIONS: tuple[Option, ...] = (
         "(Definition 7).",
         name_of(*MODIFIED, optional=True),
         str | None,
+        argument=False,
+    ),
+    Option(
+        "modified_norms",
+        "parameters",
+        "The norms that modified takes: parameters (those of the weights) or gradients (of a "
+        "batch, measured by forward passes).",
+        name_of(*NORMS),
         argument=False,
     ),
     Option(

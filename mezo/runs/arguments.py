@@ -36,6 +36,13 @@ class TrainArguments(MeZOConfig):
             "probing), zero-shot, icl (in-context learning)."
         },
     )
+    objective: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on a metric instead of the cross-entropy: accuracy or macro_f1 of a "
+            "batch's candidates, or f1 of the answers that the model writes."
+        },
+    )
     max_steps: int = 20_000  # Table 16
     per_device_train_batch_size: int = 16  # Table 16
     per_device_eval_batch_size: int = 32

@@ -43,6 +43,8 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
         raise InputError(f"method {args.method!r} is unknown; {hint}")
     if args.method in WITHOUT_TRAINING and model_args.use_peft:
         raise InputError(f"method {args.method} trains no adapter: leave out --use_peft")
+    if args.objective is not None and args.method != "mezo":
+        raise InputError(f"objective {args.objective} has no gradient, which {args.method} needs")
     if args.offload and args.method != "mezo":
         raise InputError(f"offload is for the method mezo, not for {args.method}")
     prompt = tuners.is_prompt(model_args)

@@ -72,7 +72,7 @@ _ADAM = {
 }
 DIRECTIONS = 8  # number of directions along which `measured` makes estimates
 _FOUND_FOR = {"rule": ("sgd",), "estimator": ("two_point", "one_sided")}
-_FOUND_FOR |= {"shaping": (None,), "modified": (None,)}  # type: ignore[dict-item]
+_FOUND_FOR |= {"shaping": (None,), "modified": (None,), "objective": (None,)}  # type: ignore[dict-item]
 
 
 def mezo(parameters: int, part: str) -> tuple[float, float]:
@@ -138,7 +138,7 @@ def resolved(model_args: ModelArguments, args: "TrainArguments") -> "TrainArgume
         return replace(args, learning_rate=adam(parameters, part))
     rate, eps = mezo(parameters, part)
     for name, known in _FOUND_FOR.items():
-        if args.learning_rate is None and getattr(args, name) not in known:
+        if args.learning_rate is None and getattr(args, name, known[0]) not in known:
             raise InputError(
                 f"{name} {getattr(args, name)} needs a --learning_rate: the rates by model size "
                 "are for sgd with two-point estimates"

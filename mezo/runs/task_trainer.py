@@ -15,6 +15,7 @@ from mezo.tasks import Example, Task
 from mezo.trainers.task import AdamTaskTrainer, MeZOTaskTrainer
 
 PLACE = "dev_place"  # key, in features and batches, of an example's index in the dev examples
+ANSWERS = "answers"  # the same of the right answers of a training example that is to be written
 
 
 def task_trainer(model: Any, form: Form, splits: Splits, args: TrainArguments) -> Any:
@@ -25,9 +26,12 @@ def task_trainer(model: Any, form: Form, splits: Splits, args: TrainArguments) -
     every evaluation would take longer than training.
     """
     args.remove_unused_columns, args.label_names = False, ["labels"]
+    train = [form.encode(example) for example in splits["train"]]
     dev = [form.encode(example) for example in splits["dev"]]
     metrics: Any = None
     if isinstance(form, Generated):
+        pairs = zip(train, splits["train"], strict=True)
+        train = [feature | {ANSWERS: example.answers} for feature, example in pairs]
         args.metric_for_best_model, args.greater_is_better = "loss", False
     else:
         dev = [feature | {PLACE: place} for place, feature in enumerate(dev)]
@@ -40,7 +44,7 @@ def task_trainer(model: Any, form: Form, splits: Splits, args: TrainArguments) -
             model,
             args,
             form=form,
-            train_dataset=[form.encode(example) for example in splits["train"]],
+            train_dataset=train,
             eval_dataset=dev,
             data_collator=partial(_collate, form),
             compute_metrics=metrics,
@@ -64,10 +68,17 @@ def _choose_metric(args: TrainArguments, task: Task) -> None:
 
 
 def _collate(form: Form, features: Sequence[Feature]) -> Batch:
-    """Return the form's batch, with the indices of dev examples, which may come in any order."""
+    """Return the form's batch, and what is not the form's.
+
+    Dev examples, which may come in any order, have their indices. Training examples of a task that
+    generates have the prompts and answers that `--objective f1` needs.
+    """
     batch = form.collate(features)
     if PLACE in features[0]:
         batch[PLACE] = torch.tensor([feature[PLACE] for feature in features])
+    if ANSWERS in features[0]:
+        batch["prompts"] = [feature["prompt"] for feature in features]
+        batch[ANSWERS] = [list(feature[ANSWERS]) for feature in features]
     return batch
 
 

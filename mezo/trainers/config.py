@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from mezo import layer_norms, rules
@@ -14,7 +15,7 @@ from mezo.errors import InputError
 from mezo.foreign import imported
 from mezo.mezo import MeZO
 from mezo.options.option import Source
-from mezo.options.table import ARGUMENTS, FIELDS
+from mezo.options.table import ARGUMENTS, FIELDS, NORMS
 from mezo.rules import Rule
 from mezo.schedules import Schedule, linear
 
@@ -46,6 +47,7 @@ class MeZOConfig(TrainingArguments):
     mezo_eps_end: float | None = option("mezo_eps_end")
     num_samples: int = option("num_samples")
     num_samples_end: int | None = option("num_samples_end")
+    scale_lr_with_samples: bool = option("scale_lr_with_samples")
     fresh_batches: bool = option("fresh_batches")
     distribution: str = option("distribution")
     perturbation: str | None = option("perturbation")
@@ -59,6 +61,7 @@ class MeZOConfig(TrainingArguments):
     estimator: str = option("estimator")
     shaping: str | None = option("shaping")
     modified: str | None = option("modified")
+    modified_norms: str = option("modified_norms")
     keep: float | None = option("keep")
     clip: float | None = option("clip")
     clip_quantile: float | None = option("clip_quantile")
@@ -112,25 +115,35 @@ def _copied(f: Field) -> Any:
 
 
 def mezo_options(
-    args: MeZOConfig, model: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]
+    args: MeZOConfig,
+    model: torch.nn.Module,
+    named: list[tuple[str, torch.nn.Parameter]],
+    scales: dict[str, float],
 ) -> dict[str, Any]:
     """Return the keyword arguments of `MeZO` that hold for all parameter groups.
 
-    `named` are the trained parameters. Raises InputError if `modified` or the rule is unknown.
+    `named` are the trained parameters, and `scales` is d by tensor, for `modified`. Raises
+    InputError if the rule is unknown.
     """
     ours = [entry for entry in ARGUMENTS if entry.source is Source.OURS and not entry.of_group]
     options = {entry.name: getattr(args, entry.flag) for entry in ours}
     if ":" in args.estimator:
         options["estimator"] = imported(args.estimator, "estimator")
     options |= {"rule": rule_of(args), "rounding": rounding_of(args, model)}
-    _FLAGS["modified"].check(args.modified)
     if args.modified is not None:
-        scales = layer_norms.parameter_norms(named)
         options["layers"] = {"scales": scales, "modified": args.modified}
     if args.keep is not None:
         options["layers"] = options.get("layers", {}) | layer_norms.small(named, args.keep)
         options["perturbation"] = args.perturbation or "scratch"
     return options
+
+
+def check_modified(args: MeZOConfig) -> None:
+    """Raise InputError for an unknown `modified` or `modified_norms`."""
+    for name in ("modified", "modified_norms"):
+        _FLAGS[name].check(getattr(args, name))
+    if args.modified is None and args.modified_norms != NORMS[0]:
+        raise InputError(f"modified_norms {args.modified_norms} is for modified, which is not set")
 
 
 def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
@@ -187,6 +200,18 @@ def schedule_of(args: TrainingArguments, optimizer: MeZO, steps: int) -> Schedul
         if getattr(args, end, None) is not None:
             moving[option] = linear(getattr(args, name), getattr(args, end), max(1, steps))
     return Schedule(optimizer, **moving) if moving else None
+
+
+def scale_rates_(optimizer: MeZO, scheduler: Any) -> None:
+    """Multiply the rates of the next step by its number of directions (Table 6).
+
+    Raises InputError for a schedule that computes a rate from the one before.
+    """
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # within Accelerate's
+    if not isinstance(scheduler, LambdaLR):
+        raise InputError(f"scale_lr_with_samples does not go with a {type(scheduler).__name__}")
+    for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate * group["num_samples"]
 
 
 def changed(args: TrainingArguments) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from transformers import Trainer
 from mezo.compatibility import checkpointing_option
 from mezo.errors import InputError
 from mezo.mezo import MeZO
-from mezo.trainers.config import MeZOConfig
+from mezo.trainers.config import MeZOConfig, check_modified
 
 
 def check(trainer: Trainer) -> None:
@@ -29,6 +29,8 @@ def check(trainer: Trainer) -> None:
         if given:
             raise InputError(f"{option} cannot be combined with MeZO: {instead}")
     _check_kind(type(trainer))
+    if isinstance(args, MeZOConfig):
+        check_modified(args)
     if args.optim != type(args).optim and args.optim not in _DEFAULT_OPTIM:
         name = getattr(args.optim, "value", args.optim)
         raise InputError(f"optim {name} cannot be combined with MeZO: the optimizer is MeZO")

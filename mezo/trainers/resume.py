@@ -147,6 +147,13 @@ class Tail:
         entries, self.window = history.replayed(steps, saved, end, trainer.args, loader)
         trainer.state.log_history += entries
 
+    def scales(self) -> dict[str, float]:
+        """Return the scales of layers that the resumed run's log holds, by tensor; {} if none."""
+        if self._folder is None:
+            return {}
+        tensors = trajectory.read(self._log, recover=True).header["tensors"]
+        return {entry["name"]: entry["scale"] for entry in tensors if "scale" in entry}
+
     def end(self) -> None:
         if self._folder is not None:
             self._folder.cleanup()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from mezo.objectives import Form, Generated
+from mezo.objectives.metric_losses import check_objective, metric_closure, text_loss
 from mezo.trainers.checkpoints import TiedWeights
 from mezo.trainers.trainer import MeZOMixin
 
@@ -33,9 +34,30 @@ class TaskMixin(TiedWeights):
 
 
 class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
-    """Fine-tunes on a task by forward passes alone."""
+    """Fine-tunes on a task by forward passes alone.
+
+    With `args.objective` it trains on a metric, and is evaluated as without. Raises InputError for
+    an objective that the form's task does not have.
+    """
+
+    def __init__(self, model: Any, args: Any, *, form: Form, **kwargs: Any):
+        self.objective: str | None = getattr(args, "objective", None)
+        check_objective(form, self.objective)
+        super().__init__(model, args, form=form, **kwargs)
+        if self.objective is not None and isinstance(form, Generated):
+            self.pair_loss: Any = None  # a text depends on the weights, token by token
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if return_outputs or self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if isinstance(self.form, Generated):
+            model = self.accelerator.unwrap_model(model)
+            return text_loss(model, self.form, inputs["prompts"], inputs["answers"], self.objective)
+        return metric_closure(self.form, model, inputs, self.objective)()
 
     def pair_loss(self, model, inputs, both):
+        if self.objective is not None:
+            return metric_closure(self.form, model, inputs, self.objective).halves(both)
         return self.form.pair_loss(model, inputs, both)
 
 

@@ -22,6 +22,7 @@ import torch
 from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
+from mezo import layer_norms
 from mezo.closures import Both, Paired
 from mezo.compatibility import loss_is_scaled
 from mezo.distributed.sharding import reshard
@@ -29,8 +30,9 @@ from mezo.estimators import merged
 from mezo.forms.graphs import Graphs
 from mezo.guards import check_loaded
 from mezo.mezo import Estimate, MeZO
+from mezo.models.modes import evaluating
 from mezo.trainers import changes, checkpoints, model_card, placement, refusals
-from mezo.trainers.config import MeZOConfig, mezo_options, schedule_of
+from mezo.trainers.config import MeZOConfig, mezo_options, scale_rates_, schedule_of
 from mezo.trainers.history import Window
 from mezo.trainers.resume import Tail
 from mezo.trainers.run_log import RunLog
@@ -180,9 +182,29 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
                 groups = self._groups_of_the_host(model, named)
             options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             if isinstance(args, MeZOConfig):
-                options |= mezo_options(args, model, named)
+                scales = self._scales(model, named) if args.modified else {}
+                options |= mezo_options(args, model, named, scales)
             self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
         return self.optimizer
+
+    def _scales(self, model: Any, named: list[tuple[str, Any]]) -> dict[str, float]:
+        """Return d of Definitions 6 and 7 by tensor: the resumed run's, or the model's norms."""
+        if had := self._tail.scales():
+            return had
+        if self.args.modified_norms == "parameters":
+            return layer_norms.parameter_norms(named)
+        loss = partial(self._loss_of_first, model)
+        eps, seed = self.args.mezo_eps, self.args.seed
+        with evaluating(model):
+            return layer_norms.gradient_norms(named, loss, eps=eps, seed=seed)
+
+    def _loss_of_first(self, model: Any) -> float:
+        """Return the loss of a batch of training examples that are spread over the data set."""
+        rows, size = self.train_dataset, self.args.per_device_train_batch_size
+        spread = range(0, len(rows), max(1, len(rows) // size))[:size]
+        batch = self.data_collator([rows[i] for i in spread])
+        with self.compute_loss_context_manager():
+            return float(self.compute_loss(model, self._prepare_inputs(batch)))
 
     def _groups_of_the_host(self, model: Any, named: list[tuple[str, Any]]) -> list[dict[str, Any]]:
         """Return the parameter groups of a subclass's create_optimizer, with their own rates."""
@@ -220,6 +242,8 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
         fresh = getattr(self.args, "fresh_batches", False)
         if (schedule := schedule_of(self.args, optimizer, self.state.max_steps)) is not None:
             schedule.step()
+        if getattr(self.args, "scale_lr_with_samples", False):
+            scale_rates_(optimizer, self.lr_scheduler)
         self._estimates = []
         own = optimizer.processes.share(optimizer.param_groups[0]["num_samples"])
         optimizer.together = () if fresh else own

@@ -49,6 +49,16 @@ def test_a_scale_multiplies_the_gradient_that_a_rule_sees(rule, distribution):
     assert not torch.equal(plain, torch.linspace(-1, 1, 37))
 
 
+def test_factors_without_weight_decay_keep_no_decay():
+    """A low-rank matrix keeps its decay until it is written; a plain step has none to keep."""
+    settings = SETTINGS | {"perturbation": "low_rank", "rule": "sgd", "rank": 1, "interval": 50}
+    for decay in (0.0, 0.5):
+        weight, state = torch.ones(4, 6), {}
+        update = Update(rules.SGD(), 0, 0.1, decay, [(0, (0.5,))], 1, 1)
+        update_(weight, "w", update, settings, state)
+        assert state.get("decay") == (None if decay == 0 else 1 - 0.1 * decay)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{type(rule).__name__} {rule.window}")
 def test_a_mask_keeps_the_larger_weights_but_for_decay(rule):
     masked, _ = after(rule, TensorScale(threshold=0.5))

@@ -185,6 +185,7 @@ def test_no_prompts_no_completions():
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_p": 0.0}, "top_p must be in"),
+        ({"top_p": 1.5}, "top_p must be in"),
         ({"top_k": -1}, "top_k must not be negative"),
         ({"seed": -1}, "seed must be in"),
     ],
@@ -200,6 +201,7 @@ def test_prompts_that_cannot_be_continued_are_named():
         generate(model, tokenizer, [[5], []], Generation(4))
     with pytest.raises(InputError, match=r"prompt 0 has 61 tokens.*more than the model's 64"):
         generate(model, tokenizer, [[5] * 61], Generation(4))
+    assert len(generate(model, tokenizer, [[5] * 60], Generation(4))) == 1
     with pytest.raises(InputError, match="all texts or all lists"):
         generate(model, tokenizer, ["a", [5]], Generation(4))
     with pytest.raises(InputError, match="batch_size"):

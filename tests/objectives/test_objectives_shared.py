@@ -95,6 +95,8 @@ def test_rows_beyond_a_window_are_not_shared(name, bound, bpe):
     assert form.share == 12
     assert "branch" not in batch_of(form)
     assert_scores(form.scores(model, batch_of(form)), model, bpe)
+    alone = [Example({"premise": "dull"}, 0, candidates=OWN[0][:1])]
+    assert "branch" not in batch_of(form, alone)  # one row has nothing to share
     short = [Example({"premise": "dull"}, 0, candidates=OWN[0])]
     assert "branch" in batch_of(form, short)
     assert_scores(form.scores(model, batch_of(form, short)), model, bpe, short)

@@ -16,7 +16,7 @@ from mezo.objectives import form_for
 from mezo.objectives.metric_losses import metric_closure, metric_loss
 from mezo.runs import task as run
 from mezo.runs.data_arguments import DataArguments
-from mezo.runs.task_trainer import _metrics
+from mezo.runs.task_trainer import PLACE, _collate, _metrics
 from mezo.tasks import Example
 
 MODEL = "tiny"
@@ -53,6 +53,15 @@ def test_a_dev_example_with_several_answers_is_right_with_each_of_them(place, tm
     assert result["test"]["accuracy"] == 1.0
     assert result["dev"] == 1.0
     assert [row["dev_accuracy"] for row in result["curve"]] == [1.0, 1.0]
+
+
+def test_a_batch_of_one_dev_example_has_its_index():
+    class Form:
+        def collate(self, features):
+            return {}
+
+    assert _collate(Form(), [{PLACE: 7}])[PLACE].tolist() == [7]
+    assert _collate(Form(), [{}]) == {}
 
 
 def test_the_best_weights_are_chosen_by_the_task_s_own_metric(place, tmp_path, monkeypatch):

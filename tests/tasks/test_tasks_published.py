@@ -167,6 +167,7 @@ def wsc(text, **target):
         ("Mark saw Pete. He left.", "mark", "Mark"),  # the text's first word decides
         ("my dog saw it.", "My dog", "my dog"),
         ("My dog saw it.", "My\ndog.", "My dog"),
+        ("iPhones saw it.", "IPhones", "iPhones"),  # its first letter decides
     ],
 )
 def test_wscs_spans_are_put_right_as_in_the_hubs_wsc_fixed(tmp_path, text, span, expected):

@@ -5,7 +5,7 @@ import torch
 from models import Toy, llama, weights
 from trainers import grads, points, settings, trainer_at
 
-from mezo import MeZO, trajectory
+from mezo import MeZO, layer_norms, trajectory
 from mezo.errors import InputError
 from mezo.schedules import Schedule, linear
 from mezo.trainers.config import rule_of
@@ -19,8 +19,10 @@ CASES = {
     "one_sided": {"estimator": "one_sided", "num_samples": 2, "shaping": "z_scores"},
     "one_point": {"estimator": "one_point"},
     "modified": {"modified": "expectation"},
+    "modified, gradients": {"modified": "variance", "modified_norms": "gradients"},
     "masked": {"keep": 0.5},
     "schedules": {"num_samples": 1, "num_samples_end": 3, "mezo_eps_end": 1e-4},
+    "scaled rate": {"num_samples_end": 3, "scale_lr_with_samples": True, "warmup_steps": 3},
 }
 
 
@@ -75,6 +77,7 @@ def test_directions_have_batches_of_their_own(tmp_path):
 def test_schedules_are_stairs_of_the_step(tmp_path):
     stairs = linear(1, 5, 100, stairs=5)
     assert [stairs(t) for t in (0, 19, 20, 40, 79, 80, 99, 100, 500)] == [1, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert linear(1, 5, 1)(0) == 1
     model = Toy()
     optimizer = MeZO(model.named_parameters(), seed=1)
     schedule = Schedule(optimizer, eps=lambda t: 0.1 / (t + 1), num_samples=lambda t: 1 + t)
@@ -94,6 +97,34 @@ def test_schedules_are_stairs_of_the_step(tmp_path):
             linear(1, 2, **given)
 
 
+def test_the_rate_grows_with_the_number_of_directions(tmp_path):
+    """Table 6: lr n, on top of the schedule of the rate; the next step begins from its lr again."""
+    options = {"max_steps": 20, "num_samples_end": 3, "scale_lr_with_samples": True}
+    options |= {"lr_scheduler_type": "linear", "learning_rate": 1e-3}
+    trainer_at(tmp_path, **options).train()
+    for number, step in enumerate(trajectory.read(tmp_path / "run.mezo").steps):
+        n = len(step.record.projected_grads)
+        assert n == round(1 + 2 * number / 19)
+        assert step.lr == pytest.approx([n * 1e-3 * (20 - number) / 20] * len(step.lr), rel=1e-6)
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
+    with pytest.raises(InputError, match="scale_lr_with_samples does not go with a ReduceLROnPl"):
+        trainer_at(tmp_path / "b", **(options | plateau)).train()
+
+
+def test_norms_of_gradients_are_of_a_batch_from_all_over_the_data(tmp_path):
+    """Four of 64 examples, 16 apart, as `gradient_norms` measures them; kept in the log."""
+    options = {"modified": "expectation", "modified_norms": "gradients", "seed": 7}
+    trainer = trainer_at(tmp_path, model=Toy(), data=points(), **options)
+    trainer.train()
+    model, rows = Toy(), points()[::16]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in ("x", "labels")}
+    loss = lambda: model(**batch)["loss"]  # noqa: E731
+    expected = layer_norms.gradient_norms(model.named_parameters(), loss, eps=1e-3, seed=7)
+    header = trajectory.read(tmp_path / "run.mezo").header
+    found = {entry["name"]: entry.get("scale", 1.0) for entry in header["tensors"]}
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_the_arguments_cannot_mean_is_refused(tmp_path):
     for given, message in (
         (
@@ -103,6 +134,11 @@ def test_what_the_arguments_cannot_mean_is_refused(tmp_path):
         ({"rule": "sgd", "window": "3"}, "window is for the rules momentum and adam, not sgd"),
         ({"rule": "lion"}, "rule must be one of"),
         ({"modified": "mean"}, "modified must be variance or expectation, got 'mean'"),
+        (
+            {"modified": "variance", "modified_norms": "weights"},
+            "modified_norms must be parameters or gradients, got 'weights'",
+        ),
+        ({"modified_norms": "gradients"}, "gradients is for modified, which is not set"),
         ({"keep": 0.5, "perturbation": "in_place"}, "perturb in scratch"),
         ({"estimator": "spsa"}, "estimator must be two_point"),
     ):
