@@ -73,7 +73,7 @@ def _collate(form: Form, features: Sequence[Feature]) -> Batch:
     Dev examples, which may come in any order, have their indices. Training examples of a task that
     generates have the prompts and answers that `--objective f1` needs.
     """
-    batch = form.collate(features)
+    batch: dict[str, Any] = form.collate(features)
     if PLACE in features[0]:
         batch[PLACE] = torch.tensor([feature[PLACE] for feature in features])
     if ANSWERS in features[0]:

@@ -44,8 +44,6 @@ class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
         self.objective: str | None = getattr(args, "objective", None)
         check_objective(form, self.objective)
         super().__init__(model, args, form=form, **kwargs)
-        if self.objective is not None and isinstance(form, Generated):
-            self.pair_loss: Any = None  # a text depends on the weights, token by token
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs or self.objective is None:
@@ -55,10 +53,16 @@ class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
             return text_loss(model, self.form, inputs["prompts"], inputs["answers"], self.objective)
         return metric_closure(self.form, model, inputs, self.objective)()
 
-    def pair_loss(self, model, inputs, both):
-        if self.objective is not None:
-            return metric_closure(self.form, model, inputs, self.objective).halves(both)
-        return self.form.pair_loss(model, inputs, both)
+    @property
+    def pair_loss(self) -> Any:
+        """Both losses from one pass; None for an objective of texts, which grow token by token."""
+        if self.objective is None:
+            return self.form.pair_loss
+        return None if isinstance(self.form, Generated) else self._pair_metric
+
+    def _pair_metric(self, model, inputs, both):
+        assert self.objective is not None
+        return metric_closure(self.form, model, inputs, self.objective).halves(both)
 
 
 class AdamTaskTrainer(TaskMixin, Trainer):

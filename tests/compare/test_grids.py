@@ -117,7 +117,7 @@ def test_a_wrong_grid_is_one_line(tmp_path, text, message):
 def test_an_unknown_grid_names_the_nearest():
     for name, message in (
         ("table15-mez", "did you mean table15-mezo"),
-        ("zzz", "known: table15-mezo, "),
+        ("zzz", "known: table4-mezo, "),
         ("none.yaml", "none.yaml: No such file"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,5 +1,7 @@
 """mezo.objectives.metrics: accuracy and F1 of a batch as the loss, alone and beside others."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import tiny_model
@@ -25,6 +27,15 @@ CASES = [
 @pytest.mark.parametrize(("objective", "expected"), CASES)
 def test_the_loss_is_what_is_written(objective, expected):
     assert metric_loss(SCORES, LABELS, objective) == pytest.approx(expected, rel=1e-12)
+
+
+def test_each_of_several_right_candidates_counts_but_for_cross_entropy():
+    """The first example's best is its label, the third's is right beside its label."""
+    right = torch.tensor([[True, False], [False, True], [True, True], [False, True]])
+    assert metric_loss(SCORES, LABELS, "accuracy", right) == 0.0
+    assert metric_loss(SCORES, LABELS, "macro_f1", right) == 0.0
+    entropy = metric_loss(SCORES, LABELS, "cross_entropy", right)
+    assert entropy == metric_loss(SCORES, LABELS, "cross_entropy")
 
 
 def batch_of():
@@ -55,6 +66,16 @@ def test_both_losses_come_from_one_pass_along_low_rank_directions():
         assert (optimizer.memory.paired is True) == paired
         found.append((estimate.projected_grad, estimate.loss))
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_scores_of_an_empty_example_are_taken_from_both_halves():
+    """Offsets of a calibrated form, large enough to decide every prediction."""
+    model, form, batch = batch_of()
+    form = replace(form, offsets=torch.tensor([100.0, 0.0]))  # all say 1: two of five are right
+    closure = metric_closure(form, model, batch, "accuracy")
+    optimizer = MeZO(model.named_parameters(), lr=0.0, seed=2, perturbation="low_rank")
+    with torch.no_grad():
+        assert optimizer.estimate(closure).losses == pytest.approx((3 / 5, 3 / 5), rel=1e-12)
 
 
 @pytest.mark.parametrize(("objective", "words"), [("f2", "got 'f2'"), ({}, "objective is empty")])

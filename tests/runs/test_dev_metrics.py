@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from mezo.objectives import form_for
 from mezo.objectives.metric_losses import metric_closure, metric_loss
 from mezo.runs import task as run
 from mezo.runs.data_arguments import DataArguments
-from mezo.runs.task_trainer import PLACE, _collate, _metrics
+from mezo.runs.task_trainer import PLACE, _choose_metric, _collate, _metrics
 from mezo.tasks import Example
 
 MODEL = "tiny"
@@ -53,6 +54,25 @@ def test_a_dev_example_with_several_answers_is_right_with_each_of_them(place, tm
     assert result["test"]["accuracy"] == 1.0
     assert result["dev"] == 1.0
     assert [row["dev_accuracy"] for row in result["curve"]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked", "greater"),
+    [
+        ("accuracy", "task", True),
+        ("accuracy", "eval_loss", False),
+        ("macro_f1", "accuracy", True),
+        ("f1", "task", True),
+        ("f1", "exact_match", True),
+        ("exact_match", "f1", True),
+        ("exact_match", "loss", False),
+    ],
+)
+def test_more_is_better_of_every_metric_but_the_loss(metric, asked, greater):
+    args = SimpleNamespace(metric_for_best_model=asked, greater_is_better=None)
+    _choose_metric(args, replace(tasks.get("sst2"), metric=metric))
+    expected = metric if asked == "task" else asked.removeprefix("eval_")
+    assert (args.metric_for_best_model, args.greater_is_better) == (expected, greater)
 
 
 def test_a_batch_of_one_dev_example_has_its_index():

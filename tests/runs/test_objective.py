@@ -15,6 +15,7 @@ from mezo.objectives import form_for, metric_losses
 from mezo.runs import task as run
 from mezo.runs.task_trainer import task_trainer
 from mezo.tasks import Example, Task
+from mezo.trainers.task import AdamTaskTrainer
 
 QUESTIONS = Task(
     name="questions",
@@ -80,6 +81,8 @@ def test_a_run_on_f1_trains_on_what_the_model_writes(tmp_path, monkeypatch):
         assert [asked[tuple(one)] for one in prompts] == answers
         assert (len(prompts), objective, training) == (2, "f1", False)
     assert losses(tmp_path) == [0.125, 0.125]
+    args = settings(tmp_path / "adam", method="adam")
+    assert type(task_trainer(model, form, splits, args)) is AdamTaskTrainer
 
 
 @pytest.mark.parametrize(("objective", "expected"), [("f1", 5 / 12), ("exact_match", 2 / 3)])
