@@ -209,7 +209,9 @@ def scale_rates_(optimizer: MeZO, scheduler: Any) -> None:
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)  # within Accelerate's
     if not isinstance(scheduler, LambdaLR):
-        raise InputError(f"scale_lr_with_samples does not go with a {type(scheduler).__name__}")
+        raise InputError(
+            f"scale_lr_with_samples cannot be combined with a {type(scheduler).__name__}"
+        )
     for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
         group["lr"] = rate * group["num_samples"]
 

@@ -105,9 +105,11 @@ def test_the_rate_grows_with_the_number_of_directions(tmp_path):
     for number, step in enumerate(trajectory.read(tmp_path / "run.mezo").steps):
         n = len(step.record.projected_grads)
         assert n == round(1 + 2 * number / 19)
-        assert step.lr == pytest.approx([n * 1e-3 * (20 - number) / 20] * len(step.lr), rel=1e-6)
+        assert step.lrs == pytest.approx([n * 1e-3 * (20 - number) / 20] * len(step.lrs), rel=1e-6)
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
-    with pytest.raises(InputError, match="scale_lr_with_samples does not go with a ReduceLROnPl"):
+    with pytest.raises(
+        InputError, match="scale_lr_with_samples cannot be combined with a ReduceLROnPl"
+    ):
         trainer_at(tmp_path / "b", **(options | plateau)).train()
 
 
