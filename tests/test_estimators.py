@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from mezo import MeZO, noise, trajectory
 from mezo.errors import InputError
-from mezo.estimators import passes_of, shaped
+from mezo.estimators import merged, passes_of, shaped
 from mezo.layer_norms import gradient_norms, layer_of, parameter_norms, small
 from mezo.layers import expectation_modified, variance_modified
 from mezo.mezo import Estimate
@@ -94,6 +94,12 @@ def test_an_estimate_takes_as_many_passes_as_it_says(name):
     _, calls = moved(Quadratic(), options)
     assert calls == passes(n)
     assert passes_of(options.get("estimator", "two_point"), n) == passes(n)
+
+
+def test_estimates_of_a_direction_weigh_as_their_examples():
+    """One example unless it is said otherwise: (1 x 1 + 3 x 5) / 4 = 4."""
+    found = merged([Estimate(1.0, 2.0, (1.0, 3.0)), Estimate(5.0, 6.0, (5.0, 7.0), examples=3.0)])
+    assert found == Estimate(4.0, 5.0, (4.0, 6.0), 4.0)
 
 
 def test_one_side_is_off_by_half_the_curvature():
@@ -394,6 +400,7 @@ def test_what_cannot_work_is_refused_by_name():
     for given, message in cases:
         with pytest.raises(InputError, match=message):
             MeZO(model.named_parameters(), **given)
+    MeZO(model.named_parameters(), layers={"thresholds": {"first": 0.0}}, perturbation="scratch")
     with pytest.raises(InputError, match="keep must be above 0 and at most 1, got 0"):
         small(model.named_parameters(), 0)
 

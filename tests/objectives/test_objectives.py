@@ -12,7 +12,7 @@ from transformers import T5ForConditionalGeneration as Seq2Seq
 
 from mezo import tasks
 from mezo.errors import InputError
-from mezo.objectives import form_for
+from mezo.objectives import form_for, masked
 from mezo.objectives.masked import logits_at
 from mezo.tasks import Example, custom_task
 
@@ -233,6 +233,23 @@ def test_masked_logits_are_made_at_the_mask_alone_and_the_hook_is_gone():
     with pytest.raises(IndexError):
         logits_at(model, torch.tensor([9]), {"input_ids": torch.ones(1, 4).long()})
     assert model(torch.ones(1, 4).long()).logits.shape[1] == 4
+
+
+def test_a_model_without_a_head_or_compiled_gives_the_same_logits_without_a_hook(monkeypatch):
+    """Compiled code ignores hooks that come and go: all logits are made, and the mask's are taken.
+
+    Here the compiled call is the plain one.
+    """
+    model = tiny_model("bert")
+    form = form_for(model, word_piece(), SST2)
+    expected, made = form.scores(model, batch_of(form)).detach(), []
+    model.cls.register_forward_hook(lambda module, args, out: made.append(out.shape[1]))
+    monkeypatch.setattr(model, "_compiled_call_impl", model._call_impl)
+    close(form.scores(model, batch_of(form)).detach(), expected)
+    monkeypatch.setattr(model, "_compiled_call_impl", None)
+    monkeypatch.setattr(masked, "_head", lambda model: None)
+    close(form.scores(model, batch_of(form)).detach(), expected)
+    assert min(made) > 1
 
 
 def test_a_mask_in_the_data_is_not_the_templates():
