@@ -33,12 +33,6 @@ class Memory:
     history: tuple[float, ...] = ()  # |projected_grad| as measured, for clip_quantile
     second_moment: tuple[float, float] = (0.0, 0.0)  # scalar_adam's mean square and its weight
 
-    def remember(self, step: int, grads: Sequence[float], window: int | str | None) -> None:
-        """Note an applied step; the past is limited to the rule's window."""
-        past = [*self.past, (step, tuple(grads))]
-        self.past = past if window == "all" else past[-(int(window or 1)) :]
-        self.number += 1
-
     def as_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their values at the start of a run."""
         fresh = Memory()

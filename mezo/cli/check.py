@@ -10,12 +10,10 @@ from mezo.cli.parsing import (
     JSON,
     Parser,
     default_output_dir,
-    hf_parser,
-    parse,
+    helped,
+    options_of,
     print_result,
-    quiet,
     say,
-    show_help,
     with_config,
 )
 from mezo.models.arguments import ModelArguments
@@ -33,17 +31,15 @@ def main(argv: list[str]) -> None:
         "  --json                              print every number, as one line of JSON\n"
     )
     kinds = (ModelArguments, DataArguments)
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo check", kinds, tail)
-    quiet()
+    if helped("mezo check", argv, kinds, tail):
+        return
     from mezo.check import measure as check
 
     options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
     options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
     options |= {"directions": {"type": int, "default": 12}}
     options |= {"max_steps": {"type": int, "default": 20_000}}
-    given = with_config(argv)
-    model, data, own = parse(given, hf_parser("mezo check", kinds, **options), kinds)
+    model, data, own = options_of("mezo check", argv, kinds, options)
     sizes = {
         "batch_size": own.per_device_train_batch_size,
         "directions": own.directions,
@@ -61,7 +57,7 @@ def main(argv: list[str]) -> None:
     for name in ("learning_rate", "mezo_eps", "directions"):
         mine.add_argument(f"--{name}")
     mine.add_argument("--json", **JSON)
-    said, rest = mine.parse_known_args(given)
+    said, rest = mine.parse_known_args(with_config(argv))
     then = ["mezo", "train", *rest]
     for name, value in result["next"].items():
         value = getattr(said, name) if value is None else f"{value:g}"

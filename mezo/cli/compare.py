@@ -11,12 +11,11 @@ from typing import Any
 
 from mezo.cli.parsing import (
     JSON,
-    hf_parser,
-    parse,
+    helped,
+    named_in,
+    options_of,
     print_result,
-    quiet,
     say,
-    show_help,
     with_config,
 )
 from mezo.errors import InputError
@@ -59,19 +58,16 @@ OWN: dict[str, Any] = {
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo compare", (ModelArguments, DataArguments), HELP)
-    quiet()
+    if helped("mezo compare", argv, (ModelArguments, DataArguments), HELP):
+        return
     from mezo.compare import compare
     from mezo.distributed.processes import leave
     from mezo.runs.arguments import TrainArguments
     from mezo.runs.result import make_folder
 
     kinds = (ModelArguments, DataArguments, TrainArguments)
-    options = with_config(argv)
-    parser = hf_parser("mezo compare", kinds, **OWN)
-    model, data, args, own = parse(options, parser, kinds)
-    words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
+    model, data, args, own = options_of("mezo compare", argv, kinds, OWN)
+    words = named_in(with_config(argv))
     if not words & {"output_dir"}:
         task = "custom" if data.prompt is not None else Path(data.task).stem
         args.output_dir = f"runs/compare-{task}"

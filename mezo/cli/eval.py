@@ -4,16 +4,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-from mezo.cli.parsing import (
-    JSON,
-    hf_parser,
-    parse,
-    print_result,
-    quiet,
-    say,
-    show_help,
-    with_config,
-)
+from mezo.cli.parsing import JSON, helped, options_of, print_result, say
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
@@ -48,14 +39,13 @@ OWN: dict[str, Any] = {
 
 
 def main(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo eval", (ModelArguments, DataArguments), HELP)
-    quiet()
+    kinds = (ModelArguments, DataArguments)
+    if helped("mezo eval", argv, kinds, HELP):
+        return None
     from mezo.objectives.progress import Progress
     from mezo.runs import task as run
 
-    kinds = (ModelArguments, DataArguments)
-    model, data, own = parse(with_config(argv), hf_parser("mezo eval", kinds, **OWN), kinds)
+    model, data, own = options_of("mezo eval", argv, kinds, OWN)
     shared = {"log": own.replay, "until": own.until, "batch_size": own.batch_size}
     if own.tasks is None:
         for name in ("include_path", "limit", "num_fewshot"):

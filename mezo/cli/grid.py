@@ -6,7 +6,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
-from mezo.cli.parsing import print_result, say
+from mezo.cli.parsing import named_in, print_result, say
 from mezo.compare import grids, paper_grids
 from mezo.distributed.processes import leave
 from mezo.errors import InputError
@@ -23,7 +23,7 @@ def main(own, options: list[str], model, data, args) -> None:
     `options` are the words of the command line; they take precedence over the grid's values.
     Without a grid, which means `--dry_run` alone, the command of the one run is printed.
     """
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in options}
+    given = named_in(options)
     name = own.grid
     if own.paper is not None:
         if name is not None:

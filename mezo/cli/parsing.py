@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from textwrap import wrap
@@ -39,6 +39,11 @@ def with_config(argv: list[str]) -> list[str]:
 
 def _options_in(path: str) -> list[str]:
     return words_of(read_options(path, path, "lines 'option: value'"))
+
+
+def named_in(words: Iterable[str]) -> set[str]:
+    """Return the names of the options among the words of a command."""
+    return {word.split("=")[0].lstrip("-").replace("-", "_") for word in words}
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
@@ -100,8 +105,40 @@ def hf_parser(prog: str, kinds: tuple, **own):
     return parser
 
 
-def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
-    """Print help from the dataclasses alone: it is quick, since transformers is not imported."""
+def options_of(
+    prog: str,
+    argv: list[str],
+    kinds: tuple,
+    own: Mapping[str, Any],
+    complete: Callable[[list[str]], list[str]] = list,
+) -> tuple:
+    """Return the options of a command: instances of the dataclasses `kinds`, and a namespace.
+
+    Args:
+        prog: The command, as messages name it.
+        argv: Its words.
+        kinds: The dataclasses of its options.
+        own: The command's further options, as arguments of argparse's `add_argument`.
+        complete: Adds words to those of `argv` and of --config, whose options take precedence.
+
+    Prints every option, and exits, if --help_all is among the words. Raises InputError for a bad
+    value or an unknown option.
+    """
+    parser = hf_parser(prog, kinds, **own)
+    if "--help_all" in argv:
+        parser.print_help()
+        parser.exit()
+    return parse(complete(with_config(argv)), parser, kinds)
+
+
+def helped(prog: str, argv: list[str], kinds: tuple, tail: str = "") -> bool:
+    """Show a command's help, and return True, if it is asked for; otherwise silence the libraries.
+
+    Help comes from the dataclasses alone: it is quick, since transformers is not imported.
+    """
+    if not {"-h", "--help"} & set(argv):
+        quiet()
+        return False
     print(f"usage: {prog} [options] [--config FILE.yaml]\n")
     for kind in kinds:
         print(f"{kind.__doc__}")
@@ -109,6 +146,7 @@ def show_help(prog: str, kinds: tuple, tail: str = "") -> None:
             print(_entry(", ".join(_names(f)), f.metadata["help"], f.default))
         print()
     print(tail.lstrip("\n"), end="")
+    return True
 
 
 def entries_of(*flags: str) -> str:

@@ -3,17 +3,9 @@
 import shlex
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
-from mezo.cli.parsing import (
-    JSON,
-    hf_parser,
-    parse,
-    print_result,
-    quiet,
-    say,
-    show_help,
-    with_config,
-)
+from mezo.cli.parsing import JSON, helped, options_of, print_result, say
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 
@@ -29,18 +21,18 @@ def main(argv: list[str]) -> None:
         "  --rule MODULE:NAME                  your own rule, if the run used one\n"
         "  --json                              print one line of JSON\n"
     )
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo replay", (ModelArguments,), tail)
-    quiet()
+    if helped("mezo replay", argv, (ModelArguments,), tail):
+        return
     from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter
     from mezo.runs import task as run
 
-    options = {"log": {"required": True}, "output_dir": {"required": True}, "json": JSON}
+    options: dict[str, Any] = {name: {"required": True} for name in ("log", "output_dir")}
+    options |= {"json": JSON}
     options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
     options["rule"] = {"action": "append", "default": []}
-    parser = hf_parser("mezo replay", (ModelArguments,), **options, until={"type": int})
-    model, own = parse(with_config(argv), parser, (ModelArguments,))
+    options["until"] = {"type": int}
+    model, own = options_of("mezo replay", argv, (ModelArguments,), options)
     if own.by_tensor and own.onto_adapter:
         raise InputError(
             "--by_tensor writes the whole model and --onto_adapter only an adapter: give one of "

@@ -5,17 +5,16 @@ mezo train --model NAME --train_file prompts.jsonl --reward "python score.py"
 """
 
 import shlex
+from functools import partial
 
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     entries_of,
-    hf_parser,
-    parse,
+    helped,
+    options_of,
     print_result,
-    quiet,
     say,
-    show_help,
     with_config,
 )
 from mezo.cli.running import carried_out, replay
@@ -52,17 +51,15 @@ def asked(argv: list[str]) -> bool:
 
 
 def train(argv: list[str]) -> None:
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo train --reward", (ModelArguments, RewardArguments), HELP)
-    quiet()
+    if helped("mezo train --reward", argv, (ModelArguments, RewardArguments), HELP):
+        return
     from mezo.runs import reward as reward_run
     from mezo.runs.arguments import RewardTrainArguments
 
     kinds = (ModelArguments, RewardArguments, RewardTrainArguments)
-    parser = hf_parser("mezo train --reward", kinds, json=JSON)
-    if "--help_all" in argv:
-        return parser.print_help()
-    model, data, args, own = parse(with_log(with_config(argv), kinds, "reward"), parser, kinds)
+    completed = partial(with_log, kinds=kinds, kind="reward")
+    given = options_of("mezo train --reward", argv, kinds, {"json": JSON}, completed)
+    model, data, args, own = given
     words = ["mezo", "train", *argv]
     result = carried_out(words, args, lambda tell: reward_run.train(model, data, args, tell))
     if result is None:

@@ -2,19 +2,17 @@
 
 import shlex
 import sys
+from functools import partial
 from importlib.util import find_spec
 
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     entries_of,
-    hf_parser,
-    parse,
+    helped,
+    options_of,
     print_result,
-    quiet,
     say,
-    show_help,
-    with_config,
 )
 from mezo.cli.running import carried_out, replay
 from mezo.errors import InputError
@@ -44,13 +42,12 @@ OWN = {
 
 def main(kind: str, argv: list[str]) -> None:
     """Run `mezo sft` or `mezo dpo`."""
-    if {"-h", "--help"} & set(argv):
-        config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
-        tail = HELP.format(kind=kind, config=config, own=OWN[kind], offload=entries_of("offload"))
-        return show_help(f"mezo {kind}", (ModelArguments, TextArguments), tail)
+    config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
+    tail = HELP.format(kind=kind, config=config, own=OWN[kind], offload=entries_of("offload"))
+    if helped(f"mezo {kind}", argv, (ModelArguments, TextArguments), tail):
+        return
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")
-    quiet()
     from datasets import disable_progress_bars
 
     from mezo.runs import text
@@ -58,10 +55,8 @@ def main(kind: str, argv: list[str]) -> None:
     if not sys.stderr.isatty():
         disable_progress_bars()
     kinds = (text.ARGUMENTS[kind], ModelArguments, TextArguments)
-    parser = hf_parser(f"mezo {kind}", kinds, json=JSON)
-    if "--help_all" in argv:
-        return parser.print_help()
-    args, model, data, own = parse(with_log(with_config(argv), kinds, "text"), parser, kinds)
+    completed = partial(with_log, kinds=kinds, kind="text")
+    args, model, data, own = options_of(f"mezo {kind}", argv, kinds, {"json": JSON}, completed)
     words = ["mezo", kind, *argv]
     result = carried_out(words, args, lambda tell: text.train(kind, model, data, args, tell))
     if result is None:

@@ -10,12 +10,10 @@ from mezo.cli.parsing import (
     JSON,
     default_output_dir,
     entries_of,
-    hf_parser,
-    parse,
+    helped,
+    options_of,
     print_result,
-    quiet,
     say,
-    show_help,
     with_config,
 )
 from mezo.cli.running import carried_out, replay
@@ -66,28 +64,28 @@ SEARCH: dict[str, dict[str, Any]] = {
 def main(argv: list[str]) -> None:
     if reward.asked(argv):
         return reward.train(argv)
-    if {"-h", "--help"} & set(argv):
-        return show_help("mezo train", (ModelArguments, DataArguments), TRAIN_HELP)
-    quiet()
+    if helped("mezo train", argv, (ModelArguments, DataArguments), TRAIN_HELP):
+        return None
     from mezo.runs import task as run
     from mezo.runs.arguments import TrainArguments
 
     kinds = (ModelArguments, DataArguments, TrainArguments)
-    parser = hf_parser("mezo train", kinds, json=JSON, **SEARCH)
-    if "--help_all" in argv:
-        return parser.print_help()
-    options = with_config(argv)
-    words = with_log([*default_output_dir(options), *options], kinds, "task")
-    model, data, args, own = parse(words, parser, kinds)
+
+    def completed(words: list[str]) -> list[str]:
+        return with_log([*default_output_dir(words), *words], kinds, "task")
+
+    known = {"json": JSON, **SEARCH}
+    model, data, args, own = options_of("mezo train", argv, kinds, known, completed)
     if own.grid is not None or own.paper is not None or own.dry_run:
         from mezo.cli import grid  # transformers comes with it
 
         args.disable_tqdm = args.disable_tqdm or not sys.stderr.isatty()
-        return grid.main(own, options, model, data, args)
+        return grid.main(own, with_config(argv), model, data, args)
     words = ["mezo", "train", *argv]
     result = carried_out(words, args, lambda tell: run.train(model, data, args, tell))
     if result is not None:
         _report(result, model, args, own.json)
+    return None
 
 
 def _report(result: dict[str, Any], model: ModelArguments, args: Any, as_json: bool) -> None:
