@@ -303,6 +303,19 @@ def replay(plan: Plan) -> dict:
     return found
 
 
+def engine(plan: Plan) -> dict:
+    """A step whose weights are in vLLM, in a process of its own."""
+    batch, tokens = plan.small_sizes[min(1, len(plan.small_sizes) - 1)]
+    command = [sys.executable, "-m", "benchmarks.engine", "--shape", plan.small]
+    command += ["--size", f"{batch}x{tokens}", "--dtype", plan.dtype]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=max(60.0, plan.left()))
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    plan.say(f"vLLM: {found}")
+    return found
+
+
 SECTIONS: dict[str, Callable[[Plan], object]] = {
     "replay": replay,
     "noise": kernels,
@@ -316,6 +329,7 @@ SECTIONS: dict[str, Callable[[Plan], object]] = {
     "memory_small": lambda plan: memory(plan, plan.small, plan.small_sizes[-1]),
     "memory_large": lambda plan: memory(plan, plan.large, plan.large_sizes[0]),
     "offload": offload,
+    "engine": engine,
 }
 
 

@@ -34,6 +34,7 @@ OUT = Path(__file__).parent / "results" / "engines.json"
 BATCH, DEV, DEV_DRAW = 16, 64, 2**31
 GENERATION = Generation(24, temperature=1.0, stop=("\n",))
 OPTIONS = {"max_model_len": 160, "max_num_seqs": 64, "gpu_memory_utilization": 0.3}
+OPTIONS |= {"distributed_executor_backend": "uni"}  # one worker: no process more than is needed
 
 
 def questions() -> list[dict[str, Any]]:

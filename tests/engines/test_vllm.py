@@ -24,7 +24,11 @@ SHAPE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128}
 KINDS = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
-    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {"tie_word_embeddings": 1}),
+    "qwen2": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        {"tie_word_embeddings": True},
+    ),
 }
 
 
