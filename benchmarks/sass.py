@@ -3,7 +3,7 @@
     python -m benchmarks.sass [--output benchmarks/results/sass.json]
 
 The whole kernel is counted: addresses, masks, loads, random words, conversions and stores of one
-program, divided by the elements that a thread moves. Nothing is assumed of the arguments; wide
+program, divided by the elements that a thread reads. Nothing is assumed of the arguments; wide
 loads are a constant of the kernel that a launch chooses for what lies at a multiple of 16 bytes, as
 matrices do ("narrow" is the other one). ptxas and cuobjdump come with Triton.
 """
@@ -46,11 +46,18 @@ def compiled_all(dtype: str, distribution: str, moves: list[noise.Move], wide: b
     return _compiled(gpu._kernel_all, types, dtype, distribution, moves, constants)
 
 
+def compiled_both(dtype: str, distribution: str, moves: list[noise.Move]) -> Any:
+    """Return the kernel that makes both signs of one draw."""
+    types = {"both": f"*{dtype}", "source": f"*{dtype}", "n": "i64", "key": "u64", "table": "*i32"}
+    return _compiled(gpu._kernel_both, types, dtype, distribution, moves, {"ALIGNED": True})
+
+
 def _compiled(
     kernel: Any, types: dict, dtype: str, distribution: str, moves: Any, constants: dict
 ) -> Any:
     constants |= gpu._launch(noise.table(moves), DTYPES[dtype], distribution)
     options = {name: constants.pop(name) for name in gpu.OPTIONS}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     source = triton.compiler.ASTSource(kernel, signature, constants)
     return triton.compile(source, target=TARGET, options=options)
@@ -86,6 +93,7 @@ def counts() -> dict[str, dict[str, float]]:
                 found[f"{dtype}, {distribution}{name}"] = {
                     "one tensor": count(compiled(*what), *what),
                     "many tensors": count(compiled_all(*what), *what),
+                    "both signs of one draw": count(compiled_both(*what), *what),
                     "one tensor, narrow": count(compiled(*what, wide=False), *what),
                 }
     return found

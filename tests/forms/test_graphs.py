@@ -130,6 +130,35 @@ def test_a_graph_that_gives_another_result_is_never_used(caplog):
     assert "another result than a plain run" in caplog.text
 
 
+def test_another_kernel_is_no_fault_and_says_so(caplog):
+    """Attention takes another kernel in a capture: logits near 0 are off by their size."""
+    caplog.set_level("INFO", "mezo")
+    calls, noise_of_16_bits = [], torch.tensor([0.01, -0.01, 0.02, 0.0])
+
+    def rounded(x):
+        calls.append(x)
+        return torch.cat([x * 0.001, x, -torch.inf * x]) + (
+            noise_of_16_bits.repeat(3) * (len(calls) % 2)
+        )
+
+    graphs, x = Graphs(after=1, backend=Recording()), torch.full((4,), 3.0)
+    with torch.no_grad():
+        for _ in range(3):
+            graphs(rounded, x)
+    assert graphs.backend.replays == 2
+    assert "differ from a plain run's in their rounding" in caplog.text
+
+
+def test_a_tensor_on_another_device_keeps_a_call_plain():
+    """A kernel takes a number from the host when it is captured, and would keep it."""
+    graphs = Graphs(after=0, backend=Recording())
+    with torch.no_grad():
+        for n in (2.0, 3.0):
+            batch = torch.ones(2), torch.ones((), device="meta")
+            assert float(graphs(lambda given, n=n: given[0].sum() * n, batch)) == 2 * n
+    assert not graphs.captured
+
+
 def test_no_more_graphs_are_kept_than_asked_for(caplog):
     """Each holds the memory of a forward pass."""
     graphs = Graphs(most=1, after=0, backend=Recording())
