@@ -17,6 +17,7 @@ def run(path, steps=10, model=None, **options):
     with trajectory.record(optimizer, path, model=model, config={"task": "toy"}):
         for _ in range(steps):
             optimizer.step(model)
+    optimizer.write()  # low-rank updates, which a replay writes at its end
     return base, model
 
 

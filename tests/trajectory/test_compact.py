@@ -44,6 +44,14 @@ def test_reading_the_compact_form_gives_the_same_log(tmp_path, dtype):
     assert (tmp_path / "again.mezo").read_bytes() == (tmp_path / "run.mezo").read_bytes()
 
 
+def test_numbers_take_as_many_planes_as_the_largest_needs():
+    for largest, planes in ((0, 0), (1, 1), (255, 1), (256, 2), (2**16 - 1, 2), (2**63, 8)):
+        values = np.array([0, largest], "<u8")
+        found, stream = columns.planes_of(values)
+        assert found == planes
+        assert (columns.values_of(stream, 2, found) == values).all()
+
+
 def test_without_losses_a_replay_is_the_same(tmp_path):
     base, model = eventful(tmp_path / "run.mezo")
     trajectory.compact(tmp_path / "run.mezo", tmp_path / "small.mezo", losses=False)

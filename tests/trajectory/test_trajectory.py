@@ -18,11 +18,18 @@ from processes import SEARCHED
 
 from mezo import MeZO, trajectory
 from mezo.errors import InputError
+from mezo.trajectory.program import Write, program_of
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_samples": 3, "weight_decay": 0.1}, {"distribution": "rademacher", "eps": 1e-2}],
+    [
+        {},
+        {"num_samples": 3, "weight_decay": 0.1},
+        {"distribution": "rademacher", "eps": 1e-2},
+        {"rule": "adam"},
+        {"perturbation": "low_rank", "interval": 9},  # the last of ten steps has one of its own
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_replay_has_the_bits_of_the_run(tmp_path, options, dtype):
@@ -31,6 +38,17 @@ def test_replay_has_the_bits_of_the_run(tmp_path, options, dtype):
     assert not torch.equal(weights(base), weights(model))
     trajectory.replay(tmp_path / "run.mezo", base)
     assert torch.equal(weights(base), weights(model))
+
+
+def test_only_low_rank_updates_are_written(tmp_path):
+    """Of ten steps with an interval of 4: after steps 3 and 7, and at the end."""
+    found = {}
+    for form in ("in_place", "low_rank"):
+        run(tmp_path / f"{form}.mezo", perturbation=form, interval=4)
+        log = trajectory.read(tmp_path / f"{form}.mezo")
+        actions = program_of(log.header, log.steps, 0).actions
+        found[form] = [action.step for action in actions if isinstance(action, Write)]
+    assert found == {"in_place": [], "low_rank": [3, 7, 9]}
 
 
 def test_replay_repeats_what_went_wrong_too(tmp_path):
