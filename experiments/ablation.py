@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from experiments.rules import subspaces
+from experiments.rules.anchored import Anchored
+from experiments.rules.muon import ZOMuon
 from mezo import layer_norms, layers, tasks
 from mezo.demo.tune import Recipe, tune
 from mezo.errors import InputError
@@ -42,6 +45,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     layers: str = ""
+    subspace: str = ""  # a function of rules/subspaces.py
     prompt: bool = True
 
 
@@ -50,6 +54,8 @@ def _rule(rule) -> dict[str, Any]:
 
 
 FZOO = {"estimator": "one_sided", "shaping": "z_scores"}
+MUON = {"perturbation": "low_rank", "rank": 8, "interval": 100}
+INSIDE = {"trainable": "coefficients|values"}
 METHODS = {
     "mezo": Method(2e-4),
     "no prompt": Method(2e-4, prompt=False),
@@ -70,6 +76,10 @@ METHODS = {
     "gaussian16": Method(2e-4, recipe={"distribution": "gaussian16"}),
     "low rank": Method(2e-4, recipe={"perturbation": "low_rank"}),
     "low rank, momentum": Method(2e-5, _rule(Momentum(0.9)), {"perturbation": "low_rank"}),
+    "zo-muon": Method(1e-3, {"rule": ZOMuon(vectors=0.1)}, MUON | {"num_samples": 4}),
+    "anchored decay": Method(2e-4, {"rule": Anchored(10.0)}),
+    "activation subspace": Method(2e-3, recipe=INSIDE, subspace="activations"),
+    "sensitive weights": Method(2e-3, recipe=INSIDE, subspace="sensitive"),
     "smaller half": Method(2e-4, recipe={"perturbation": "scratch"}, layers="small"),
 }
 GUESS = {"causal-lm": 1.0, "minilm": 0.5}  # of a model, beside the method's
@@ -104,6 +114,8 @@ class Setting:
         train, dev = tasks.few_shot(self.train, 512, seed)
         held_out = tasks.sample(dev, 200, seed)
         recipe = self.recipe(method, lr)
+        if method.subspace:
+            subspaces.install(model, _subspace(model, form, train, method))
         if method.layers:
             recipe = replace(
                 recipe, options=recipe.options | {"layers": _layers(model, form, train, method)}
@@ -159,6 +171,13 @@ def _layers(model, form, train, method: Method) -> dict[str, Any]:
         scales = layer_norms.gradient_norms(named, lambda: form.loss(model, batch))
     make = {"variance": layers.variance_modified, "expectation": layers.expectation_modified}
     return make[modified](scales)
+
+
+def _subspace(model, form, train, method: Method) -> subspaces.Subspace:
+    """Return rank 8 of the activations, or the 1 % of weights of the largest gradients."""
+    batch = form.collate([form.encode(e) for e in train[:: len(train) // 32]])
+    find, share = getattr(subspaces, method.subspace), {"activations": 8, "sensitive": 0.01}
+    return find(model, lambda: form.loss(model, batch), share[method.subspace])
 
 
 def tuned_lr(setting: Setting, name: str) -> float | None:

@@ -33,7 +33,7 @@ from mezo.runs.result import environment
 
 RESULT = Path(__file__).parent / "results" / "quadratic.json"
 PLOT = Path(__file__).parents[1] / "docs" / "quadratic.png"
-ROWS, COLUMNS, PASSES, SEEDS, POINTS = 16, 32, 600, 4, 12
+ROWS, COLUMNS, PASSES, SEEDS, POINTS = 16, 32, 480, 3, 8
 EPS = 1e-4
 Moments = np.ndarray  # (3, weights): E theta^2, E theta buffer, E buffer^2
 Fourth = Callable[[np.ndarray], np.ndarray]  # k_i of a_i^2

@@ -129,6 +129,31 @@ def _linked(row: dict) -> str:
     return f"[{spread(row['values'])}](../{row['folders'][0]})"
 
 
+LANGUAGE = ("zero-shot", "calibrated", "icl", "lp", "mezo", "mezo-biases_and_norms", "ft")
+
+
+def language_model() -> None:
+    """Test metrics of experiments/language_model.py, of each seed's best on dev, with links."""
+    folder = RESULTS / "language-model"
+    tasks = sorted({path.relative_to(folder).parts[0] for path in folder.rglob("result.json")})
+    print(f"| | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}")
+    for method in LANGUAGE:
+        print(f"| {method} | {' | '.join(_best(folder / task / method) for task in tasks)} |")
+
+
+def _best(folder: Path) -> str:
+    """The mean over seeds of a method, linked to its first cell; a dash where none has finished."""
+    chosen = []
+    for seed in sorted(folder.glob("seed-*"), key=lambda path: int(path.name[5:])):
+        cells = [(json.loads(p.read_text()), p.parent) for p in sorted(seed.rglob("result.json"))]
+        if cells:
+            chosen.append(max(cells, key=lambda cell: cell[0]["dev"]))
+    if not chosen:
+        return "-"
+    values = [result["test"][result["metric"]] for result, _ in chosen]
+    return f"[{spread(values)}](../{chosen[0][1].relative_to(RESULTS.parents[1])})"
+
+
 def volunteers() -> dict[str, dict[str, Any]]:
     """By setting, over its seeds; without runs that diverged, whose number is `lost`."""
     cells = json.loads((RESULTS / "volunteers.json").read_text())["cells"]
@@ -222,5 +247,7 @@ if __name__ == "__main__":
         print()
         ablation(path)
     classification()
+    print()
+    language_model()
     print()
     late_and_lying()
