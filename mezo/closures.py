@@ -82,7 +82,15 @@ class Loss:
         around: Callable[[Closure], Closure] | None = None,
         common: bool = False,
     ):
-        """`common`: all calls see the same draws of the default generators (`Draws`)."""
+        """`common`: all calls see the same draws of the default generators (`Draws`).
+
+        Raises InputError for what cannot be called.
+        """
+        if not callable(closure):
+            raise InputError(
+                f"step takes a function that computes the loss, not a {type(closure).__name__}: "
+                "optimizer.step(lambda: model(**batch).loss)"
+            )
         self.examples = closure.examples if isinstance(closure, Mean) else 1.0
         self.closure = closure.closure if isinstance(closure, Mean) else closure
         self.paired = self.closure if isinstance(self.closure, Paired) else None
@@ -195,6 +203,9 @@ def number(loss: Any) -> float:
                 f"the closure returned a tensor of shape {tuple(loss.shape)}: return one number, "
                 "such as loss.mean()"
             )
+        if loss.is_complex() or loss.is_meta:
+            what = "a complex number" if loss.is_complex() else "a tensor on the meta device"
+            raise InputError(f"the closure returned {what}: return the loss, one number")
     elif loss is None:
         raise InputError("the closure returned None: return the loss")
     elif isinstance(loss, tuple | list | Mapping):

@@ -71,8 +71,8 @@ def sgd(update: Update, rounding: str, scale: float = 1.0) -> list[noise.Move]:
 class MeZO(ZerothOrderOptimizer):
     """Fine-tune with forward passes alone: `optimizer.step(lambda: model(**batch).loss)`.
 
-    Options: optimizer.py. Call `model.eval()` first: dropout would drown the difference of losses.
-    Not for training from scratch: a good start leaves few directions to learn (Section 4).
+    Options: optimizer.py. Call `model.eval()` first: dropout drowns the difference of losses. Not
+    for training from scratch (Section 4). The first step calls the closure twice more, to compare.
     """
 
     forms: ClassVar = {"in_place": InPlace, "scratch": FullRank, "low_rank": LowRank}
@@ -89,7 +89,7 @@ class MeZO(ZerothOrderOptimizer):
 
     @torch.no_grad()
     def _estimate(self, loss: Loss, probe: int) -> Estimate:
-        direction = self.direction(probe)  # InPlace, FullRank, LowRank: what `perturbation` names
+        direction = self.direction(probe, loss)  # InPlace, FullRank, LowRank: by `perturbation`
         try:
             found = self.plan.estimator.measure(loss, direction)  # spsa, or one_sided, or yours
             if self.watch.unit is None:  # the run's first

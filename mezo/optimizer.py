@@ -21,6 +21,7 @@ from mezo.errors import InputError
 from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
 from mezo.forms import rounding
 from mezo.forms.direction import Direction, Part, Row
+from mezo.forms.first_look import look_once
 from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
 from mezo.guards import check_group, check_storage
@@ -246,8 +247,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
         return Plan(trained, parts, form, rule, measure, new)
 
-    def direction(self, probe: int) -> Direction:
-        """Direction number `probe` of the step that is being made."""
+    def direction(self, probe: int, closure: Loss) -> Direction:
+        """Direction number `probe` of the step that is being made, for this closure."""
         if not self.directions:
             if not self.trained():
                 raise InputError("no parameter has requires_grad: there is nothing to train")
@@ -257,6 +258,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if probe not in self.directions:
             new = self.plan.new if self.weights.here else partial(self.weights.direction, self)
             self.directions[probe] = new(probe)
+        if self.watch.looks:  # before anything moves
+            look_once(self, closure, self.directions[probe])
         return self.directions[probe]
 
     def loss(self, closure: Closure | Loss) -> Loss:

@@ -35,10 +35,19 @@ def last_place(tensors: list[torch.Tensor]) -> tuple[float, torch.dtype]:
 
 
 class Watch:
-    """Looks at every step, says once what will not work, and stops what has stopped learning."""
+    """Looks at every step, says once what will not work, and stops what has stopped learning.
+
+    Attributes:
+        looks: Whether the closure is to be looked at before the first estimate, which takes two
+            more calls (forms/first_look.py). Set it to False for a closure that is costly, or that
+            counts its calls.
+        repeats: Whether the closure gave the same loss twice at the same weights.
+        refused: How many updates in a row were refused.
+    """
 
     def __init__(self) -> None:
-        self.refused = 0  # updates in a row
+        self.looks = self.repeats = True
+        self.refused = 0
         self.unit: float | None = None  # of the last place of the weights, once it is known
         self.looking = True  # at every step; else at those that are refused alone
         self._sizes: list[float] = []  # of the first projected gradients

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import time
 import warnings
 from contextlib import contextmanager
 from itertools import pairwise
@@ -32,6 +33,7 @@ from mezo.tasks.task import custom_task
 LIMIT = 120  # seconds of a reading: the first imports much, and the machine may be busy
 QUICK = 300  # mutations in the suite
 MORE = int(os.environ.get("FUZZ_MUTATIONS", "500"))  # of the slow test
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "0"))  # of the slow test, however many that makes
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 DEEP = "[" * 100_000
 LONG = "1" * 5_000
@@ -407,7 +409,9 @@ def test_mutated_models_and_texts_end_in_one_line(place, tmp_path, own_cache):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_many_mutated_files_end_in_one_line(place, tmp_path, own_cache):
-    """FUZZ_MUTATIONS of them from FUZZ_SEED; without these, always the same ones."""
-    rng = random.Random(SEED)
-    for _ in range(MORE):
+    """FUZZ_MUTATIONS of them, or FUZZ_SECONDS, from FUZZ_SEED; else always the same ones."""
+    rng, done, end = random.Random(SEED), 0, time.monotonic() + SECONDS
+    while time.monotonic() < end if SECONDS else done < MORE:
         fuzz(place, tmp_path, QUICK_READERS if rng.random() < 0.5 else SLOW_READERS, rng)
+        done += 1
+    print(f"{done} mutated files were read or refused in one line")

@@ -187,6 +187,12 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
         self.run_config = changed(args) | {"reward_funcs": reward_funcs.names}
         self.run_config |= {"generation": asdict(self.generation)}
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Do what MeZOMixin does; the first step has no look at the loss, which would generate."""
+        optimizer: Any = super().create_optimizer(model)
+        optimizer.watch.looks = False
+        return optimizer
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Do what MeZOMixin does; both halves of a micro-batch's estimates sample with one draw."""
         args, state = self.args, self.state
