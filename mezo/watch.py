@@ -101,8 +101,11 @@ class Watch:
     def stop(self, group: dict[str, Any]) -> None:
         """InputError if the last max_refused updates were all refused."""
         if self.refused >= group["max_refused"]:
+            way = "lower lr or eps, or look at the data"
+            if not self.repeats:
+                way = "its noise drowns the difference that MeZO measures: call model.eval(), or "
+                way += "pass common_random_numbers=True"
             raise InputError(
                 f"the loss was not finite in {self.refused} steps in a row, the last one step "
-                f"{group['step'] - 1}: the weights are those before them; lower lr or eps, "
-                "or look at the data"
+                f"{group['step'] - 1}: the weights are those before them; {way}"
             )

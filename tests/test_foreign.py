@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import warnings
 from contextlib import contextmanager
@@ -414,4 +415,4 @@ def test_many_mutated_files_end_in_one_line(place, tmp_path, own_cache):
     while time.monotonic() < end if SECONDS else done < MORE:
         fuzz(place, tmp_path, QUICK_READERS if rng.random() < 0.5 else SLOW_READERS, rng)
         done += 1
-    print(f"{done} mutated files were read or refused in one line")
+    sys.stderr.write(f"{done} mutated files were read or refused in one line\n")

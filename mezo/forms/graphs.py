@@ -26,6 +26,7 @@ from inspect import signature
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mezo.forms.reads import Reads
 from mezo.noise import live
@@ -193,6 +194,8 @@ class Graphs:
             or live.current() is not None
             or torch.is_grad_enabled()
         ):
+            return None
+        if _get_current_dispatch_mode() is not None:  # it would not see what a replay reads
             return None
         if self.backend is None:
             if device.type != "cuda":

@@ -132,7 +132,7 @@ def child(path, steps, written):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    """KILLS processes begin with the base model and the log alone, and are killed without warning."""
+    """KILLS processes begin with the base model and the log alone, and end without warning."""
     path, written, generator = tmp_path / "run.mezo", tmp_path / "weights.pt", random.Random(3)
     steps, kills, seen = 10**6, 0, 0
     while True:
