@@ -247,8 +247,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
         return Plan(trained, parts, form, rule, measure, new)
 
-    def direction(self, probe: int, closure: Loss) -> Direction:
-        """Direction number `probe` of the step that is being made, for this closure."""
+    def direction(self, probe: int, closure: Loss | None = None) -> Direction:
+        """Direction number `probe` of the step that is being made, for estimates of the closure."""
         if not self.directions:
             if not self.trained():
                 raise InputError("no parameter has requires_grad: there is nothing to train")
@@ -258,7 +258,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if probe not in self.directions:
             new = self.plan.new if self.weights.here else partial(self.weights.direction, self)
             self.directions[probe] = new(probe)
-        if self.watch.looks:  # before anything moves
+        if self.watch.looks and closure is not None:  # before anything moves
             look_once(self, closure, self.directions[probe])
         return self.directions[probe]
 

