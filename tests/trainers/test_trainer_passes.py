@@ -28,6 +28,7 @@ def test_autocast_gives_the_estimate_of_separate_forwards(tmp_path):
         return losses[-1]
 
     MeZO(model.named_parameters(), lr=LR, eps=0.1, seed=42).estimate(closure)
+    del losses[:2]  # of the first step's look
     trained(tmp_path, max_steps=1, bf16=True, mezo_eps=0.1)
     assert grads(tmp_path)[0][0] == float(losses[0].double() - losses[1].double()) / 0.2
     assert losses[0] != losses[1]
