@@ -74,6 +74,30 @@ def test_a_run_of_replays_has_the_bits_of_a_plain_run(dtype, options, tmp_path):
     assert backend.replays > 8
 
 
+@pytest.mark.parametrize("perturbation", ["scratch", "low_rank"])
+def test_a_plain_pass_before_a_capture_lends_it_nothing(perturbation):
+    """Micro-batches of one estimate share draws; a graph that reads them would repeat them."""
+    found = []
+    for graphs in (None, Graphs(backend=Recording())):
+        model = llama().eval()
+
+        def loss(batch, model=model):
+            return model(**batch, use_cache=False).loss
+
+        call = graphs or (lambda function, batch: function(batch))
+        options = {"perturbation": perturbation, "interval": 4}
+        optimizer = MeZO(model.named_parameters(), lr=1e-2, eps=1e-2, seed=3, **options)
+        for step, (batch, other) in enumerate(zip(batches(14), batches(14), strict=True)):
+            first = {"input_ids": batch["input_ids"][:, :1].repeat(1, step + 7)}
+            first["attention_mask"] = torch.ones(1, 1, step + 7, step + 7, dtype=torch.bool).tril()
+            first |= {"labels": first["input_ids"]}
+            optimizer.step(lambda a=first, b=other, f=loss, c=call: c(f, a) + c(f, b))
+        optimizer.write()
+        found.append([p.detach() for p in model.parameters()])
+    assert graphs.backend.replays > len(graphs.backend.tapes)
+    assert all(map(torch.equal, *found))
+
+
 def test_a_replay_draws_nothing_of_the_step_that_was_captured():
     """Else every step would move along one direction: the noise reads its step when it runs."""
     tables = live.Tables({"step": 4, "probe": 1, "first": 4})
