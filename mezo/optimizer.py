@@ -4,6 +4,7 @@ Two parts are replaceable: `processes`, who estimates which direction (one proce
 distributed.join finds), and `weights`, where tensors lie (here, sharded, or offloaded).
 """
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ from mezo.closures import Closure, Loss
 from mezo.errors import InputError
 from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
 from mezo.forms import rounding
+from mezo.forms.bundles import Bundles
 from mezo.forms.direction import Direction, Part, Row
 from mezo.forms.first_look import look_once
 from mezo.forms.updates import Update
@@ -34,6 +36,7 @@ from mezo.rules import Rule
 from mezo.watch import Watch
 
 Trained = tuple[str, torch.nn.Parameter, dict[str, Any]]  # canonical name, parameter, its group
+_PLANNED = ("seed", "perturbation", "rank", "interval", "distribution", "rounding", "layers")
 Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # estimates by probe; walks a probe
 
 
@@ -46,6 +49,7 @@ class Plan(NamedTuple):
     rule: Rule
     estimator: Estimator
     new: Callable[[int], Direction]  # the direction of that number
+    bundles: Bundles
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -214,10 +218,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """
         if not self.directions:
             first = self.param_groups[0]
-            asked = ("seed", "perturbation", "rounding", "layers", "estimator")
-            known = [first[option] for option in asked] + [{**first["rule"]}]
-            for group in self.param_groups:
-                known += [(id(p), p.requires_grad, p.dtype) for p in group["params"]]
+            known = [first[option] for option in _PLANNED]
+            known += [first["estimator"], {**first["rule"]}]
+            for x in itertools.chain(*[group["params"] for group in self.param_groups]):
+                known.append((id(x), x.requires_grad, x.dtype, x.numel(), x.is_contiguous()))
             if known != self._known:
                 self.plan, self._known = self._planned(), known
         return self.plan.trained
@@ -241,11 +245,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         buffered = half and rounding.ROUNDINGS[first["rounding"]].buffer is not None
         plain = not buffered and not form.factored
         groups = self.param_groups
-        parts = [Part(groups[i], of, scale, plain) for (i, scale), of in rows.items()]
+        parts = [Part(groups[i], noise.Rows(of), scale, plain) for (i, scale), of in rows.items()]
         rule, measure = rules.rule_of(first["rule"], self.rules), self.measures[first["estimator"]]
         memory, states = self.memory, self.state
         new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
-        return Plan(trained, parts, form, rule, measure, new)
+        return Plan(trained, parts, form, rule, measure, new, Bundles())
 
     def direction(self, probe: int, closure: Loss | None = None) -> Direction:
         """Direction number `probe` of the step that is being made, for estimates of the closure."""
@@ -256,8 +260,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 guard()
         self.processes.begin(self, probe)
         if probe not in self.directions:
-            new = self.plan.new if self.weights.here else partial(self.weights.direction, self)
-            self.directions[probe] = new(probe)
+            here = self.weights.here
+            made = self.plan.new(probe) if here else self.weights.direction(self, probe)
+            made.bundles = self.plan.bundles if here else None
+            self.directions[probe] = made
         if self.watch.looks and closure is not None:  # before anything moves
             look_once(self, closure, self.directions[probe])
         return self.directions[probe]

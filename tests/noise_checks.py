@@ -124,7 +124,7 @@ def check_many(distribution):
         found = [normal(size + 1, dtype=dtype)[size % 8 == 5 :][:size] for size in sizes]
         expected = [p.clone() for p in found]
         tables = np.stack([noise.table(one) for one in moves])
-        gpu.apply_all_(found, keys, tables, distribution, offsets)
+        gpu.apply_all_(gpu.gather(found, keys, offsets), tables, distribution)
         for i, p in enumerate(expected):
             where = {"offset": int(offsets[i]), "distribution": distribution}
             plain(p, keys[i], moves[i % len(moves)], **where)

@@ -53,11 +53,17 @@ def update_(
     if not len(moves):
         return
     a, key = factor(tensor, name, settings, state)
-    moves, decay = noise.table(moves).copy(), state.get("decay", 1.0)
-    for scale in moves["scale"].tolist():  # one by one, so that run and replay round alike
-        decay *= scale
+    moves = noise.table(moves).copy()
+    decay_(state, moves["scale"].tolist())
     moves["scale"] = 1.0
     noise.apply_(a, key, moves, distribution=settings["distribution"])
+
+
+def decay_(state: State, scales: Iterable[float]) -> None:
+    """Note the decay of W by each of `scales`."""
+    decay = state.get("decay", 1.0)
+    for scale in scales:  # one by one, so that run and replay round alike
+        decay *= scale
     if decay != 1:
         state["decay"] = decay
 

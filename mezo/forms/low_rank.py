@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from mezo import noise
+from mezo.forms.drawn import Drawn
 from mezo.forms.factors import (
     key_of,
     parts_of,
@@ -53,6 +54,7 @@ class LowRank(Scratch):
         self.dtypes: set[torch.dtype] = set()  # dtypes in which products were computed
         self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
         self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
+        self._made_u: dict[str, torch.Tensor] = {}  # eps U and eps z of all, if drawn together
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -101,6 +103,28 @@ class LowRank(Scratch):
         left = [sign * u if a is None else a.add(u, alpha=sign) for sign in signs]
         return right, torch.stack(left)
 
+    def all_factors(self, signs: Sequence[int]) -> dict[str, Factors]:
+        """Return `factors` of all matrices, drawn in one launch; none where each is drawn alone."""
+        if (drawn := self._together()) is None:
+            return {}
+        right, left = drawn.of_interval(self.step), drawn.lefts(self._made_u, self.states, signs)
+        return {name: (right[name], left[name]) for name in left}
+
+    def all_vectors(self, sign: int) -> dict[str, torch.Tensor]:
+        """Return `vector` of all vectors, by name; none where each is drawn alone."""
+        drawn = self._together()
+        return {} if drawn is None else drawn.shifted(self._made_u, sign)
+
+    def _together(self) -> Drawn | None:
+        """Return what draws for all tensors at once, where they stay in place during a pass."""
+        if self.bundles is None or live.current() is not None:
+            return None
+        if self.bundles.drawn is None:
+            self.bundles.drawn = Drawn(self.rows, self.settings)
+        if not self._made_u:
+            self._made_u = self.bundles.drawn.of_step(self.move(self.eps))
+        return self.bundles.drawn
+
     def vector(self, tensor: torch.Tensor, key: tuple[int, int], sign: int) -> torch.Tensor:
         """Return theta + sign eps z, with the bits of a move; z is drawn once for both signs."""
         if key not in self._shifts:
@@ -119,6 +143,7 @@ class _Half(Moved):
     def __init__(self, of: LowRank, sign: int):
         super().__init__(of, of.moves(sign))
         self.of, self.sign = of, sign
+        self._vectors: dict[str, torch.Tensor] | None = None  # those not yet read in this pass
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         if key is None:  # computed from parameters that are already perturbed
@@ -129,7 +154,12 @@ class _Half(Moved):
         if tensor.dtype in HALF:
             live.refuse("a 16-bit matrix that is read by something else than a product")
         if tensor.dim() < 2:
-            return self.of.vector(tensor, key, self.sign)
+            made = None
+            if live.current() is None:  # a graph draws its own
+                if self._vectors is None:
+                    self._vectors = self.of.all_vectors(self.sign)
+                made = self._vectors.pop(name, None)
+            return self.of.vector(tensor, key, self.sign) if made is None else made
         out = torch.empty_like(tensor, requires_grad=False)
         right, (left,) = self.of.factors(name, tensor, (self.sign,))
         bits = {"key": key, "step": self.of.step, "probe": self.of.probe}

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mezo.forms.one_pass import Unpaired
 from mezo.forms.reads import LOOKUP, Reads, tensors
 from mezo.forms.scratch import Moved
+from mezo.noise import live
 from mezo.noise.live import Numbers
 from mezo.noise.sharded import is_sharded
 
@@ -37,6 +38,7 @@ class Products(Reads):
     def __init__(self, perturbed: Any, halves: Sequence[Moved], signs: Sequence[int], batch: int):
         super().__init__(perturbed)
         self.perturbed, self.halves, self.signs, self.batch = perturbed, halves, signs, batch
+        self._all: dict[str, Factors] | None = None  # of all matrices, once one is read
 
     def call(self, function, args: tuple, kwargs: dict):
         found = _product(function, args, kwargs)
@@ -110,7 +112,14 @@ class Products(Reads):
         name, tensor, _ = self.rows[id(weight)]
         self.read.add(name)
         self.perturbed.dtypes.add(dtype)
-        right, left = self.perturbed.factors(name, tensor, self.signs)
+        found = None
+        if live.current() is None:  # a graph draws its own
+            if self._all is None:
+                self._all = self.perturbed.all_factors(self.signs)
+            found = self._all.get(name)
+        right, left = found or self.perturbed.factors(name, tensor, self.signs)
+        if right.dtype == dtype == tensor.dtype:
+            return right, left, tensor.detach()
         return right.to(dtype), left.to(dtype), tensor.detach().to(dtype)
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
@@ -120,14 +129,16 @@ class Products(Reads):
         first, second = (right, left.mT) if transposed else (left, right.mT)
         w = w.t() if transposed else w
         rows, halves = x.shape[:-1].numel(), len(self.halves)
-        flat = x.reshape(rows, w.shape[0]).to(dtype)
+        flat = x.reshape(rows, w.shape[0])
+        flat = flat if flat.dtype == dtype else flat.to(dtype)
         inner = torch.matmul(flat.view(halves, rows // halves, len(w)), first)  # to (.., .., rank)
         if bias is None:
             out = torch.matmul(inner, second)
         else:
-            biases = torch.stack([half.perturbed(bias) for half in self.halves])
+            made = [half.perturbed(bias) for half in self.halves]
+            biases = made[0].view(1, 1, -1) if halves == 1 else torch.stack(made)[:, None]
             second = second.expand(halves, *second.shape[-2:])
-            out = torch.baddbmm(biases[:, None].to(dtype), inner, second)
+            out = torch.baddbmm(biases.to(dtype), inner, second)
         out = out.reshape(rows, w.shape[1]).addmm_(flat, w)  # in place: logits are large
         return out.view(*x.shape[:-1], w.shape[1])
 

@@ -46,6 +46,8 @@ _DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _CONVERSIONS = of_tensors("to type float half bfloat16 double cpu cuda contiguous")
 _ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 LOOKUP = torch.nn.functional.embedding
+# Functions that neither write to what they are given nor take its address, which needs no look.
+_ONLY_READ = {LOOKUP, torch.nn.functional.linear, torch.nn.functional.layer_norm}
 
 
 class Reads(TorchFunctionMode):
@@ -86,13 +88,15 @@ class Reads(TorchFunctionMode):
         """Drop what was computed for reuse within the pass or after it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function in METADATA:
-            return function(*args, **kwargs)
+            return function(*args, **kwargs or {})
         if self.placed is not None:
             self._find(self.placed, (args, kwargs))
-        if not (self._reads(args) or self._reads(kwargs.values())):
-            return function(*args, **kwargs)
+        if not (self._reads(args) or (kwargs and self._reads(kwargs.values()))):
+            return function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if function in _ONLY_READ and "out" not in kwargs:
+            return self.call(function, args, kwargs)
         name = getattr(function, "__name__", "")
         if name == "__set__":
             self._check_assigned(function, *args)
@@ -124,9 +128,11 @@ class Reads(TorchFunctionMode):
             )
 
     def _reads(self, given) -> bool:
-        return any(
-            id(x) in self.rows or (type(x) in (tuple, list) and self._reads(x)) for x in given
-        )
+        rows = self.rows
+        for x in given:  # noqa: SIM110 (each call of a pass comes here, and `any` is slower)
+            if id(x) in rows or (type(x) in (tuple, list) and self._reads(x)):
+                return True
+        return False
 
     def _find(self, placed: Placed, given: Any) -> None:
         """Register unknown parameters in `given` that stand in place of a trained one."""

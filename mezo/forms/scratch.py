@@ -6,7 +6,7 @@ values if they were moved there and back (docs/numerics.md).
 """
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,15 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.forms.direction import Direction
+from mezo.forms.bundles import Bundles
+from mezo.forms.direction import Direction, Row
 from mezo.forms.reads import LOOKUP, Placed, Reads, eager
 from mezo.layers import PLAIN, within
-from mezo.noise import Move
+from mezo.noise import Move, live
 from mezo.noise.live import Numbers
 from mezo.noise.sharded import is_sharded, local
+
+_NESTED = (tuple, list, dict)
 
 
 class Scratch(Direction):
@@ -49,8 +52,10 @@ class Scratch(Direction):
         if not sign:
             yield
             return
-        with eager(), Moved(self, self.moves(sign)):
+        with eager(), Moved(self, self.moves(sign)) as moved:
             yield
+            if self.bundles is not None and not self.bundles.learned:
+                self.bundles.learn(list(moved.order.values()), self.scales)
 
     def moves(self, sign: int) -> list[Move]:
         """Return the moves from theta to the values that are read in its place."""
@@ -96,6 +101,9 @@ class Moved(Reads):
         super().__init__(perturbed)
         self.moves, self.distribution, self.scales = moves, perturbed.distribution, perturbed.scales
         self._tables: dict[float, Any] = {}  # by scale
+        self.bundles: Bundles | None = perturbed.bundles
+        self.order: dict[str, Row] = {}  # what was read whole, until it is learned
+        self._ready: dict[str, torch.Tensor] = {}  # what was perturbed and is not yet read
 
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
         tensors = [tensor for _, tensor, _ in self.rows.values()]
@@ -112,26 +120,40 @@ class Moved(Reads):
         return ("scratch", what, self.distribution, *where), numbers
 
     def call(self, function, args: tuple, kwargs: dict):
-        first = self.rows.get(id(args[0])) if args else None
-        element = function is torch.Tensor.__getitem__ and _is_index(args[1])
-        if element and first and not is_sharded(first[1]):
-            return self.slice(*first, int(args[1]))
         if function is LOOKUP:
             return self.lookup(*args, **kwargs)
-        return function(*self.perturbed(args), **self.perturbed(kwargs))
+        if function is torch.Tensor.__getitem__ and _is_index(args[1]):
+            row = self.rows.get(id(args[0]))
+            if row and not is_sharded(row[1]):
+                return self.slice(*row, int(args[1]))
+        kwargs = self.perturbed(kwargs) if kwargs else kwargs
+        return function(*self._each(args), **kwargs)
 
     def perturbed(self, given):
         """Return `given` with theta + eps z in place of every trained parameter in it."""
         if id(given) in self.rows:
             out = self.moved(*self.rows[id(given)])
-            return out if is_sharded(given) else local(out)
-        if type(given) is dict:
-            return {key: self.perturbed(value) for key, value in given.items()}
-        if type(given) in (tuple, list):
-            return type(given)(map(self.perturbed, given))
-        return given
+            return out if self.placed is None or is_sharded(given) else local(out)
+        kind = type(given)
+        if kind is dict:
+            return dict(zip(given, self._each(given.values()), strict=True))
+        return kind(self._each(given)) if kind in _NESTED else given
+
+    def _each(self, given: Iterable) -> list:
+        """Return `perturbed` of each; most are no parameters, and a call for each takes long."""
+        rows = self.rows
+        return [self.perturbed(x) if id(x) in rows or type(x) in _NESTED else x for x in given]
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
+        """Return theta + eps z, in a tensor of its own."""
+        if self.bundles is not None and live.current() is None:  # a graph has a launch for each
+            if (out := self._ready.pop(name, None)) is not None:
+                self.read.add(name)
+                return out
+            if (rows := self.bundles.of.get(name)) is not None and key is not None:
+                return self._bundled(rows, name)
+            if not self.bundles.learned and key is not None:
+                self.order.setdefault(name, Row(name, tensor, key))
         out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
         which = {"source": before}
         if (
@@ -140,6 +162,14 @@ class Moved(Reads):
             out.copy_(which.pop("source"))
         self._shift(out, name, tensor, key, before, **which)
         return out
+
+    def _bundled(self, rows: noise.Rows, name: str) -> torch.Tensor:
+        """Return theta + eps z of that parameter; the others of its bundle are ready from now."""
+        outs = [torch.empty_like(row.tensor, requires_grad=False) for row in rows]
+        noise.write_all_(outs, rows, self.table(name), distribution=self.distribution)
+        self.read.add(name)
+        self._ready = {row.name: out for row, out in zip(rows, outs, strict=True)}
+        return self._ready.pop(name)
 
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
         """Return tensor[index], perturbed: one expert's weights out of all experts'."""

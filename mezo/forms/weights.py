@@ -27,6 +27,10 @@ class Weights:
         if part.plain and update is None:  # float32 and float64 tensors move in one launch
             noise.apply_all_(part.rows, table, distribution=settings["distribution"])
             return
+        drawn = optimizer.plan.bundles.drawn if update is None and self.here else None
+        if drawn is not None:  # low rank: A of all matrices moves in one launch
+            drawn.add_(part.rows, table, optimizer.state)
+            return
         for name, p, _ in part.rows:
             state = optimizer.state.get(p, {})
             factors.update_(p, name, table, settings, state)

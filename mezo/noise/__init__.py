@@ -6,7 +6,7 @@ if numba and triton are installed.
 
 import importlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ from mezo.noise.definition import (
 
 __all__ = ["CONTRACT", "DISTRIBUTIONS", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST", "Distribution"]
 __all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
-__all__ += ["apply_all_", "apply_both_", "pieces", "table", "tensor_key"]
+__all__ += ["Rows", "apply_all_", "apply_both_", "pieces", "table", "tensor_key", "write_all_"]
 
 KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
 
@@ -186,8 +186,27 @@ def _opposite(moves: np.ndarray) -> np.ndarray:
     return turned
 
 
+class Rows(tuple):
+    """The (name, tensor, key) of tensors that are moved together, again and again.
+
+    What a launch needs to know of them is worked out once, and again if a tensor lies elsewhere.
+    Make a new one if a tensor's dtype, shape or strides may have changed.
+    """
+
+    launches: "list[_Launch] | None" = None
+    addresses: list[int] | None = None
+
+
+class _Launch(NamedTuple):
+    """Tensors of one kind among `Rows`."""
+
+    module: Any  # the kernels that move them all at once; None: one by one
+    which: list[int]  # their places among all
+    gathered: Any  # what the kernels know of them
+
+
 def apply_all_(
-    rows: Iterable[tuple[str, torch.Tensor, tuple[int, int]]],
+    rows: Sequence[tuple[str, torch.Tensor, tuple[int, int]]],
     moves: Sequence[Move] | Sequence[Sequence[Move]] | np.ndarray,
     *,
     distribution: str = "gaussian",
@@ -197,7 +216,8 @@ def apply_all_(
 
     Args:
         rows: (name, tensor, key) of different tensors, of any dtypes and devices. DTensors, and
-            tensors that the kernels do not support, are moved one by one.
+            tensors that the kernels do not support, are moved one by one. Give `Rows` if the same
+            tensors are moved again and again.
         moves: Moves for all tensors, or one sequence of moves per tensor, all of equal length.
         distribution: The name of one of `DISTRIBUTIONS`.
         kernel: False uses plain torch, which gives the same bits (for tests).
@@ -205,27 +225,65 @@ def apply_all_(
     if not len(moves):
         return
     if isinstance(moves, np.ndarray) or isinstance(moves[0], Move):
-        tables = np.atleast_2d(np.array(moves, _TABLE))
+        tables = np.array(moves, _TABLE, ndmin=2)
     else:
         tables = np.stack([table(own) for own in moves])  # type: ignore[arg-type]
-    listed, groups = list(rows), dict[Any, list[int]]()
-    for i, (_, tensor, _) in enumerate(listed):
+    launches = getattr(rows, "launches", None) if kernel else None
+    if launches is None or [one[1].data_ptr() for one in rows] != rows.addresses:  # type: ignore
+        launches = _launches(rows, kernel)
+    for module, which, gathered in launches:
+        own = tables[which] if len(tables) > 1 else tables
+        if module is not None:
+            module.apply_all_(gathered, own, distribution)
+            continue
+        for i, each in zip(which, np.broadcast_to(own, (len(which), own.shape[1])), strict=True):
+            _, tensor, key = rows[i]
+            apply_(tensor, key, each, distribution=distribution, kernel=kernel)
+
+
+def write_all_(
+    outs: Sequence[torch.Tensor],
+    rows: Rows,
+    moves: np.ndarray,
+    *,
+    distribution: str = "gaussian",
+) -> None:
+    """Set `outs` to the values of `rows` after the moves, which are the same for all.
+
+    The outs are contiguous, and have the dtypes, the shapes and the devices of the rows.
+    """
+    launches, addresses = rows.launches, [one[1].data_ptr() for one in rows]
+    if launches is None or addresses != rows.addresses:
+        launches = _launches(rows, True)
+    for module, which, gathered in launches[:1]:
+        if len(which) == len(rows) and hasattr(module, "write_all_"):
+            table = moves.reshape(1, -1)
+            return module.write_all_(outs, gathered, table, distribution)
+    for out, (_, tensor, key) in zip(outs, rows, strict=True):
+        apply_(out, key, moves, distribution=distribution, source=tensor.detach())
+    return None
+
+
+def _launches(rows: Sequence[tuple], kernel: bool) -> list[_Launch]:
+    """Sort tensors by what moves them; `Rows` remember it."""
+    groups: dict[Any, list[int]] = {}
+    for i, (_, tensor, _) in enumerate(rows):
         if not tensor.numel():
             continue
         kind = (tensor.device, tensor.dtype) if tensor.is_contiguous() else None
         ordinary = type(tensor) in _ORDINARY or not shards.is_sharded(tensor)
         groups.setdefault(kind if ordinary else None, []).append(i)
-    for taken, which in groups.items():
-        module = _kernel(taken[0].type) if kernel and taken else None
-        if module is None or not module.takes(*taken):
-            for i in which:
-                _, tensor, key = listed[i]
-                own = tables[i if len(tables) > 1 else 0]
-                apply_(tensor, key, own, distribution=distribution, kernel=kernel)
+    launches = []
+    for kind, which in groups.items():
+        module = _kernel(kind[0].type) if kernel and kind else None
+        if module is None or not module.takes(*kind):
+            launches.append(_Launch(None, which, None))
             continue
-        own = tables[which] if len(tables) > 1 else tables
-        tensors, keys = [listed[i][1] for i in which], [listed[i][2] for i in which]
-        module.apply_all_(tensors, keys, own, distribution, 0)
+        tensors, keys = [rows[i][1] for i in which], [rows[i][2] for i in which]
+        launches.append(_Launch(module, which, module.gather(tensors, keys, 0)))
+    if isinstance(rows, Rows) and kernel and all(type(one[1]) in _ORDINARY for one in rows):
+        rows.launches, rows.addresses = launches, [one[1].data_ptr() for one in rows]
+    return launches
 
 
 def _apply_in_pieces(tensor, key, moves, distribution, offset) -> None:

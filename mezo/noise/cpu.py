@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -36,7 +36,8 @@ _NEAREST = 3  # of the roundings in mezo.noise, the one that takes no bits
 _SPLIT = 2**16  # elements below which a second thread costs more than it brings
 _KIND = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STORED = (np.float32, np.uint16, np.uint16)  # what the kernel sees of each kind
-_TENSOR = np.dtype([("address", "u8"), ("n", "i8"), ("offset", "i8"), ("k0", "u8"), ("k1", "u8")])
+_FIELDS = {"address": "u8", "source": "u8", "n": "i8", "offset": "i8", "k0": "u8", "k1": "u8"}
+_TENSOR = np.dtype(list(_FIELDS.items()))  # `source` is where the old values are read
 
 
 def _working(x, out):
@@ -87,7 +88,7 @@ def _round(x, kind, rounding, row, words, step, probe, k0, k1):
     for begin in range(0, x.size, ROW):
         if begin == 0 or (row + begin // ROW) % 2 == 0:
             block = np.uint64((row + begin // ROW) // 2) * np.uint64(LANES)
-            words_of(words, block, step, probe, k0, k1, x[:0])
+            words_of(words, block, step, probe, k0, k1, x[:0], LANES)
         shift = np.int32(16 * ((row + begin // ROW) % 2))  # & 31: LLVM may take 32 bits for it
         part = x[begin : begin + ROW]
         for j in range(ROW):
@@ -109,11 +110,12 @@ def _add_normals(
         made = 2 * ROW if short else ROW
         for k in range(0, z.size, made):
             group = np.uint64((row + k // ROW) // 2 if short else row + k // ROW)
-            words_of(words, group * np.uint64(LANES), step, probe, k0, k1, ahead[k : k + made])
+            block, need = group * np.uint64(LANES), begin + x.size - k
+            words_of(words, block, step, probe, k0, k1, ahead[k : k + made], need)
             if short:
-                gaussian16(z[k : k + made], words)
+                gaussian16(z[k : k + made], words, need)
             else:
-                gaussian(z[k : k + made], words)
+                gaussian(z[k : k + made], words, need)
     noise = z[begin : begin + x.size]
     for j in range(x.size):
         x[j] = x[j] * scale + coefficient * noise[j]
@@ -125,7 +127,8 @@ def _add_signs(x, ahead, words, begin, row, scale, coefficient, group, step, pro
     wide()
     if row // 32 != group:
         group = row // 32
-        words_of(words, np.uint64(group) * np.uint64(LANES), step, probe, k0, k1, ahead)
+        block, need = np.uint64(group) * np.uint64(LANES), begin + x.size
+        words_of(words, block, step, probe, k0, k1, ahead, need)
     bits, i = float_bits(coefficient), 0
     while i < x.size:
         part = x[i : min(x.size, i + ROW - begin)]
@@ -211,13 +214,15 @@ def _apply_all(tensors, like, kind, distribution, moves, begin, end):
     first = 0
     for t in range(tensors.size):
         one = tensors[t]
-        start, stop = max(begin - first, 0), min(end - first, one.n)
-        first += one.n
+        n, offset, in_place = one.n, one.offset, one.source == one.address
+        start, stop = max(begin - first, 0), min(end - first, n)
+        first += n
         if start >= stop:
             continue
-        part = numba.carray(_pointer(one.address), one.n, like.dtype)[start:stop]
+        part = numba.carray(_pointer(one.address), n, like.dtype)[start:stop]
+        source = numba.carray(_pointer(one.source), n, like.dtype)[start:stop]
         own = moves[t if moves.shape[0] > 1 else 0]
-        _apply(part, part, kind, True, one.offset + start, distribution, own, one.k0, one.k1)
+        _apply(part, source, kind, in_place, offset + start, distribution, own, one.k0, one.k1)
 
 
 @cache
@@ -250,17 +255,41 @@ def apply_(tensor, key, moves, distribution, offset, source, rows) -> None:
     _in_parallel(run_rows, len(rows), -(-_SPLIT // out.shape[1]))
 
 
-def apply_all_(tensors: Sequence[torch.Tensor], keys, moves, distribution, offsets) -> None:
-    """Do what `mezo.noise.apply_all_` does, for tensors of one dtype that `supports` accepts."""
+class Gathered(NamedTuple):
+    """What `apply_all_` knows of tensors of one dtype."""
+
+    places: np.ndarray  # of _TENSOR
+    like: np.ndarray  # an empty array of the type that they are stored in
+    kind: int
+    elements: int  # of all of them
+
+
+def gather(tensors: Sequence[torch.Tensor], keys, offsets) -> Gathered:
+    """Return what `apply_all_` takes, for tensors of one dtype that `supports` accepts."""
     kind = _KIND[tensors[0].dtype]
     places = np.empty(len(tensors), _TENSOR)
-    places["address"] = [tensor.data_ptr() for tensor in tensors]
+    places["address"] = places["source"] = [tensor.data_ptr() for tensor in tensors]
     places["n"] = [tensor.numel() for tensor in tensors]
     places["offset"] = offsets
     places["k0"], places["k1"] = np.array(keys, np.uint64).T
-    like, which = np.empty(0, _STORED[kind]), DISTRIBUTIONS[distribution].code
-    count, what = int(places["n"].sum()), (places, like, kind, which, moves)
-    if count <= _SPLIT:
+    return Gathered(places, np.empty(0, _STORED[kind]), kind, int(places["n"].sum()))
+
+
+def write_all_(outs: Sequence[torch.Tensor], gathered: Gathered, moves, distribution: str) -> None:
+    """Set contiguous tensors to what was gathered after the moves; those gathered stay as they are.
+
+    The caller has looked that they lie where they did.
+    """
+    places = gathered.places.copy()
+    places["address"] = [out.data_ptr() for out in outs]
+    apply_all_(gathered._replace(places=places), moves, distribution)
+
+
+def apply_all_(gathered: Gathered, moves: np.ndarray, distribution: str) -> None:
+    """Do what `mezo.noise.apply_all_` does, for what was gathered."""
+    places, like, kind, count = gathered
+    what = places, like, kind, DISTRIBUTIONS[distribution].code, moves
+    if count <= _SPLIT or torch.get_num_threads() == 1:
         _apply_all(*what, 0, count)
     else:
         _in_parallel(partial(_apply_all, *what), count, _SPLIT)

@@ -129,11 +129,12 @@ def _angle(word):
 
 
 @numba.njit(nogil=True, cache=True)
-def words_of(words, block, step, probe, k0, k1, ahead):
+def words_of(words, block, step, probe, k0, k1, ahead, lanes):
     """The 256 x 4 words of one group: 1,024 normals, 32,768 signs, or 2,048 times 16 bits.
 
-    Meanwhile the memory of `ahead`, which is to be moved next, comes into the cache: drawing keeps
-    the processor busy and leaves the memory idle, which would be half of the time otherwise.
+    Only the first `lanes` of 256 blocks have to be drawn: short tensors need no more. Meanwhile the
+    memory of `ahead`, which is to be moved next, comes into the cache: drawing keeps the processor
+    busy and leaves the memory idle, which would be half of the time otherwise.
     """
     wide()
     a, b, c, d = (
@@ -143,8 +144,9 @@ def words_of(words, block, step, probe, k0, k1, ahead):
         words[-LANES:],
     )
     lines = -(-ahead.size * ahead.itemsize // 64)
-    for part in range(_PARTS):
-        for line in range(part * lines // _PARTS, (part + 1) * lines // _PARTS):
+    parts = min(_PARTS, -(-lanes // (LANES // _PARTS)))
+    for part in range(parts):
+        for line in range(part * lines // parts, (part + 1) * lines // parts):
             prefetch(ahead, line * (64 // ahead.itemsize))
         for lane in range(part * (LANES // _PARTS), (part + 1) * (LANES // _PARTS)):
             w0, w1, w2, w3 = _philox(block + np.uint64(lane), step, probe, k0, k1)
@@ -157,12 +159,13 @@ def words_of(words, block, step, probe, k0, k1, ahead):
 
 
 @numba.njit(nogil=True, cache=True)
-def gaussian(z, words):
-    """1,024 normals of one group's words. (From Philox's 64 bits it takes 1.3 times as long.)"""
+def gaussian(z, words, count):
+    """The first `count` of 1,024 normals, or more. (From Philox's 64 bits it takes 1.3 times.)"""
     wide()
-    for half in range(0, ROW, 2 * LANES):
+    lanes = min(LANES, count)
+    for half in range(0, min(ROW, count), 2 * LANES):
         here, word = z[half : half + 2 * LANES], words[half : half + 2 * LANES]
-        for lane in range(LANES):
+        for lane in range(lanes):
             r, (c, s) = _radius(word[lane]), _angle(word[lane + LANES])
             here[lane], here[lane + LANES] = r * c, r * s
 
@@ -176,11 +179,11 @@ def _polynomial(bits):
 
 
 @numba.njit(nogil=True, cache=True)
-def gaussian16(z, words):
-    """2,048 numbers of one group's words; the sums of a word's two halves are made together."""
+def gaussian16(z, words, count):
+    """The first `count` of 2,048 numbers, or more; a word's two halves are summed together."""
     wide()
     low, high = z[:ROW], z[ROW : 2 * ROW]
-    for j in range(ROW):
+    for j in range(min(ROW, count)):
         word = words[j]
         first, second = word & _SEVEN, np.int32(word >> np.int32(4)) & _BYTE
         third = np.int32(word >> np.int32(8)) & _BYTE

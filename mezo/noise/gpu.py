@@ -256,11 +256,17 @@ def _runs(n: int, offset: int, *tensors: torch.Tensor) -> list[tuple[int, int, b
     return [run for run in runs if run[0] < run[1]]
 
 
-def apply_all_(tensors, keys, moves: np.ndarray, distribution: str, offsets) -> None:
-    """Do what `mezo.noise.apply_all_` does, for supported tensors of one dtype and device.
+def gather(tensors, keys, offsets) -> tuple:
+    """Return what `apply_all_` takes, for supported tensors of one dtype and device."""
+    return tensors, keys, offsets
+
+
+def apply_all_(gathered: tuple, moves: np.ndarray, distribution: str) -> None:
+    """Do what `mezo.noise.apply_all_` does, for what was gathered.
 
     Two launches: one of the spans that need no masks, and one of all others, if there are any.
     """
+    tensors, keys, offsets = gathered
     device, dtype = tensors[0].device, tensors[0].dtype
     stream = tensors[0].is_cuda and torch.cuda.current_stream(device).cuda_stream
     launch = _launch(moves, dtype, distribution)
