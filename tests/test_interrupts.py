@@ -73,6 +73,9 @@ def run(name: str, path, stop: int | None = None) -> int:
                 optimizer.step(model)
         except KeyboardInterrupt:
             pass
+        assert torch._C._is_torch_function_enabled()  # a `with` that a signal ends may not exit
+        assert not torch._C._len_torch_function_stack()
+        assert torch.is_grad_enabled()
         agree(optimizer, model, path, dtype)
         for _ in range(2):
             optimizer.step(model)

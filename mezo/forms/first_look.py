@@ -22,6 +22,7 @@ from mezo.errors import InputError
 from mezo.forms.direction import Direction, Row
 from mezo.forms.reads import eager, tensors
 from mezo.forms.rounding import HALF
+from mezo.interrupts import held
 from mezo.noise.sharded import is_sharded, local
 
 _CLOSE = 4  # units in the last place by which two losses of one point may differ
@@ -261,7 +262,7 @@ class Seen(_Watching):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        with torch._C.DisableTorchFunction():  # or Reads would take this for the model's
+        with held(), torch._C.DisableTorchFunction():  # or `Reads` sees it, too
             self._look(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -292,7 +293,7 @@ class OtherPadding(_Watching):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
+        with held(), torch._C.DisableTorchFunction():
             if _is_padded(function, args) and self.name_of(args[0]) is not None:
                 found[args[1] == args[2]] += 1
         return found

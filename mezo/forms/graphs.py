@@ -29,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mezo.forms.reads import Reads
+from mezo.interrupts import held
 from mezo.noise import live
 
 Function = Callable[[Any], Any]
@@ -203,7 +204,7 @@ class Graphs:
             self.backend = CudaGraphs(device)
         mode, around, numbers = Reads.innermost(), None, _PLAIN
         if mode is not None:
-            with torch._C.DisableTorchFunction():  # the mode would be asked about each tensor
+            with held(), torch._C.DisableTorchFunction():  # or the mode would see each tensor
                 found = mode.sequence(device)
             if found is None:
                 return None
