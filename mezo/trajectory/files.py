@@ -1,11 +1,13 @@
 """Run logs as files: reading either form, writing a new file, and making a log compact."""
 
 import json
+import os
 import struct
 import zlib
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -16,6 +18,11 @@ from mezo.trajectory import columns
 from mezo.trajectory.compact import decode, encode, without_losses
 from mezo.trajectory.format import COMPACT, MAGIC, Log, Segment, checksum, layout
 from mezo.trajectory.header import Damage, check, check_version, parse
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that write one log are not noticed there
+    fcntl = None  # type: ignore[assignment]
 
 MAX_HEADER = 2**26  # bytes
 
@@ -102,6 +109,27 @@ def begun(path: str | Path) -> bool:
     except Damage:
         return True
     return len(text) == length + 4 or length > MAX_HEADER
+
+
+def locked(path: str | Path) -> FileIO:
+    """Open and lock the file for writing, with its contents unchanged; create it if necessary."""
+
+    def create(name: str, flags: int) -> int:  # "wb" would empty another run's log before the lock
+        return os.open(name, flags | os.O_CREAT, 0o666)
+
+    try:
+        file = open(path, "r+b", buffering=0, opener=create)  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise InputError(f"{path}: another run is writing this log") from None
+        except OSError:  # a file system without locks
+            pass
+    return cast(FileIO, file)
 
 
 def compact(path: str | Path, out: str | Path, *, losses: bool = True) -> None:

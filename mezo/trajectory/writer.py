@@ -1,13 +1,14 @@
 """Write a run log: one record per step, appended before the step ends."""
 
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +23,9 @@ from mezo.options.option import Logged
 from mezo.options.table import ESTIMATORS, OPTIONS
 from mezo.record import Record
 from mezo.trajectory import start_values
-from mezo.trajectory.files import begun, read
+from mezo.trajectory.files import begun, locked, read
 from mezo.trajectory.format import FORMAT, checksum, frame
 from mezo.trajectory.header import IDENTITY, Damage, check, places
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that write one log are not noticed there
-    fcntl = None  # type: ignore[assignment]
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
@@ -78,6 +74,7 @@ class Writer:
         self._trained = optimizer.trained()
         constant = [option.name for option in OPTIONS if option.constant]
         self._known = {name: optimizer.settings[name] for name in constant}
+        self._versions, self._told = _versions(optimizer), False
         optimizer.observers.append(self)
         optimizer.guards.append(self._check_constants)
 
@@ -103,6 +100,7 @@ class Writer:
 
     def _check_constants(self) -> None:
         """Raise InputError, before a step, if a setting that must be constant has changed."""
+        self._check_writes()
         settings = self.optimizer.settings
         same = all(settings[key] == value for key, value in self._known.items())
         if same and self.optimizer.trained() is self._trained:
@@ -116,6 +114,25 @@ class Writer:
                     "log would not replay; change it back, or begin another log from these weights"
                 )
         self._trained = self.optimizer.trained()
+
+    def _check_writes(self) -> None:
+        """Warn, once, if something else has written to a trained weight since the last step.
+
+        torch counts what writes to a tensor. It does not count writes through `.data`, but for the
+        assignment of another tensor, nor those of numpy; and values may have been put back.
+        """
+        if self._told or self.optimizer.memory.written == self._step:
+            return
+        here = _versions(self.optimizer)
+        odd = [name for name, seen in self._versions.items() if here.get(name, seen) != seen]
+        if odd:
+            self._told = True
+            logging.getLogger("mezo").warning(
+                "%s: something besides the optimizer wrote to %s before step %d (weight clipping, "
+                "an average, load_state_dict, a callback): unless the values are those of before, "
+                "the log replays to other weights; begin another log after such a change",
+                *(self.path, odd[0], self._step),
+            )
 
     def __call__(self, record: Record) -> None:
         if record.step != self._step:  # an interrupt came between an update and its record
@@ -135,6 +152,7 @@ class Writer:
         row = struct.pack(f"<{len(values) - 1}df{len(lrs)}d", *values, *lrs)
         data += row + struct.pack("<I", checksum(row, record.step))
         self._put(data, settings, record.step + 1)
+        self._versions = {} if self._told else _versions(self.optimizer)
 
     def _put(self, data: bytes, settings: dict[str, Any], step: int) -> None:
         self._pending += data
@@ -228,7 +246,7 @@ def record(
     Raises InputError, and leaves the file as it is, if another process is writing it, if it is of
     another run, if it lacks steps before the optimizer's, or if the log cannot be written.
     """
-    created, file = not Path(path).exists(), _locked(path)
+    created, file = not Path(path).exists(), locked(path)
     try:
         if resume and begun(path):
             return Writer(optimizer, path, file, _end_of(path, optimizer), {})
@@ -242,27 +260,6 @@ def record(
         if created:
             Path(path).unlink(missing_ok=True)
         raise
-
-
-def _locked(path: str | Path) -> FileIO:
-    """Open and lock the file for writing, with its contents unchanged; create it if necessary."""
-
-    def create(name: str, flags: int) -> int:  # "wb" would empty another run's log before the lock
-        return os.open(name, flags | os.O_CREAT, 0o666)
-
-    try:
-        file = open(path, "r+b", buffering=0, opener=create)  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise InputError(f"{path}: another run is writing this log") from None
-        except OSError:  # a file system without locks
-            pass
-    return cast(FileIO, file)
 
 
 def header_of(
@@ -330,6 +327,17 @@ def _constants(optimizer: MeZO) -> dict[str, Any]:
     """Return what must stay constant during a log: the settings of `identity`, and the tensors."""
     entries = places([entry for entry, _ in _entries(optimizer)])
     return identity(optimizer) | {f"parameter {name}": place for name, place in entries.items()}
+
+
+def _versions(optimizer: MeZO) -> dict[str, tuple[int, int]]:
+    """Return, by name, how often each trained weight was written to, and where it lies.
+
+    Weights that are sharded or offloaded are left out: others move them between steps.
+    """
+    if not optimizer.weights.here:
+        return {}
+    plain = [(n, p) for n, p, _ in optimizer.trained() if not p.is_inference()]
+    return {name: (p._version, p.data_ptr()) for name, p in plain}
 
 
 def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:
