@@ -5,9 +5,12 @@ of 5,000 digits ValueError, a damaged gzip stream zlib.error, and a tokenizer's 
 panic in Rust. Here each of them becomes an InputError of one line that names the file.
 """
 
+import errno
 import importlib
 import importlib.util
 import json
+import os
+import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -136,6 +139,20 @@ def _expanded(value: Any, sizes: dict[int, int], outer: tuple[int, ...]) -> int:
         if sizes[id(value)] > MAX_OPTIONS:
             raise ValueError(f"its aliases stand for more than {MAX_OPTIONS:,} values")
     return sizes[id(value)]
+
+
+def check_name(name: str | Path, what: str) -> None:
+    """Raise InputError if no file can have this name: it is too long, or it has a NUL.
+
+    `what` says in the error what the name is for. Python's own functions raise OSError for some of
+    these names where they ask only whether a file exists.
+    """
+    try:
+        os.stat(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+            short = reprlib.repr(str(name))
+            raise InputError(f"{what} {short}: no file can have this name") from None
 
 
 def imported(text: str, what: str) -> Any:

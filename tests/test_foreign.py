@@ -416,3 +416,18 @@ def test_many_mutated_files_end_in_one_line(place, tmp_path, own_cache):
         fuzz(place, tmp_path, QUICK_READERS if rng.random() < 0.5 else SLOW_READERS, rng)
         done += 1
     sys.stderr.write(f"{done} mutated files were read or refused in one line\n")
+
+
+@pytest.mark.parametrize("name", ["[" * 5_000, "a/" * 4_000 + "a", "nul\0"])
+def test_a_name_that_no_file_can_have_is_one_line(name, tmp_path):
+    """The system refuses to look for it, where Python's own question is whether it is there."""
+    config = {"peft_type": "LORA", "base_model_name_or_path": name}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for read in (
+        lambda: loading.load(ModelArguments(model_name_or_path=name)),
+        lambda: loading.load(ModelArguments(model_name_or_path=str(tmp_path))),
+        lambda: load_examples(REVIEWS, "train", data_dir=name),
+        lambda: load_rows("sft", TextArguments(train_file=f"{name}.jsonl")),
+    ):
+        with pytest.raises(InputError, match="no file can have this name"):
+            read()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mezo.errors import InputError
-from mezo.foreign import check_file, foreign, read_json
+from mezo.foreign import check_file, check_name, foreign, read_json
 from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
 from mezo.models.arguments import ModelArguments
 from mezo.models.gguf_files import folder_sha256, gguf_file, gguf_folder, gguf_sha256, relocated
@@ -76,6 +76,7 @@ def located(name: str) -> str:
     InputError where the file or the embedded model's package is missing or unfit.
     """
     name = str(EMBEDDED[name]()) if name in EMBEDDED else name
+    check_name(name, "model")
     path = gguf_file(name)
     return name if path is None else str(gguf_folder(path))
 
@@ -106,6 +107,7 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
 
 def is_adapter(name: str) -> bool:
     """Return whether a model's name is a folder with a peft adapter, whose base it is."""
+    check_name(name, "model")
     return Path(name, "adapter_config.json").is_file()
 
 

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from mezo.compatibility import delete_adapter
 from mezo.errors import InputError
-from mezo.foreign import check_file, foreign, reason_of
+from mezo.foreign import check_file, check_name, foreign, reason_of
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import TextArguments
@@ -192,6 +192,7 @@ def _from_file(name: str | None) -> Dataset:
     path = Path(str(name))
     if path.suffix not in FORMATS:
         raise InputError(f"{path} is not one of {', '.join(FORMATS)}")
+    check_name(path, "file")
     if not path.exists():
         raise InputError(f"file not found: {path}")
     if check_file(path).stat().st_size == 0:

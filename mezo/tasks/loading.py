@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.foreign import reason_of
+from mezo.foreign import check_name, reason_of
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import Example, Hub, Row, Task
 
@@ -88,6 +88,7 @@ def _from_hub(task: Task, hub: Hub, split: str) -> list[Example]:
 
 def _find(task: Task, split: str, folder: Path) -> Path:
     """Return the file of a split in a folder: one of the published names, or split and suffix."""
+    check_name(folder, "data_dir")
     if not folder.is_dir():
         raise InputError(f"data_dir {folder} is not a folder")
     found = _files(task, split, folder)

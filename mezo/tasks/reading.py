@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.foreign import check_file, foreign, parse_json
+from mezo.foreign import check_file, check_name, foreign, parse_json
 from mezo.tasks.task import Reader, Row
 
 MAX_LINE = 2**26  # characters of a line: a few bytes of gzip can stand for gigabytes
@@ -27,6 +27,7 @@ def read(path: Path, readers: Mapping[str, Reader]) -> Iterator[tuple[str, Row]]
     """
     if path.suffix not in readers:
         raise InputError(f"{path.name} is not one of {', '.join(readers)}")
+    check_name(path, "file")
     if not path.exists():
         raise InputError(f"file not found: {path}")
     check_file(path)

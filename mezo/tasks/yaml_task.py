@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.foreign import read_options
+from mezo.foreign import check_name, read_options
 from mezo.tasks.task import Hub, Row, Task, custom_task
 
 FIELDS = {  # what is read
@@ -256,6 +256,7 @@ def _data(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for ours, split in splits.items():
         if not isinstance(files.get(split), str):
             raise InputError(f"data_files has no file {split!r}")
+        check_name(files[split], "data file")
         file = Path(files[split])  # in the working directory, as in the harness; else beside ours
         found[ours] = str(file if file.is_file() else path.parent / file)
     if "train" not in found:
