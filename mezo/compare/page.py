@@ -65,7 +65,11 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _interval(found: Sequence[float] | None) -> str:
-    return f"{100 * found[0]:.1f} to {100 * found[1]:.1f}" if found else "-"
+    """Return an interval in per cent, of which no metric leaves 0 to 100."""
+    if not found:
+        return "-"
+    low, high = (min(100.0, max(0.0, 100 * end)) for end in found)
+    return f"{low:.1f} to {high:.1f}"
 
 
 def size(count: float) -> str:
