@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed as dist
 
 from mezo.errors import InputError
 from mezo.evaluation.evaluate import Result, candidate_metrics
@@ -49,12 +50,16 @@ class LinearProbe:
         )
 
     def save(self, folder: str | Path) -> int:
-        """Write probe.safetensors into the folder; return its size in bytes."""
-        from safetensors.numpy import save_file
+        """Write probe.safetensors into the folder; return its size in bytes.
 
-        path = Path(folder, "probe.safetensors")
-        save_file({"weight": self.weight, "bias": self.bias}, path)
-        return path.stat().st_size
+        Of several processes, which all have fitted the same probe, the first alone writes it.
+        """
+        from safetensors.numpy import save
+
+        data = save({"weight": self.weight, "bias": self.bias})
+        if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+            Path(folder, "probe.safetensors").write_bytes(data)
+        return len(data)
 
 
 def features_of(
