@@ -77,7 +77,7 @@ class Recording:
 
         def replay():
             self.replays += 1
-            with torch._C.DisableTorchFunction():
+            with torch._C.DisableTorchFunction(), torch.autocast("cpu", enabled=False):
                 tape.replay()
 
         return replay, out
