@@ -431,3 +431,11 @@ def test_a_name_that_no_file_can_have_is_one_line(name, tmp_path):
     ):
         with pytest.raises(InputError, match="no file can have this name"):
             read()
+
+
+def test_text_that_is_not_utf_8_is_one_line(tmp_path):
+    """arrow reads such bytes into a string, which nothing can read again."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "\xaf"}\n')
+    with pytest.raises(InputError, match=r"pairs.jsonl is not UTF-8: .* 0xaf"):
+        load_rows("sft", TextArguments(train_file=str(path)))
