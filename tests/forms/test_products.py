@@ -196,7 +196,7 @@ def test_no_step_makes_a_thing_of_a_matrix_size(paired):
 
 def test_an_embedding_that_rescales_itself_is_refused_by_name():
     embedding = torch.nn.Embedding(4, 2, max_norm=1.0)
-    with pytest.raises(InputError, match="embedding weight has max_norm"):
+    with pytest.raises(InputError, match=r"weight.*max_norm"):
         optimizer_of(embedding).step(lambda: embedding(torch.arange(3)).sum())
 
 
