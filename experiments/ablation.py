@@ -43,7 +43,7 @@ class Method:
 
     lr: float
     options: dict[str, Any] = field(default_factory=dict)
-    recipe: dict[str, Any] = field(default_factory=dict)
+    fresh_batches: bool = False
     layers: str = ""
     subspace: str = ""  # a function of rules/subspaces.py
     prompt: bool = True
@@ -59,9 +59,9 @@ INSIDE = {"trainable": "coefficients|values"}
 METHODS = {
     "mezo": Method(2e-4),
     "no prompt": Method(2e-4, prompt=False),
-    "n = 4": Method(6e-4, recipe={"num_samples": 4}),
-    "n = 4, fresh batches": Method(6e-4, recipe={"num_samples": 4, "fresh_batches": True}),
-    "n = 16": Method(2e-3, recipe={"num_samples": 16}),
+    "n = 4": Method(6e-4, {"num_samples": 4}),
+    "n = 4, fresh batches": Method(6e-4, {"num_samples": 4}, fresh_batches=True),
+    "n = 16": Method(2e-3, {"num_samples": 16}),
     "momentum": Method(2e-5, _rule(Momentum(0.9))),
     "adam": Method(1e-4, _rule("adam")),
     "scalar adam": Method(2e-4, _rule(ScalarAdam())),
@@ -70,17 +70,17 @@ METHODS = {
     "variance modified, gradients": Method(2e-4, layers="variance gradients"),
     "expectation modified, weights": Method(2e-4, layers="expectation parameters"),
     "one point": Method(2e-6, {"estimator": "one_point"}),
-    "one sided, n = 8": Method(1e-3, {"estimator": "one_sided"}, {"num_samples": 8}),
-    "fzoo": Method(2e-4, FZOO, {"num_samples": 8, "distribution": "rademacher"}),
-    "rademacher": Method(2e-4, recipe={"distribution": "rademacher"}),
-    "gaussian16": Method(2e-4, recipe={"distribution": "gaussian16"}),
-    "low rank": Method(2e-4, recipe={"perturbation": "low_rank"}),
-    "low rank, momentum": Method(2e-5, _rule(Momentum(0.9)), {"perturbation": "low_rank"}),
-    "zo-muon": Method(1e-3, {"rule": ZOMuon(vectors=0.1)}, MUON | {"num_samples": 4}),
+    "one sided, n = 8": Method(1e-3, {"estimator": "one_sided", "num_samples": 8}),
+    "fzoo": Method(2e-4, FZOO | {"num_samples": 8, "distribution": "rademacher"}),
+    "rademacher": Method(2e-4, {"distribution": "rademacher"}),
+    "gaussian16": Method(2e-4, {"distribution": "gaussian16"}),
+    "low rank": Method(2e-4, {"perturbation": "low_rank"}),
+    "low rank, momentum": Method(2e-5, _rule(Momentum(0.9)) | {"perturbation": "low_rank"}),
+    "zo-muon": Method(1e-3, {"rule": ZOMuon(vectors=0.1)} | MUON | {"num_samples": 4}),
     "anchored decay": Method(2e-4, {"rule": Anchored(10.0)}),
-    "activation subspace": Method(2e-3, recipe=INSIDE, subspace="activations"),
-    "sensitive weights": Method(2e-3, recipe=INSIDE, subspace="sensitive"),
-    "smaller half": Method(2e-4, recipe={"perturbation": "scratch"}, layers="small"),
+    "activation subspace": Method(2e-3, INSIDE, subspace="activations"),
+    "sensitive weights": Method(2e-3, INSIDE, subspace="sensitive"),
+    "smaller half": Method(2e-4, {"perturbation": "scratch"}, layers="small"),
 }
 GUESS = {"causal-lm": 1.0, "minilm": 0.5}  # of a model, beside the method's
 TASKS = {
@@ -101,7 +101,8 @@ class Setting:
         self.test = tasks.sample(tasks.load_examples(self.task, "test", **where), 872, 0)
 
     def recipe(self, method: Method, lr: float) -> Recipe:
-        plain = Recipe("mezo", 1, lr, batch_size=16, options=method.options, **method.recipe)
+        how = {"options": method.options, "fresh_batches": method.fresh_batches}
+        plain = Recipe("mezo", 1, lr, batch_size=16, **how)
         passes = passes_of(method.options.get("estimator", "two_point"), plain.num_samples)
         return replace(plain, steps=max(1, self.args.passes // passes))
 

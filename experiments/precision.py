@@ -124,7 +124,7 @@ def estimate(data_dir: str, directions: int = 200) -> dict:
 
 def run(name: str, seed: int, data_dir: str) -> dict:
     dtype, options = RUNS[name]
-    task, recipe = tasks.get("sst2"), replace(BASE, **options)
+    task, recipe = tasks.get("sst2"), replace(BASE, options=options)
     train = tasks.load_examples(task, "train", data_dir=data_dir)
     mixed = tasks.sample(train, 2500, seed)
     model, form = load(dtype)
@@ -134,7 +134,7 @@ def run(name: str, seed: int, data_dir: str) -> dict:
         options = {"seed": seed, "held_out": held_out, "log": f"{folder}/run.mezo"}
         tuned = tune(model, form, mixed[:2000], recipe, evaluations=10, **options)
         found = {"recipe": asdict(recipe), "curve": [asdict(p) for p in tuned.points]}
-        if recipe.rounding == "stochastic" and dtype != "float32":
+        if "rounding" not in recipe.options and dtype != "float32":
             rebuilt, _ = load(dtype)
             rounded_once(rebuilt, f"{folder}/run.mezo")
             again = evaluate(rebuilt, form, held_out)

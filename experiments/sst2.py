@@ -25,13 +25,13 @@ ZERO_SHOT = ("zero-shot", "zero-shot-calibrated")
 BIASES = r"bias|LayerNorm|layer_norm"
 RECIPES = {
     "minilm": {
-        "mezo-biases": Recipe("mezo", 450, 5e-3, eps=1e-2, trainable=BIASES),
-        "mezo-biases-2000": Recipe("mezo", 2000, 5e-3, eps=1e-2, trainable=BIASES),
-        "mezo": Recipe("mezo", 250, 1.4e-4, distribution="rademacher"),
+        "mezo-biases": Recipe("mezo", 450, 5e-3, options={"eps": 1e-2}, trainable=BIASES),
+        "mezo-biases-2000": Recipe("mezo", 2000, 5e-3, options={"eps": 1e-2}, trainable=BIASES),
+        "mezo": Recipe("mezo", 250, 1.4e-4, options={"distribution": "rademacher"}),
         "adam": Recipe("adam", 150, 5e-5, batch_size=16),
     },
     "causal-lm": {
-        "mezo-biases": Recipe("mezo", 600, 3e-3, eps=1e-2, trainable=BIASES),
+        "mezo-biases": Recipe("mezo", 600, 3e-3, options={"eps": 1e-2}, trainable=BIASES),
         "mezo": Recipe("mezo", 600, 2e-4),
         "adam": Recipe("adam", 200, 3e-4, batch_size=16),
     },

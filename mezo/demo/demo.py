@@ -52,10 +52,10 @@ SETTINGS = {
         "backward passes.",
         recipes={
             "MeZO, biases and norms": Recipe(
-                "mezo", 300, 1e-3, batch_size=16, eps=1e-2, trainable=r"bias|norm"
+                "mezo", 300, 1e-3, batch_size=16, options={"eps": 1e-2}, trainable=r"bias|norm"
             ),
             "MeZO, all weights": Recipe(
-                "mezo", 300, 1e-4, batch_size=16, distribution="rademacher"
+                "mezo", 300, 1e-4, batch_size=16, options={"distribution": "rademacher"}
             ),
             "Adam, all weights": Recipe("adam", 60, 5e-5, batch_size=16),
         },
@@ -68,9 +68,11 @@ SETTINGS = {
         "runs backward passes.",
         recipes={
             "MeZO, biases and norms": Recipe(
-                "mezo", 450, 5e-3, eps=1e-2, trainable=r"bias|LayerNorm"
+                "mezo", 450, 5e-3, options={"eps": 1e-2}, trainable=r"bias|LayerNorm"
             ),
-            "MeZO, all weights": Recipe("mezo", 250, 1.4e-4, distribution="rademacher"),
+            "MeZO, all weights": Recipe(
+                "mezo", 250, 1.4e-4, options={"distribution": "rademacher"}
+            ),
             "Adam, all weights": Recipe("adam", 150, 5e-5, batch_size=16),
         },
         demonstrations=8,

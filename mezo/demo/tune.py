@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from mezo import noise, trajectory
+from mezo import trajectory
 from mezo.errors import InputError
 from mezo.estimators import passes_of
 from mezo.evaluation.curve import Point
@@ -25,6 +25,7 @@ from mezo.mezo import MeZO
 from mezo.models.modes import Batch, evaluating, to_device
 from mezo.models.trainable import select
 from mezo.objectives import Feature, Form
+from mezo.runs.lifecycle import warm_up
 from mezo.tasks import Example
 
 Step = Callable[[Sequence[Batch], float], float]  # (batch or batches, learning rate) -> loss
@@ -38,16 +39,13 @@ class Recipe:
     steps: int
     lr: float
     batch_size: int = 32
-    eps: float = 1e-3
-    num_samples: int = 1
-    distribution: str = "gaussian"
     trainable: str = ""  # regular expression on parameter names; "" is all
-    perturbation: str | None = None
-    rank: int = 1  # for perturbation="low_rank"
-    interval: int = 50  # for perturbation="low_rank"
-    rounding: str = "stochastic"
-    options: dict[str, Any] = field(default_factory=dict)  # further options of MeZO: rule, ...
+    options: dict[str, Any] = field(default_factory=dict)  # of MeZO: eps, num_samples, rule, ...
     fresh_batches: bool = False  # whether each direction has its own batch (Algorithm 2)
+
+    @property
+    def num_samples(self) -> int:
+        return self.options.get("num_samples", 1)
 
 
 @dataclass
@@ -129,19 +127,7 @@ def stepper(model, form: Form, recipe: Recipe, seed: int) -> tuple[Step, torch.o
     """Return a function that makes one step on a batch at a learning rate, and its optimizer."""
     optimizer: torch.optim.Optimizer
     if recipe.method == "mezo":
-        optimizer = MeZO(
-            model.named_parameters(),
-            recipe.lr,
-            eps=recipe.eps,
-            num_samples=recipe.num_samples,
-            distribution=recipe.distribution,
-            perturbation=recipe.perturbation,
-            rank=recipe.rank,
-            interval=recipe.interval,
-            rounding=recipe.rounding,
-            seed=seed,
-            **recipe.options,
-        )
+        optimizer = MeZO(model.named_parameters(), recipe.lr, seed=seed, **recipe.options)
         compute = partial(_forward_only, model, form, optimizer)
     else:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -188,8 +174,7 @@ def extra_memory(model, form: Form, examples: Sequence[Example], recipe: Recipe)
     select(model, recipe.trainable)
     features = sorted((form.encode(e) for e in examples), key=lambda feature: feature["length"])
     batch = to_device(form.collate(features[-recipe.batch_size :]), model)
-    move = noise.Move(0, 0, 1.0, 1.0)
-    noise.apply_(torch.zeros(2**18), (0, 0), [move], distribution=recipe.distribution)
+    warm_up(recipe.options.get("distribution", "gaussian"))
     for p in model.parameters():
         p.detach().sum()  # files are mapped, and a weight counts once it has been read
 

@@ -100,7 +100,6 @@ def apply_(
     offset: int = 0,
     source: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
-    kernel: bool = True,
 ) -> None:
     """Apply `moves` to a tensor in order, in one pass over it; z is never stored.
 
@@ -119,7 +118,6 @@ def apply_(
             `tensor`.
         rows: int64; tensor[k] is row rows[k] of the parameter, as in an embedding lookup. It cannot
             be combined with `source` or `offset`.
-        kernel: False uses plain torch, which gives the same bits (for tests).
     """
     moves = table(moves)
     if not len(moves) or not tensor.numel():
@@ -127,9 +125,9 @@ def apply_(
     if shards.is_sharded(tensor):
         if source is not None:
             tensor.copy_(source)
-        move = partial(apply_, key=key, moves=moves, distribution=distribution, kernel=kernel)
+        move = partial(apply_, key=key, moves=moves, distribution=distribution)
         return shards.apply_(tensor, move)
-    module = _kernel(tensor.device.type) if kernel else None
+    module = _kernel(tensor.device.type)
     if (
         module is not None
         and module.supports(tensor)
@@ -210,7 +208,6 @@ def apply_all_(
     moves: Sequence[Move] | Sequence[Sequence[Move]] | np.ndarray,
     *,
     distribution: str = "gaussian",
-    kernel: bool = True,
 ) -> None:
     """Call `apply_` for many whole tensors in one launch, with the same bits.
 
@@ -220,7 +217,6 @@ def apply_all_(
             tensors are moved again and again.
         moves: Moves for all tensors, or one sequence of moves per tensor, all of equal length.
         distribution: The name of one of `DISTRIBUTIONS`.
-        kernel: False uses plain torch, which gives the same bits (for tests).
     """
     if not len(moves):
         return
@@ -228,9 +224,9 @@ def apply_all_(
         tables = np.array(moves, _TABLE, ndmin=2)
     else:
         tables = np.stack([table(own) for own in moves])  # type: ignore[arg-type]
-    launches = getattr(rows, "launches", None) if kernel else None
+    launches = getattr(rows, "launches", None)
     if launches is None or [one[1].data_ptr() for one in rows] != rows.addresses:  # type: ignore
-        launches = _launches(rows, kernel)
+        launches = _launches(rows)
     for module, which, gathered in launches:
         own = tables[which] if len(tables) > 1 else tables
         if module is not None:
@@ -238,7 +234,7 @@ def apply_all_(
             continue
         for i, each in zip(which, np.broadcast_to(own, (len(which), own.shape[1])), strict=True):
             _, tensor, key = rows[i]
-            apply_(tensor, key, each, distribution=distribution, kernel=kernel)
+            apply_(tensor, key, each, distribution=distribution)
 
 
 def write_all_(
@@ -254,7 +250,7 @@ def write_all_(
     """
     launches, addresses = rows.launches, [one[1].data_ptr() for one in rows]
     if launches is None or addresses != rows.addresses:
-        launches = _launches(rows, True)
+        launches = _launches(rows)
     for module, which, gathered in launches[:1]:
         if len(which) == len(rows) and hasattr(module, "write_all_"):
             table = moves.reshape(1, -1)
@@ -264,7 +260,7 @@ def write_all_(
     return None
 
 
-def _launches(rows: Sequence[tuple], kernel: bool) -> list[_Launch]:
+def _launches(rows: Sequence[tuple]) -> list[_Launch]:
     """Sort tensors by what moves them; `Rows` remember it."""
     groups: dict[Any, list[int]] = {}
     for i, (_, tensor, _) in enumerate(rows):
@@ -275,13 +271,13 @@ def _launches(rows: Sequence[tuple], kernel: bool) -> list[_Launch]:
         groups.setdefault(kind if ordinary else None, []).append(i)
     launches = []
     for kind, which in groups.items():
-        module = _kernel(kind[0].type) if kernel and kind else None
+        module = _kernel(kind[0].type) if kind else None
         if module is None or not module.takes(*kind):
             launches.append(_Launch(None, which, None))
             continue
         tensors, keys = [rows[i][1] for i in which], [rows[i][2] for i in which]
         launches.append(_Launch(module, which, module.gather(tensors, keys, 0)))
-    if isinstance(rows, Rows) and kernel and all(type(one[1]) in _ORDINARY for one in rows):
+    if isinstance(rows, Rows) and all(type(one[1]) in _ORDINARY for one in rows):
         rows.launches, rows.addresses = launches, [one[1].data_ptr() for one in rows]
     return launches
 

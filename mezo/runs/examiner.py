@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mezo.mezo import MeZO
 from mezo.models.modes import to_device
 from mezo.objectives import Batch, Feature, Form
 from mezo.record import Record
+from mezo.trainers.config import default_rounding
 
 ERRORS = 2.0  # a number above this many standard errors is taken to differ from zero
 ATTAINABLE = 0.5  # the fraction of the loss that a run is assumed to be able to remove
@@ -149,12 +150,10 @@ class Examiner:
     def __init__(
         self, model: torch.nn.Module, form: Form, seed: int, perturbation: str | None = None
     ):
-        adapter = getattr(model, "peft_config", None) is not None
-        rounding = "master" if adapter else "stochastic"  # as MeZOMixin
         self.model, self.form = model, form
-        self.optimizer = MeZO(
-            model.named_parameters(), 0.0, seed=seed, rounding=rounding, perturbation=perturbation
-        )
+        options: dict[str, Any] = {"rounding": default_rounding(model)}
+        options["perturbation"] = perturbation
+        self.optimizer = MeZO(model.named_parameters(), 0.0, seed=seed, **options)
         self.trained: list[torch.Tensor] = [p for _, p, _ in self.optimizer.trained()]
         self._records: list[Record] = []
         self.optimizer.observers.append(self._records.append)

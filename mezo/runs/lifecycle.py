@@ -102,7 +102,7 @@ def trained_part(model: Any, plan: Plan) -> AbstractContextManager:
 def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
     """Train, and return the result's fields that were measured during training."""
     if logs := plan.method == "mezo":
-        _warm_up(plan.args.distribution)
+        warm_up(plan.args.distribution)
     trainer.add_callback(memory := _Memory())
     output = trainer.train(resume_from_checkpoint=plan.checkpoint)
     trainer.remove_callback(memory)
@@ -140,7 +140,7 @@ def _mean_loss(plan: Plan) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _warm_up(distribution: str) -> None:
+def warm_up(distribution: str) -> None:
     """Compile the kernels that draw directions; later they would count as a step's memory."""
     if distribution not in noise.DISTRIBUTIONS:
         return  # the optimizer raises the error

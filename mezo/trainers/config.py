@@ -147,10 +147,14 @@ def check_modified(args: MeZOConfig) -> None:
 
 
 def rounding_of(args: MeZOConfig, model: torch.nn.Module) -> str:
-    """Return how updates are rounded: as given, or by master weights if the model is an adapter."""
-    adapter = getattr(model, "peft_config", None) is not None
-    master = adapter and args.perturbation != "low_rank"
-    return args.rounding or ("master" if master else "stochastic")
+    """Return how updates of 16-bit weights are rounded: as given, or as is best for the model."""
+    low_rank = args.perturbation == "low_rank"  # it writes a matrix too seldom for master weights
+    return args.rounding or ("stochastic" if low_rank else default_rounding(model))
+
+
+def default_rounding(model: torch.nn.Module) -> str:
+    """Return how updates are rounded if nothing is given: an adapter can afford master weights."""
+    return "stochastic" if getattr(model, "peft_config", None) is None else "master"
 
 
 def rule_of(args: MeZOConfig) -> Rule:

@@ -100,7 +100,7 @@ def test_evaluation_does_not_change_the_run(method):
 @pytest.mark.parametrize("samples", [1, 2])
 def test_the_log_replays_to_the_tuned_weights(tmp_path, samples):
     """Bitwise, with a learning rate that moves at every step."""
-    model, found = tuned(log=tmp_path / "run.mezo", num_samples=samples)
+    model, found = tuned(log=tmp_path / "run.mezo", options={"num_samples": samples})
     base, _ = made()
     assert not equal(base, model)
     assert equal(trajectory.replay(tmp_path / "run.mezo", base), model)
@@ -117,7 +117,7 @@ def test_adam_leaves_no_log(tmp_path):
 
 def test_forward_passes_are_counted():
     """Two a direction; a backward pass counts as two forward passes."""
-    assert tuned(num_samples=3)[1].points[-1].forward_passes == 2 * 3 * 4
+    assert tuned(options={"num_samples": 3})[1].points[-1].forward_passes == 2 * 3 * 4
     assert tuned("adam")[1].points[-1].forward_passes == 3 * 4
 
 
@@ -181,7 +181,7 @@ def test_what_is_not_trainable_stays(method):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"evaluations": 0}, "evaluations must be at least 1, got 0"),
-        ({"eps": -1.0}, "eps must be positive, got -1.0"),
+        ({"options": {"eps": -1.0}}, "eps must be positive, got -1.0"),
     ],
 )
 def test_mistakes_are_one_sentence(changes, message):

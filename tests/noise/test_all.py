@@ -2,9 +2,11 @@
 
 import copy
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
+from noise_checks import without_kernels
 
 from mezo import noise
 from mezo.noise import KEEP, ROUND_PERTURBED, ROUND_UPDATE, Move
@@ -60,13 +62,14 @@ def test_many_tensors_have_the_bits_of_one_after_the_other(distribution, dtype, 
 def test_tensors_of_several_kinds_are_moved_together():
     """Dtypes, one that is not contiguous, parameters that require a gradient, and no kernel."""
     kinds = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16]
-    for kernel in (True, False):
+    for kernels in (nullcontext, without_kernels):
         expected = [torch.full((50, 60), 0.02, dtype=dtype) for dtype in kinds]
         expected.append(torch.full((60, 50), 0.02).t())
         expected.append(torch.nn.Parameter(torch.full((50, 60), 0.02)))
         found = copy.deepcopy(expected)
         one_by_one([p.detach() for p in expected], [MOVES] * 7, "gaussian16")
-        noise.apply_all_(rows(found), noise.table(MOVES), distribution="gaussian16", kernel=kernel)
+        with kernels():
+            noise.apply_all_(rows(found), noise.table(MOVES), distribution="gaussian16")
         assert all(map(torch.equal, found, expected))
 
 
