@@ -44,6 +44,7 @@ class Method:
     lr: float
     options: dict[str, Any] = field(default_factory=dict)
     fresh_batches: bool = False
+    trainable: str = ""
     layers: str = ""
     subspace: str = ""  # a function of rules/subspaces.py
     prompt: bool = True
@@ -55,7 +56,7 @@ def _rule(rule) -> dict[str, Any]:
 
 FZOO = {"estimator": "one_sided", "shaping": "z_scores"}
 MUON = {"perturbation": "low_rank", "rank": 8, "interval": 100}
-INSIDE = {"trainable": "coefficients|values"}
+INSIDE = "coefficients|values"
 METHODS = {
     "mezo": Method(2e-4),
     "no prompt": Method(2e-4, prompt=False),
@@ -78,8 +79,8 @@ METHODS = {
     "low rank, momentum": Method(2e-5, _rule(Momentum(0.9)) | {"perturbation": "low_rank"}),
     "zo-muon": Method(1e-3, {"rule": ZOMuon(vectors=0.1)} | MUON | {"num_samples": 4}),
     "anchored decay": Method(2e-4, {"rule": Anchored(10.0)}),
-    "activation subspace": Method(2e-3, INSIDE, subspace="activations"),
-    "sensitive weights": Method(2e-3, INSIDE, subspace="sensitive"),
+    "activation subspace": Method(2e-3, trainable=INSIDE, subspace="activations"),
+    "sensitive weights": Method(2e-3, trainable=INSIDE, subspace="sensitive"),
     "smaller half": Method(2e-4, {"perturbation": "scratch"}, layers="small"),
 }
 GUESS = {"causal-lm": 1.0, "minilm": 0.5}  # of a model, beside the method's
@@ -101,7 +102,7 @@ class Setting:
         self.test = tasks.sample(tasks.load_examples(self.task, "test", **where), 872, 0)
 
     def recipe(self, method: Method, lr: float) -> Recipe:
-        how = {"options": method.options, "fresh_batches": method.fresh_batches}
+        how = {name: getattr(method, name) for name in ("options", "fresh_batches", "trainable")}
         plain = Recipe("mezo", 1, lr, batch_size=16, **how)
         passes = passes_of(method.options.get("estimator", "two_point"), plain.num_samples)
         return replace(plain, steps=max(1, self.args.passes // passes))
