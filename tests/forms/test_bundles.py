@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from models import Regression, weights
+from noise_checks import plain
 
 from mezo import MeZO, noise
 from mezo.forms.low_rank import LowRank
@@ -123,7 +124,7 @@ def test_copies_are_written_as_the_tensors_would_be_moved(distribution, dtype):
     assert all(map(torch.equal, tensors, before))
     noise.write_all_([], noise.Rows(), moves)
     for out, (_, x, key) in zip(outs, known, strict=True):
-        noise.apply_(x, key, moves, distribution=distribution, kernel=False)
+        plain(x, key, moves, distribution=distribution)
         assert torch.equal(out, x)
 
 
