@@ -86,6 +86,7 @@ class LowRank(Scratch):
         """Draw the factors anew when they are next used; a captured pass draws its own."""
         self._made.clear()
         self._shifts.clear()
+        self._made_u = {}
 
     def _products(self, batch: int, *signs: int) -> Products:
         return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
@@ -144,6 +145,10 @@ class _Half(Moved):
         super().__init__(of, of.moves(sign))
         self.of, self.sign = of, sign
         self._vectors: dict[str, torch.Tensor] | None = None  # those not yet read in this pass
+
+    def forget(self) -> None:
+        super().forget()
+        self._vectors = None
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         if key is None:  # computed from parameters that are already perturbed

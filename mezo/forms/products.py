@@ -96,6 +96,9 @@ class Products(Reads):
         ), numbers
 
     def forget(self) -> None:
+        self._all = None
+        for half in self.halves:
+            half.forget()
         self.perturbed.forget()
 
     def know(self, x: torch.Tensor, row: tuple[str, torch.Tensor, Any]) -> None:

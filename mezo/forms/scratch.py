@@ -105,6 +105,9 @@ class Moved(Reads):
         self.order: dict[str, Row] = {}  # what was read whole, until it is learned
         self._ready: dict[str, torch.Tensor] = {}  # what was perturbed and is not yet read
 
+    def forget(self) -> None:
+        self._ready.clear()
+
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
         tensors = [tensor for _, tensor, _ in self.rows.values()]
         if self.placed is not None:

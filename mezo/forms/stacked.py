@@ -91,7 +91,8 @@ class Stacked(Products):
         return ("stacked", self.batch, plus, minus), numbers
 
     def forget(self) -> None:
-        """Do nothing: nothing is kept from one read to the next."""
+        for half in self.halves:
+            half.forget()
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """Return x W' + b (transposed) or x W + b; each half of the rows has its own W and b."""
