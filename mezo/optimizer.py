@@ -1,7 +1,7 @@
 """torch.optim.Optimizer around Algorithm 1: its options, what a run remembers, and its parts.
 
-Two parts are replaceable: `processes`, who estimates which direction (one process, or as many as
-distributed.join finds), and `weights`, where tensors lie (here, sharded, or offloaded).
+Two parts can be replaced: `processes` decides who estimates which direction (one process, or as
+many as distributed.join finds), and `weights` knows where tensors lie (here, sharded, offloaded).
 """
 
 import itertools
@@ -56,12 +56,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     """What `MeZO` is beside Algorithm 1. `forms` and `estimators` are those that it knows by name.
 
     Attributes:
-        processes, weights: the replaceable parts.
-        observers: told of every step's Record, of refused ones too.
-        guards: called before a step begins; what they raise ends it, and nothing has changed.
-        directions: those of the step that is being made, by probe.
-        together: those that will be estimated next, with one closure; offload makes one pass.
-        memory: what the run remembers from step to step.
+        processes, weights: The parts that may be replaced.
+        observers: Functions that are given every step's Record, also of refused steps.
+        guards: Functions that are called before a step; an error in them changes nothing.
+        directions: The directions of the step that is being made, by probe.
+        together: The probes that share the next closure; offload makes one pass for them.
+        memory: What the run remembers from step to step.
     """
 
     forms: ClassVar[Mapping[str, type[Direction]]]
@@ -95,27 +95,28 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             params: `model.named_parameters()`, or groups of them: z is keyed by name, so that
                 order, filters and wrappers change nothing. `parameters()` works too, keyed by
                 position.
-            lr: about 100 times smaller than Adam's: 1e-7 to 1e-6 for a large model (Tables 15, 16).
-            eps: size of the perturbation: 1e-3 in the paper; 1e-2 for LoRA, 1e-1 for prefixes.
-            weight_decay: decoupled, theta <- (1 - lr * weight_decay) theta at each step.
-            rule: a value of rules.py or of your own (docs/extending.md), or one of the names
+            lr: The learning rate, about 100 times smaller than Adam's: 1e-7 to 1e-6 for a large
+                model (Tables 15, 16).
+            eps: Size of the perturbation: 1e-3 in the paper; 1e-2 for LoRA, 1e-1 for prefixes.
+            weight_decay: Each step makes theta (1 - lr * weight_decay) theta before its update.
+            rule: A value of rules.py or of your own (docs/extending.md), or one of the names
                 "sgd", "momentum", "adam", "sign", "scalar_adam".
             estimator: "two_point", "one_sided" or "one_point" (estimators.py), or a function
                 `(closure, direction) -> Estimate` of your own.
-            shaping: what becomes of the losses of several directions: estimators.py.
-            num_samples: n of n-SPSA (Algorithm 2): directions a step, whose estimates are averaged.
-            seed: of all directions, in [0, 2^64). None takes `torch.initial_seed()`, that is, what
-                `torch.manual_seed` was given; torch's generators are neither used nor changed.
-            distribution: of z: "gaussian"; "rademacher" (signs; the same variance, cheaper); or
+            shaping: How the losses of several directions are shaped (estimators.py).
+            num_samples: n of n-SPSA (Algorithm 2): the estimates of n directions are averaged.
+            seed: Seed of all directions, in [0, 2^64). None takes `torch.initial_seed()`, which
+                `torch.manual_seed` sets; torch's generators are neither used nor changed.
+            distribution: "gaussian", "rademacher" (signs: the same variance, and cheaper) or
                 "gaussian16" (nearly normal numbers of 16 bits; docs/noise.md).
-            perturbation: "in_place", "scratch" (weights untouched); None: scratch for 16-bit
-                weights. "low_rank": z of a matrix is a product of thin ones; see `write`.
-            rank, interval: of low_rank: columns of a direction, steps between writings of a matrix.
-            rounding: of 16-bit weights' updates: "stochastic", "compensated", "master", "nearest".
-            layers: per-tensor scales (Definitions 6 and 7) or a mask (layers.py).
-            clip, clip_quantile: bounds on |projected_grad|: a value, a quantile of the last 100.
-            max_refused: updates in a row that may be refused for a loss that is not finite.
-            common_random_numbers: all passes of a batch draw the same numbers (closures.Draws).
+            perturbation: "in_place", "scratch", which leaves the weights alone and is the default
+                for 16-bit weights, or "low_rank": z of a matrix is a product (see write).
+            rank, interval: Columns of a low-rank direction; steps until its matrix is written.
+            rounding: "stochastic", "compensated", "master" or "nearest", for 16-bit weights.
+            layers: Scales of tensors (Definitions 6 and 7) or a mask (layers.py).
+            clip, clip_quantile: Bounds on |projected_grad|: a value, a quantile of the last 100.
+            max_refused: The run ends when this many losses in a row are not finite.
+            common_random_numbers: Whether all passes of a batch draw alike (closures.Draws).
         """
         given = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
         given["distribution"] = getattr(distribution, "name", distribution)
