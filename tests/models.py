@@ -180,3 +180,27 @@ class Counted(torch.nn.Module):
             return plus.mean(), minus.mean()
 
         return Paired(lambda: self(self.x).mean(), halves)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Eight examples for `Line`."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return {"x": torch.full((3,), float(i)), "labels": torch.tensor(float(i))}
+
+
+class Line(torch.nn.Module):
+    """A linear regression as the Trainer calls it."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(3, 1)
+        torch.nn.init.constant_(self.line.weight, 0.1)
+        torch.nn.init.constant_(self.line.bias, 0.0)
+
+    def forward(self, x, labels):
+        out = self.line(x).squeeze(1)
+        return {"loss": (out - labels).square().mean(), "logits": out}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Regression, weights
+from models import Line, Regression, Rows, weights
 
 from mezo import MeZO, MeZOConfig, MeZOTrainer, trajectory
 from mezo.cli.main import main
@@ -170,26 +170,6 @@ def test_a_replay_imports_nothing_that_a_log_names(own, tmp_path, monkeypatch):
 def test_what_is_no_rule_is_refused_by_name(made, message):
     with pytest.raises(InputError, match=message):
         MeZO(Regression().named_parameters(), rule=made)
-
-
-class Rows(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, i):
-        return {"x": torch.full((3,), float(i)), "labels": torch.tensor(float(i))}
-
-
-class Line(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.line = torch.nn.Linear(3, 1)
-        torch.nn.init.constant_(self.line.weight, 0.1)
-        torch.nn.init.constant_(self.line.bias, 0.0)
-
-    def forward(self, x, labels):
-        out = self.line(x).squeeze(1)
-        return {"loss": (out - labels).square().mean(), "logits": out}
 
 
 def test_both_run_under_the_trainer_by_name(own, tmp_path):

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from models import Regression, weights
-from test_extending import Line, Rows
+from models import Line, Regression, Rows, weights
 
 from experiments.rules import experts, subspaces
 from experiments.rules.addax import Addax
@@ -200,6 +199,7 @@ def test_experts_are_the_directions_of_lowest_loss_and_vote(tmp_path):
     with trajectory.record(optimizer, tmp_path / "run.mezo"):
         optimizer.step(lambda: seen.append(float(model())) or torch.tensor(seen[-1]))
     assert torch.equal(weights(model), start)
+    del seen[:2]  # the first step looks at the loss twice
     record = trajectory.read(tmp_path / "run.mezo").steps[0].record
     chosen = experts.best(record, 3)
     assert [seen[i] for i in chosen] == sorted(seen)[:3]

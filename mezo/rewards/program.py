@@ -67,7 +67,7 @@ class Program:
         program must be ended; otherwise a late answer would be taken for that of the next line.
         """
         if not self._answers.empty() and (early := self._answers.get()):
-            raise Chatter(_text(early))
+            raise Chatter(_text(early.split(b"\n")[0]))
         self._questions.put(line.encode("utf-8", "replace") + b"\n")
         try:
             answer = self._answers.get(timeout=timeout)
@@ -75,6 +75,9 @@ class Program:
             raise Lost(f"no line within {timeout:g} s (is its output flushed?)") from None
         if answer == _ENDED:
             raise Lost(self._reason())
+        answer, *beside = answer.removesuffix(b"\n").split(b"\n")
+        if beside:
+            raise Chatter(_text(beside[0]))
         if len(answer) > MAX_LINE:
             raise Lost(f"a line of more than {MAX_LINE:,} bytes")
         return _text(answer)
@@ -114,8 +117,8 @@ class Program:
                 if not piece:
                     break
                 *whole, line = (line + piece).split(b"\n")
-                for answer in whole[:2]:
-                    self._answers.put(answer + b"\n")
+                if whole:  # a second line that came with the first is told with it
+                    self._answers.put(b"".join(one + b"\n" for one in whole[:2]))
         if line:
             self._answers.put(line)
         self._answers.put(_ENDED)

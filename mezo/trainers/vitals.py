@@ -65,11 +65,15 @@ class Vitals:
         return {"held_out_loss": loss}
 
     def share_changed(self) -> dict[str, float]:
-        """Return the share of weights that the last update changed, if it was made of moves."""
+        """Return the share of weights that the last update changed.
+
+        Nothing is returned if the update was not made of moves, or was 0.
+        """
         optimizer = self._trainer.optimizer.optimizer
-        if not optimizer.memory.past or not optimizer.rule.linear or optimizer.form.factored:
-            return {}
         (part, *_), memory = optimizer.plan.parts, optimizer.memory
+        moved = memory.past and any(memory.past[-1][1])
+        if not moved or not optimizer.rule.linear or optimizer.form.factored:
+            return {}
         how = float(part.group["lr"]), part.group["weight_decay"], memory.past, len(memory.past)
         update = Update(optimizer.rule, memory.past[-1][0], *how, memory.number)
         moves = sgd(update, optimizer.rounding)

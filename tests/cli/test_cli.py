@@ -297,7 +297,10 @@ def test_a_run_is_not_overwritten(trained, place, capsys):
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     trained, place, tmp_path, capsys, monkeypatch
 ):
-    """Ctrl-C within a forward pass of step 3; the last checkpoint is that of step 2."""
+    """Ctrl-C within a forward pass of step 3; the last checkpoint is that of step 2.
+
+    The first step looks at the loss twice more.
+    """
     folder, _, _ = trained
     argv = training(
         place, place / "tiny", load_best_model_at_end=False, output_dir=tmp_path / "cut"
@@ -306,7 +309,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 
     def interrupted(self, model, batch):
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 2 + 6:
             signal.raise_signal(signal.SIGINT)
         return loss(self, model, batch)
 

@@ -143,12 +143,15 @@ def launched(words: list[str], monkeypatch, parse_args) -> None:
 
 def check(words: list[str], monkeypatch, parse_args) -> None:
     program, *rest = words
+    program = program.removeprefix(".venv/bin/")
     if program == "mezo":
         try:
             assert command_line.main(rest) == 0  # --help prints, and ends
         except Parsed:
             return
         assert "--help" in rest, f"{words} was run"
+    elif rest[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).exists() for word in rest if "/" in word), rest
     elif program == "python" and rest[0] == "-m":
         module = importlib.import_module(rest[1])
         with monkeypatch.context() as patch:

@@ -133,7 +133,8 @@ def test_the_compiled_kernel_rounds_where_the_contract_does(
     )
     for each in kernels:
         counted = sum(sass.instructions(each).values()) / elements
-        assert counted <= most[noise.DISTRIBUTIONS[distribution].code] * (1.2 if old else 1)
+        bound = most[noise.DISTRIBUTIONS[distribution].code] + (each is not kernel)  # a search
+        assert counted <= bound * (1.2 if old else 1)
 
 
 def test_wide_loads_are_used_where_addresses_allow_them_and_every_element_is_taken_once():

@@ -210,7 +210,7 @@ def test_endless_output_takes_no_memory():
     line = Command(python("import sys\nwhile True: sys.stdout.write('x' * 2**16)"))
     assert line(["p"], ["c"]) == [None]
     line.close()
-    lines = Command(python("while True: print(1)"))
+    lines = Command(python("import sys\nwhile True: sys.stdout.write('1\\n1\\n')"))
     with pytest.raises(InputError, match="wrote '1' beside its answer"):
         lines(["p"] * 100, ["c"] * 100)
     code = "import sys\nsys.stderr.write('x' * 2**22 + '\\nthe last words'); sys.exit(3)"

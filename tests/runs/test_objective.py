@@ -64,7 +64,7 @@ def test_a_run_on_f1_trains_on_what_the_model_writes(tmp_path, monkeypatch):
 
     def judged(model, form, prompts, answers, objective):
         seen.append((prompts, answers, objective, model.training))
-        return 0.25 * (len(seen) % 2)
+        return 0.25 * (len(seen) % 2) if len(seen) > 2 else 0.0
 
     monkeypatch.setattr("mezo.trainers.task.text_loss", judged)
     tokenizer = byte_bpe()
@@ -75,7 +75,7 @@ def test_a_run_on_f1_trains_on_what_the_model_writes(tmp_path, monkeypatch):
     options = {"max_steps": 2, "mezo_eps": 1e-3, "per_device_train_batch_size": 2}
     args = settings(tmp_path, objective="f1", **options)
     task_trainer(model, form, splits, args).train()
-    assert len(seen) == 2 * 2
+    assert len(seen) == 2 + 2 * 2  # the first step looks at the loss twice
     asked = {tuple(form.encode(e)["prompt"]): list(e.answers) for e in examples}
     for prompts, answers, objective, training in seen:
         assert [asked[tuple(one)] for one in prompts] == answers
