@@ -33,7 +33,10 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "load", load_little)
 
 
-@pytest.mark.parametrize("name", demo.SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "minilm")) for name in demo.SETTINGS],
+)
 def test_the_demo_ends_with_a_table_a_plot_and_logs_that_replay(name, short, tmp_path, capsys):
     """What a newcomer sees first: every row is there, and the last line is a command that works."""
     demo.main(str(tmp_path), seed=1, model=name)

@@ -45,7 +45,14 @@ def test_the_run_of_the_readme_is_rebuilt(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize(
-    "name", ["plain_loop", "hf_trainer", "instruct", "nondifferentiable", "rewards"]
+    "name",
+    [
+        "plain_loop",
+        "hf_trainer",
+        pytest.param("instruct", marks=pytest.mark.slow),
+        pytest.param("nondifferentiable", marks=pytest.mark.slow),
+        pytest.param("rewards", marks=pytest.mark.slow),
+    ],
 )
 def test_the_example_learns(name, capsys):
     """Each prints a figure at the start and at the end; it must have gone the right way."""
