@@ -53,8 +53,11 @@ def saved(kind, folder):
     ids=lambda given: f"{given[0]}-by-{given[1]}",
 )
 def served(request, tmp_path_factory):
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     kind, workers = request.param
+    environment = pytest.MonkeyPatch()
+    environment.setenv("VLLM_CPU_KVCACHE_SPACE", os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"))
+    if workers == 2:  # vLLM gives each worker a NUMA node, unless it is told its cores
+        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder = tmp_path_factory.mktemp(kind)
     model, tokenizer = saved(kind, folder)
     options = {"max_model_len": 64, "max_num_seqs": 16, "gpu_memory_utilization": 0.2}
@@ -63,6 +66,7 @@ def served(request, tmp_path_factory):
     engine = VLLMEngine(str(folder), tensor_parallel_size=workers, **options)
     yield model, tokenizer, engine
     engine.close()
+    environment.undo()
 
 
 @pytest.fixture
