@@ -75,9 +75,9 @@ class Program:
             raise Lost(f"no line within {timeout:g} s (is its output flushed?)") from None
         if answer == _ENDED:
             raise Lost(self._reason())
-        answer, *beside = answer.removesuffix(b"\n").split(b"\n")
+        answer, _, beside = answer.partition(b"\n")
         if beside:
-            raise Chatter(_text(beside[0]))
+            raise Chatter(_text(beside))
         if len(answer) > MAX_LINE:
             raise Lost(f"a line of more than {MAX_LINE:,} bytes")
         return _text(answer)
@@ -117,8 +117,9 @@ class Program:
                 if not piece:
                     break
                 *whole, line = (line + piece).split(b"\n")
-                if whole:  # a second line that came with the first is told with it
-                    self._answers.put(b"".join(one + b"\n" for one in whole[:2]))
+                if whole:  # what came with the first line is told with it, an unfinished line too
+                    beside = whole[1] + b"\n" if len(whole) > 1 else line
+                    self._answers.put(whole[0] + b"\n" + beside)
         if line:
             self._answers.put(line)
         self._answers.put(_ENDED)
