@@ -43,9 +43,10 @@ class InPlace(Direction):
         again = walked > end  # what was passed already takes another walk
         legs = self.ahead + self.walk[:end] if again else self.walk[walked:end]
         self.ahead[:], self.cycles = self.walk[end:], self.cycles + again
+        apply_all_ = self.apply_all_ or noise.apply_all_  # an engine makes the moves elsewhere
         for part in self.parts:
             moves = legs if part.scale.scale == 1 else part.scale.walk(legs)
-            noise.apply_all_(part.rows, moves, distribution=self.distribution)
+            apply_all_(part.rows, moves, distribution=self.distribution)
         torch.clear_autocast_cache()  # it would hold casts of the weights as they were
         yield
 

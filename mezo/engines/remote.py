@@ -23,10 +23,10 @@ import torch
 from mezo import noise
 from mezo.engines.engine import THETA, Batch, Change, Engine, Point, Query, Run
 from mezo.errors import InputError
-from mezo.forms.direction import Direction, Part
+from mezo.forms.direction import Direction, Part, Row
 from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
-from mezo.mezo import InPlace, MeZO
+from mezo.mezo import MeZO
 from mezo.noise import Move
 
 _ROUNDINGS = ("stochastic", "nearest")  # the others keep a buffer beside a weight
@@ -58,10 +58,11 @@ class RemoteWeights(Weights):
         if self._walk:
             self.engine.apply(self.point().walk)
 
-    def walk(self, part: Part, moves: Sequence[Move]) -> None:
+    def walk(self, rows: Sequence[Row], moves: Sequence[Move], distribution: str = "") -> None:
+        """Have the engine make moves, as noise.apply_all_ does; it knows the distribution."""
         if len(moves):
             self._moved = True
-            self._walk.append(_change(part, moves))
+            self._walk.append(_change(rows, moves))
 
     @contextmanager
     def looking(self, changes: Sequence[Change]) -> Iterator[None]:
@@ -72,17 +73,21 @@ class RemoteWeights(Weights):
             self._look = ()
 
     def direction(self, optimizer: Any, probe: int) -> Direction:
-        new = optimizer.plan.new  # a partial of the form, which is replaced
-        kind: Any = Walked if optimizer.form.moves_weights else Looked
-        direction = kind(*new.args, probe, **new.keywords)
-        direction.remote = self
-        return direction
+        new = optimizer.plan.new  # a partial of the form
+        if optimizer.form.moves_weights:
+            walked = new(probe)
+            walked.apply_all_ = self.walk
+            return walked
+        kind: Any = Looked
+        looked = kind(*new.args, probe, **new.keywords)
+        looked.remote = self
+        return looked
 
     def move_(
         self, optimizer: Any, part: Part, moves: Sequence[Move], update: Update | None = None
     ) -> None:
         assert update is None  # _check has refused such rules
-        self.walk(part, moves)
+        self.walk(part.rows, moves)
 
     def end_step_(self, optimizer: Any) -> None:
         pass
@@ -99,24 +104,6 @@ class RemoteWeights(Weights):
         self._moved = False
 
 
-class Walked(InPlace):
-    """The paper's form, walked by an engine's weights."""
-
-    remote: RemoteWeights
-
-    @contextmanager
-    def at(self, sign: int) -> Iterator[None]:
-        """The engine's weights are there at the next question, as InPlace.at says."""
-        walked = len(self.walk) - len(self.ahead)
-        end = {1: 1, -1: 2, 0: len(self.walk) if walked else 0}[sign]
-        again = walked > end
-        legs = self.ahead + self.walk[:end] if again else self.walk[walked:end]
-        self.ahead[:], self.cycles = self.walk[end:], self.cycles + again
-        for part in self.parts:
-            self.remote.walk(part, part.scale.walk(legs))
-        yield
-
-
 class Looked(Direction):
     """Scratch: the engine looks at theta + sign eps z, and theta stays as it is."""
 
@@ -125,13 +112,13 @@ class Looked(Direction):
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
         moves = [self.move(sign * self.eps, noise.ROUND_PERTURBED)] if sign else []
-        changes = [_change(part, part.scale.walk(moves)) for part in self.parts if moves]
+        changes = [_change(part.rows, part.scale.walk(moves)) for part in self.parts if moves]
         with self.remote.looking(changes):
             yield
 
 
-def _change(part: Part, moves: Sequence[Move]) -> Change:
-    return Change(tuple(row.name for row in part.rows), noise.table(moves))
+def _change(rows: Sequence[Row], moves: Sequence[Move]) -> Change:
+    return Change(tuple(row.name for row in rows), noise.table(moves))
 
 
 def attach(

@@ -50,6 +50,7 @@ class Direction:
 
     legs: ClassVar[Mapping[int, Sequence[int]]] = {2: (), 1: ()}  # a walk in eps z, by `sides`
     moves_weights: ClassVar[bool] = False  # whether theta itself moves; a replay repeats its walks
+    apply_all_: Any = None  # makes the moves instead of noise.apply_all_, where theta is elsewhere
     bundles: Any = None  # bundles.Bundles, where every tensor stays in place during a pass
     factored: ClassVar[bool] = False  # whether a matrix's updates are accumulated in a factor
 
