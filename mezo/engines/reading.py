@@ -10,7 +10,6 @@ from mezo.engines.engine import THETA, Engine, Query
 from mezo.errors import InputError
 from mezo.objectives import Feature
 from mezo.objectives.causal import Causal
-from mezo.objectives.generation import Generation
 from mezo.objectives.progress import SILENT, Progress
 
 
@@ -73,7 +72,6 @@ class EngineReader:
         progress: Progress = SILENT,
     ) -> list[str]:
         """Return what the engine writes after each prompt, greedily, up to the task's stop."""
-        settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
         prompts = [feature["prompt"] for feature in features]
-        (made,) = self.engine.texts(prompts, [THETA], settings)
+        (made,) = self.engine.texts(prompts, [THETA], form.generation)
         return [completion.text.strip() for completion in made]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mezo.errors import InputError
 from mezo.models.modes import evaluating, to_device
 from mezo.objectives import Feature, Form, Generated
-from mezo.objectives.generation import Generation, generate
+from mezo.objectives.generation import generate
 from mezo.objectives.progress import SILENT, Progress
 from mezo.tasks.metrics import accuracy, exact_match, macro_f1, token_f1
 from mezo.tasks.task import Example, Task
@@ -181,10 +181,9 @@ def write(
     progress: Progress = SILENT,
 ) -> list[str]:
     """Return what the model writes after each prompt, stripped, up to the task's stop."""
-    settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
     prompts = [feature["prompt"] for feature in features]
     options: Any = {"batch_size": batch_size, "progress": progress}
-    made = generate(model, form.tokenizer, prompts, settings, **options)
+    made = generate(model, form.tokenizer, prompts, form.generation, **options)
     return [completion.text.strip() for completion in made]
 
 

@@ -8,6 +8,7 @@ import torch
 from mezo.errors import InputError
 from mezo.objectives.causal import Causal
 from mezo.objectives.form import Feature, Form
+from mezo.objectives.generation import Generation
 from mezo.objectives.tokens import Tokens, tokenize
 from mezo.tasks.task import Example
 
@@ -22,6 +23,11 @@ class Generated(Causal):
     A prompt must leave room for max_new_tokens. With truncate it is cut on the left, as in the
     paper's experiments, so that question and answer stay.
     """
+
+    @property
+    def generation(self) -> Generation:
+        """How the model writes an answer: greedily, up to the task's stop."""
+        return Generation(max_new_tokens=self.task.max_new_tokens, stop=self.task.stop)
 
     def _parts(self, example: Example, demonstrations: Sequence[Example]) -> list[tuple[str, str]]:
         if not example.answers:

@@ -22,7 +22,7 @@ from mezo.errors import InputError
 from mezo.models.modes import Batch
 from mezo.objectives.form import Form
 from mezo.objectives.generated import Generated
-from mezo.objectives.generation import Generation, generate
+from mezo.objectives.generation import generate
 from mezo.tasks import metrics
 
 
@@ -103,8 +103,7 @@ def text_loss(
         answers: the right answers of each prompt, of which the best counts (Section 3.3).
         objective: "f1" of the words or "exact_match".
     """
-    settings = Generation(max_new_tokens=form.task.max_new_tokens, stop=form.task.stop)
-    made = generate(model, form.tokenizer, prompts, settings)
+    made = generate(model, form.tokenizer, prompts, form.generation)
     texts = (completion.text.strip() for completion in made)
     values = [TEXT_METRICS[objective](*pair) for pair in zip(texts, answers, strict=True)]
     return 1.0 - sum(values) / len(values)
