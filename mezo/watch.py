@@ -43,10 +43,12 @@ class Watch:
             counts its calls.
         repeats: Whether the closure gave the same loss twice at the same weights.
         refused: How many updates in a row were refused.
+        tied: Whether a warning said that the two losses of most first steps were equal.
     """
 
     def __init__(self) -> None:
         self.looks = self.repeats = True
+        self.tied = False
         self.refused = 0
         self.unit: float | None = None  # of the last place of the weights, once it is known
         self.looking = True  # at every step; else at those that are refused alone
@@ -83,6 +85,7 @@ class Watch:
         """After some steps: are the losses told apart, and do the updates survive rounding?"""
         size = float(np.median(self._sizes))
         if size == 0:
+            self.tied = True
             self._log.warning(
                 "in most of the first %d steps both losses were the same number, and moved no "
                 "weight: take a larger batch (for rewards more prompts a step, or a reward with "

@@ -21,7 +21,7 @@ from mezo.errors import InputError
 from mezo.noise import Move
 
 _SAMPLE = 2**14  # elements of a tensor that an update is tried on
-_FEWEST = 100  # estimates of a log before ties are judged; watch.py looks at the first 20 of a run
+_FEWEST = 20  # estimates before ties are judged
 
 _TOLD = {
     "ties": "%.0f %% of estimates tied and moved nothing: take more prompts a step, a larger eps, "

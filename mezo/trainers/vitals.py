@@ -85,6 +85,8 @@ class Vitals:
         names = {"ties": "ties", "weights_changed": "changed", "eval_held_out_loss": "held_out"}
         names |= {"completions/repetition": "repetition", "completions/clipped_ratio": "clipped"}
         figures = {names[name]: value for name, value in logs.items() if name in names}
+        if self._trainer.optimizer and self._trainer.optimizer.optimizer.watch.tied:
+            figures.pop("ties", None)  # the optimizer has said so
         if self.health.judge(figures, estimates):
             self._trainer.control.should_training_stop = True
 

@@ -68,7 +68,7 @@ def test_a_rule_warns_once(figures, words, caplog):
 
 
 def test_few_estimates_are_not_judged_by_their_ties(caplog):
-    Health().judge({"ties": 1.0}, 99)
+    Health().judge({"ties": 1.0}, 19)
     assert caplog.messages == []
 
 
