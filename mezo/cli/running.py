@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from typing import Any
 
-from mezo.cli.parsing import say
+from mezo.cli.parsing import Parser, say
 
 
 def carried_out(
@@ -27,8 +27,10 @@ def carried_out(
             result = work(say if talks else (lambda line: None))
     except KeyboardInterrupt:
         if talks:
-            resumes = "--resume_from_checkpoint" in words
-            again = shlex.join(words if resumes else [*words, "--resume_from_checkpoint", "true"])
+            parser = Parser(prog="mezo", add_help=False, allow_abbrev=False)
+            parser.add_argument("--resume_from_checkpoint", "--resume-from-checkpoint")
+            _, rest = parser.parse_known_args(words)
+            again = shlex.join([*rest, "--resume_from_checkpoint", "true"])
             say(f"\nto go on where it stopped:\n  {again}")
         raise
     finally:
