@@ -6,6 +6,8 @@ import sys
 import textwrap
 from contextlib import redirect_stdout
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry, page
 from mezo.cli.parsing import (
     JSON,
     Parser,
@@ -19,19 +21,19 @@ from mezo.cli.parsing import (
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
 
+HELP = page(
+    Entry("--mezo_eps EPS", "Size of the perturbations; by default that of mezo train."),
+    Entry("--learning_rate LR", "Learning rate to judge; by default that of mezo train."),
+    entries.BATCH,
+    Entry("--directions N", "Number of directions to measure; more are more exact.", 12),
+    Entry("--max_steps N", "Number of steps of the planned run.", 20000),
+    Entry("--json", "Print every number, as one line of JSON."),
+)
+
 
 def main(argv: list[str]) -> None:
-    tail = (
-        "  --mezo_eps EPS                      default: that of mezo train\n"
-        "  --learning_rate LR                  default: that of mezo train, by the model's size\n"
-        "  --per_device_train_batch_size N     default 16\n"
-        "  --directions N                      directions to measure; more are more exact;\n"
-        "                                      default 12\n"
-        "  --max_steps N                       length of the planned run; default 20000\n"
-        "  --json                              print every number, as one line of JSON\n"
-    )
     kinds = (ModelArguments, DataArguments)
-    if helped("mezo check", argv, kinds, tail):
+    if helped("mezo check", argv, kinds, HELP):
         return
     from mezo.check import measure as check
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mezo.cli.entries import Entry, page
 from mezo.cli.parsing import (
     JSON,
     helped,
@@ -22,30 +23,40 @@ from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
 
-HELP = """
-options of the comparison:
-  --methods NAME ...                  default: zero-shot icl lp ft lora prefix mezo mezo-lora
-                                      mezo-prefix; also head, prompt, mezo-head, mezo-prompt,
-                                      ft-checkpointing, lora-checkpointing, peft's other methods
-                                      and these with mezo- in front
-  --seeds N ...                       seeds of the split and of the run; default 13 21 42
-  --grid NAME                         none: a rate by the model's size (the default); default:
-                                      three rates, best by dev; table15, table16: the paper's;
-                                      or FILE.yaml, a section of mezo train's options a method
-  --max_steps N                       steps of the MeZO runs; default 2000
-  --adam_steps N                      steps of the other runs; default: a tenth of that
-  --equal KIND ...                    budgets: steps (the default), passes, time, memory; of
-                                      several, each in a folder of its own and on one page
-  --k N | --num_train N               default: --num_train 1000 --num_test 1000
-  --data_dir DIR                      folder of the data; {seed} in it is replaced by the seed
-  --keep_weights                      keep the tuned weights of every run
-  --output_dir DIR                    default runs/compare-<task>; run the command again to
-                                      continue there
-  --json                              print the whole summary as one line of JSON
-
-Every other option of mezo train applies to all methods, such as --per_device_eval_batch_size 64 or
---truncate.
-"""
+HELP = page(
+    "Options of the comparison.",
+    Entry(
+        "--methods NAME ...",
+        "By default zero-shot icl lp ft lora prefix mezo mezo-lora "
+        "mezo-prefix. There are also head, prompt, mezo-head, mezo-prompt, ft-checkpointing, "
+        "lora-checkpointing, and peft's other methods, each also with mezo- before it.",
+    ),
+    Entry("--seeds N ...", "Seeds of the split and of the run.", "13 21 42"),
+    Entry(
+        "--grid NAME",
+        "none (the default): one rate, by the model's size; default: three rates, "
+        "of which the dev examples choose; table15 or table16: the paper's grid; or FILE.yaml, "
+        "with a section of mezo train's options for each method.",
+    ),
+    Entry("--max_steps N", "Number of steps of the MeZO runs.", 2000),
+    Entry("--adam_steps N", "Number of steps of the other runs; by default a tenth of that."),
+    Entry(
+        "--equal KIND ...",
+        "What all methods spend the same of: steps (the default), passes, "
+        "time or memory. Each of several has a folder of its own; all are on one page.",
+    ),
+    Entry("--k N, --num_train N", "Size of the data; by default --num_train 1000 --num_test 1000."),
+    Entry("--data_dir DIR", "Folder of the data; {seed} in it is replaced by the seed."),
+    Entry("--keep_weights", "Keep the tuned weights of every run."),
+    Entry(
+        "--output_dir DIR",
+        "Folder of the comparison; give the command again to go on there.",
+        "runs/compare-<task>",
+    ),
+    Entry("--json", "Print the whole summary as one line of JSON."),
+    "",
+    "Every other option of mezo train applies to all methods, such as --truncate.",
+)
 OWN: dict[str, Any] = {
     "methods": {"nargs": "+"},
     "seeds": {"nargs": "+", "type": int},

@@ -11,10 +11,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--model",
         default="causal-lm",
-        help="causal-lm, a small language model (the default), or minilm, a sentence encoder",
+        help="causal-lm, a small language model (the default), or minilm, a sentence encoder.",
     )
-    parser.add_argument("--output_dir", default="demo_output", help="default demo_output")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", default="demo_output", help="Folder for the report.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of data and directions.")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     quiet()

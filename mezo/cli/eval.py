@@ -4,25 +4,26 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry, page
 from mezo.cli.parsing import JSON, helped, options_of, print_result, say
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
 
-HELP = """
-  --replay LOG                        first rebuild the weights of a run from its log
-  --until N                           replay only the first N steps of the run
-  --batch_size N                      examples per forward pass; default 32
-  --offload                           leave the weights in their files, and load them block by
-                                      block
-  --engine NAME                       what scores and writes: transformers (the default) or vllm
-  --engine_options JSON               options of the engine, such as '{"tensor_parallel_size": 2}'
-  --tasks NAME,NAME                   use tasks of lm-evaluation-harness instead of --task
-    --include_path DIR                folder with your own task files
-    --limit N                         number of examples of each task
-    --num_fewshot N                   demonstrations; default: each task's own number
-  --json                              print one line of JSON
-"""
+HELP = page(
+    Entry("--replay LOG", "Rebuild the weights of a run from its log first."),
+    Entry("--until N", "Replay only the first N steps of the run."),
+    Entry("--batch_size N", "Number of examples in a forward pass.", 32),
+    Entry("--offload", "Leave the weights in their files, and load them block by block."),
+    Entry("--engine NAME", "What scores and writes: transformers or vllm.", "transformers"),
+    entries.ENGINE_OPTIONS,
+    Entry("--tasks NAME,NAME", "Use tasks of lm-evaluation-harness instead of --task."),
+    Entry("  --include_path DIR", "With --tasks: folder that holds task files of your own."),
+    Entry("  --limit N", "With --tasks: number of examples of each task."),
+    Entry("  --num_fewshot N", "With --tasks: number of demonstrations; each task has a default."),
+    entries.JSON,
+)
 OWN: dict[str, Any] = {
     "replay": {},
     "until": {"type": int},

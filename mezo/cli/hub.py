@@ -11,11 +11,15 @@ def push(argv: list[str]) -> None:
         description="Share a run log on the Hugging Face hub, with a model card made from it. The "
         "log contains the run's config, which `mezo log FILE` shows. Log in first: hf auth login.",
     )
-    parser.add_argument("--log", required=True, help="the run log")
-    parser.add_argument("--repo", required=True, help="user/name; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--log", required=True, help="The run log.")
     parser.add_argument(
-        "--base_model", "--base-model", help="the base model's name on the hub, for the card"
+        "--repo",
+        required=True,
+        help="The repository, as user/name; it is created if it does not exist.",
+    )
+    parser.add_argument("--private", action="store_true", help="Make a new repository private.")
+    parser.add_argument(
+        "--base_model", "--base-model", help="Name of the base model on the hub, for the card."
     )
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
@@ -31,8 +35,8 @@ def push(argv: list[str]) -> None:
 
 def pull(argv: list[str]) -> None:
     parser = Parser(prog="mezo pull", description="Download a run log from the Hugging Face hub.")
-    parser.add_argument("repo", help="user/name")
-    parser.add_argument("--output", help="file to write; default name.mezo")
+    parser.add_argument("repo", help="The repository, as user/name.")
+    parser.add_argument("--output", help="File to write; by default name.mezo.")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo.hub import repository as hub

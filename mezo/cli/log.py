@@ -14,10 +14,10 @@ if TYPE_CHECKING:  # importing it would import torch, which would slow --help by
 
 USAGE = """\
 commands:
-  mezo log FILE [--steps]                        show its contents; also mezo log show FILE
-  mezo log verify FILE [--model MODEL]           check that it is whole, and starts from MODEL
-  mezo log compact FILE -o OUT                   write it in a third of the bytes
-  mezo log merge FILE FILE ... -o OUT            join the logs of one run
+  mezo log FILE [--steps]                        Show its contents; also mezo log show FILE.
+  mezo log verify FILE [--model MODEL]           Check that it is whole and starts from MODEL.
+  mezo log compact FILE -o OUT                   Write it in a third of the bytes.
+  mezo log merge FILE FILE ... -o OUT            Join the logs of one run.
 """
 
 
@@ -36,8 +36,8 @@ def _show(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file")
-    parser.add_argument("--steps", action="store_true", help="print one line per step")
-    parser.add_argument("--recover", action="store_true", help="read what precedes the damage")
+    parser.add_argument("--steps", action="store_true", help="Print one line per step.")
+    parser.add_argument("--recover", action="store_true", help="Read what precedes the damage.")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo import trajectory
@@ -155,7 +155,7 @@ def _verify_options(argv: list[str]) -> tuple[argparse.Namespace, ModelArguments
     )
     parser = Parser(prog="mezo log verify", description=text)
     parser.add_argument("file")
-    parser.add_argument("--model", help="hub name or folder of the base model")
+    parser.add_argument("--model", help="Hub name or folder of the base model.")
     parser.add_argument("--json", **JSON)
     return parser.parse_args(argv), None
 
@@ -167,11 +167,11 @@ def _compact(argv: list[str]) -> None:
     )
     parser = Parser(prog="mezo log compact", description=text)
     parser.add_argument("file")
-    parser.add_argument("-o", "--output_file", required=True, help="a new file")
+    parser.add_argument("-o", "--output_file", required=True, help="A new file.")
     parser.add_argument(
         "--without_losses",
         action="store_true",
-        help="halve the size again; the learning curve is lost",
+        help="Halve the size again; the learning curve is lost.",
     )
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
@@ -188,7 +188,7 @@ def _merge(argv: list[str]) -> None:
     )
     parser = Parser(prog="mezo log merge", description=text)
     parser.add_argument("files", nargs="+", metavar="file")
-    parser.add_argument("-o", "--output_file", required=True, help="a new file")
+    parser.add_argument("-o", "--output_file", required=True, help="A new file.")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     from mezo import trajectory

@@ -29,21 +29,22 @@ usage: mezo COMMAND [options]
 
 Fine-tune language models with forward passes alone, in the memory of inference.
 
-  mezo demo                                              see it work, offline, in minutes
-  mezo check  --model facebook/opt-1.3b --task sst2      will it learn, with which eps and rate?
+  mezo demo                                          See it work, offline, in minutes.
+  mezo check  --model facebook/opt-1.3b --task sst2  Will it learn, and with which eps and rate?
   mezo train  --model facebook/opt-1.3b --task sst2 --output_dir runs/sst2
-  mezo sft    --model Qwen/Qwen3-0.6B --train_file chats.jsonl --use_peft     or dpo; TRL's formats
-  mezo train  --model ... --train_file prompts.jsonl --reward rules.py:short   for any reward
+  mezo train  --model M --train_file prompts.jsonl --reward rules.py:short      For any reward.
+  mezo sft    --model Qwen/Qwen3-0.6B --train_file chats.jsonl --use_peft
+  mezo dpo    --model M --train_file pairs.jsonl     Preferences, in TRL's formats.
   mezo eval   --model facebook/opt-1.3b --task sst2 --demonstrations 32
   mezo eval   --model facebook/opt-1.3b --task sst2 --replay runs/sst2/run.mezo
   mezo replay --model facebook/opt-1.3b --log runs/sst2/run.mezo --output_dir model/
-  mezo log    runs/sst2/run.mezo                         show, verify, compact or merge run logs
-  mezo compare --model M --task sst2 --k 16              compare methods: table, plots, report
-  mezo tasks                                             list the tasks, or show one on a real row
-  mezo memory --model facebook/opt-66b                   estimate memory, without loading weights
-  mezo push   --log runs/sst2/run.mezo --repo user/name  share a run log of a few KB on the hub
-  mezo pull   user/name                                  download a run log
-  mezo env                                               versions, device and kernels, for a report
+  mezo log    runs/sst2/run.mezo                     Show, verify, compact or merge run logs.
+  mezo compare --model M --task sst2 --k 16          Compare methods: a table, plots, a report.
+  mezo tasks                                         List the tasks, or show one on a real row.
+  mezo memory --model facebook/opt-66b               Estimate memory without loading weights.
+  mezo push   --log runs/sst2/run.mezo --repo user/name     Share a run log on the hub.
+  mezo pull   user/name                              Download a run log from the hub.
+  mezo env                                           Print versions and device for a report.
 
 mezo COMMAND --help lists the options of a command.
 """

@@ -18,21 +18,27 @@ def memory(argv: list[str]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", required=True, help="facebook/opt-125m to -175b, a folder, or a name on the hub")
-    add("--dtype", choices=DTYPES, default="bfloat16")
-    add("--batch_size", "--batch-size", type=int, default=16)
-    add("--max_length", "--max-length", type=int, default=300, help="tokens per example")
-    add("--method", nargs="+", choices=PLANNED, metavar="METHOD", help=", ".join(PLANNED))
-    add("--steps", type=int, default=20000, help="steps of the run, for its log")
+    add("--model", required=True, help="facebook/opt-125m to -175b, a folder, or a hub name.")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="Data type of the weights.")
+    add("--batch_size", "--batch-size", type=int, default=16, help="Examples in a batch.")
+    add("--max_length", "--max-length", type=int, default=300, help="Tokens per example.")
+    add(
+        "--method",
+        nargs="+",
+        choices=PLANNED,
+        metavar="METHOD",
+        help=f"By default all: {', '.join(PLANNED)}.",
+    )
+    add("--steps", type=int, default=20000, help="Steps of the run, for the size of its log.")
     add(
         "--all_logits",
         "--all-logits",
         action="store_true",
-        help="compute the loss of all tokens instead of one",
+        help="Compute the loss of all tokens instead of one.",
     )
-    add("--lora_r", "--lora-r", type=int, default=8)
-    add("--device", help="device to measure for the time; default: the accelerator, or cpu")
-    add("--no_time", "--no-time", action="store_true", help="do not measure the time")
+    add("--lora_r", "--lora-r", type=int, default=8, help="Rank of LoRA.")
+    add("--device", help="Device to measure for the time; by default the accelerator, or cpu.")
+    add("--no_time", "--no-time", action="store_true", help="Do not measure the time.")
     add("--json", **JSON)
     own = parser.parse_args(argv)
     for name in ("batch_size", "max_length", "steps", "lora_r"):

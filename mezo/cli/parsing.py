@@ -7,16 +7,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from textwrap import wrap
 from typing import Any
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry
 from mezo.errors import InputError
 from mezo.foreign import read_options
-from mezo.options.table import FIELDS
 from mezo.runs.data_arguments import DataArguments
 
-_INDENT = "\n" + " " * 38  # of the continuation lines of an option's help
-JSON: dict[str, Any] = {"action": "store_true", "help": "print the result as one line of JSON"}
+JSON: dict[str, Any] = {"action": "store_true", "help": entries.JSON.text}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -143,26 +142,10 @@ def helped(prog: str, argv: list[str], kinds: tuple, tail: str = "") -> bool:
     for kind in kinds:
         print(f"{kind.__doc__}")
         for f in fields(kind):
-            print(_entry(", ".join(_names(f)), f.metadata["help"], f.default))
+            print(Entry(", ".join(_names(f)), f.metadata["help"], f.default))
         print()
     print(tail.lstrip("\n"), end="")
     return True
-
-
-def entries_of(*flags: str) -> str:
-    """Return the help of options of the table: of those named, or of all that it says to show."""
-    shown = [option for option in FIELDS if option.flag in flags or (option.shown and not flags)]
-    return "\n".join(
-        _entry(f"--{option.flag} {option.metavar}".rstrip(), option.help, option.flag_default)
-        for option in shown
-    )
-
-
-def _entry(names: str, text: str, default: Any) -> str:
-    """Return an option's lines of help, with a default that can be shown."""
-    plain = isinstance(default, str | int) and "the default" not in text
-    lines = wrap(text + f"  [{default}]" * plain, 62, break_on_hyphens=False)
-    return f"  {names:<34}  {_INDENT.join(lines)}"
 
 
 def quiet() -> None:

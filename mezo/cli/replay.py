@@ -5,23 +5,29 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry, page
 from mezo.cli.parsing import JSON, helped, options_of, print_result, say
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 
+HELP = page(
+    Entry("--log FILE", "The run log."),
+    Entry("--output_dir DIR", "Folder for the tuned model."),
+    Entry("--until N", "Replay only the first N steps."),
+    Entry(
+        "--by_tensor",
+        "Work from file to file, in the memory of one tensor; --model is a folder "
+        "of safetensors files.",
+    ),
+    Entry("--onto_adapter", "Write only the adapter of a LoRA run."),
+    Entry("--rule MODULE:NAME", "Your own rule, if the run used one."),
+    entries.JSON,
+)
+
 
 def main(argv: list[str]) -> None:
-    tail = (
-        "  --log FILE                          the run log\n"
-        "  --output_dir DIR                    folder for the tuned model\n"
-        "  --until N                           replay only the first N steps\n"
-        "  --by_tensor                         work from file to file, in the memory of one\n"
-        "                                      tensor; --model is a folder of safetensors\n"
-        "  --onto_adapter                      write only the adapter of a LoRA run\n"
-        "  --rule MODULE:NAME                  your own rule, if the run used one\n"
-        "  --json                              print one line of JSON\n"
-    )
-    if helped("mezo replay", argv, (ModelArguments,), tail):
+    if helped("mezo replay", argv, (ModelArguments,), HELP):
         return
     from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter

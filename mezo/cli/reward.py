@@ -7,10 +7,11 @@ mezo train --model NAME --train_file prompts.jsonl --reward "python score.py"
 import shlex
 from functools import partial
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry, page
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
-    entries_of,
     helped,
     options_of,
     print_result,
@@ -21,28 +22,34 @@ from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import RewardArguments
 
-HELP = """
-training, named as TRL's GRPOConfig and transformers' TrainingArguments (--help_all lists them):
-  --output_dir DIR                    default runs/reward
-  --max_completion_length N           default 64 tokens
-  --temperature T                     default 1; 0 is greedy
-  --stop STRING [STRING ...]          strings that end a completion and are cut off
-  --reward_weights W [W ...]          one weight per reward function
-  --learning_rate LR  --mezo_eps EPS  default: by the model's size and by what is trained
-  --max_steps N                       default 1000
-  --per_device_train_batch_size N     prompts per step; default 16; use more if rewards tie
-  --eval_steps N  --save_steps N      default 100
-  --num_samples N                     directions a step; each generates twice
-  --scale_rewards group               with several directions: rewards are centred and scaled
-                                      prompt by prompt, as GRPO does
-  --engine vllm                       generate with vLLM, which holds the weights (docs/engines.md)
-  --engine_options JSON               options of the engine, such as '{"tensor_parallel_size": 2}'
-  --stop_forgotten X                  stop when the loss on --held_out_file has risen by X
-  --log_completions                   write completions to output_dir/completions.jsonl
-{offload}
-  --resume_from_checkpoint true       resume an interrupted run
-  --json                              print the result as one line of JSON
-""".replace("{offload}", entries_of("offload"))
+HELP = page(
+    "Training, named as TRL's GRPOConfig and transformers' (--help_all lists every option).",
+    entries.folder("runs/reward"),
+    Entry("--max_completion_length N", "Longest completion in tokens.", 64),
+    Entry("--temperature T", "Temperature of sampling; 0 is greedy decoding.", 1),
+    Entry("--stop STRING [STRING ...]", "Strings that end a completion and are cut off."),
+    Entry("--reward_weights W [W ...]", "One weight for each reward function."),
+    *(entries.RATE, entries.EPS, entries.steps(1000)),
+    Entry(
+        "--per_device_train_batch_size N",
+        "Number of prompts in a step; take more if rewards tie.",
+        16,
+    ),
+    Entry("--eval_steps N", "Number of steps between evaluations.", 100),
+    Entry("--save_steps N", "Number of steps between checkpoints.", 100),
+    Entry("--num_samples N", "Number of directions in a step; the model writes twice for each.", 1),
+    Entry(
+        "--scale_rewards group",
+        "With several directions: centre and scale the rewards of each prompt, as GRPO does.",
+    ),
+    Entry("--engine vllm", "Generate with vLLM, which holds the weights (docs/engines.md)."),
+    entries.ENGINE_OPTIONS,
+    Entry("--stop_forgotten X", "Stop when the loss on --held_out_file has risen by X."),
+    Entry("--log_completions", "Write completions to output_dir/completions.jsonl."),
+    *entries.of_table("offload"),
+    entries.RESUME,
+    entries.JSON,
+)
 
 
 def asked(argv: list[str]) -> bool:

@@ -13,7 +13,7 @@ def show(argv: list[str]) -> None:
         "kind of model: '|' begins the part that is scored or trained, and '*' marks the right "
         "answer.",
     )
-    parser.add_argument("name", nargs="?", help="name of a task")
+    parser.add_argument("name", nargs="?", help="Name of a task.")
     parser.add_argument("--json", **JSON)
     own = parser.parse_args(argv)
     if own.name is not None:

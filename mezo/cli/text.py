@@ -5,10 +5,11 @@ import sys
 from functools import partial
 from importlib.util import find_spec
 
+from mezo.cli import entries
+from mezo.cli.entries import Entry, page
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
-    entries_of,
     helped,
     options_of,
     print_result,
@@ -19,32 +20,33 @@ from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import TextArguments
 
-HELP = """
-training, named as TRL's {config} and transformers' (--help_all lists every one):
-  --output_dir DIR                    default runs/{kind}
-  --learning_rate LR                  default: by the model's size and by what is trained
-                                      (docs/methods.md)
-  --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
-  --max_steps N                       default 20000
-  --per_device_train_batch_size N     default 16
-  --max_length N                      longest row in tokens; longer rows are cut
-{own}{offload}
-  --resume_from_checkpoint true       resume an interrupted run
-  --json                              print the result as one line of JSON
-"""
 OWN = {
-    "sft": "  --packing true                      join rows without padding between them\n"
-    "  --assistant_only_loss true          for messages: train only the assistant's turns\n"
-    "  --completion_only_loss false        for prompt and completion: train both\n",
-    "dpo": "  --beta BETA                         closeness to the reference; default 0.1\n",
+    "sft": (
+        Entry("--packing true", "Join rows without padding between them."),
+        Entry("--assistant_only_loss true", "For messages: train on the assistant's turns alone."),
+        Entry("--completion_only_loss false", "For prompt and completion: train on both."),
+    ),
+    "dpo": (Entry("--beta BETA", "How close the model stays to the reference.", "0.1"),),
 }
+
+
+def _tail(kind: str) -> str:
+    """Return the end of the command's help."""
+    config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
+    return page(
+        f"Training, named as TRL's {config} and transformers' (--help_all lists every option).",
+        entries.folder(f"runs/{kind}"),
+        *(entries.RATE, entries.EPS, entries.steps(20000), entries.BATCH),
+        Entry("--max_length N", "Longest row in tokens; longer rows are cut."),
+        *OWN[kind],
+        *entries.of_table("offload"),
+        *(entries.RESUME, entries.JSON),
+    )
 
 
 def main(kind: str, argv: list[str]) -> None:
     """Run `mezo sft` or `mezo dpo`."""
-    config = {"sft": "SFTConfig", "dpo": "DPOConfig"}[kind]
-    tail = HELP.format(kind=kind, config=config, own=OWN[kind], offload=entries_of("offload"))
-    if helped(f"mezo {kind}", argv, (ModelArguments, TextArguments), tail):
+    if helped(f"mezo {kind}", argv, (ModelArguments, TextArguments), _tail(kind)):
         return
     if find_spec("trl") is None:
         raise InputError(f"mezo {kind} needs TRL: pip install 'mezo-lm[trl]'")

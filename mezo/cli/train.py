@@ -4,12 +4,12 @@ import shlex
 import sys
 from typing import Any
 
-from mezo.cli import reward
+from mezo.cli import entries, reward
+from mezo.cli.entries import Entry, page
 from mezo.cli.going_on import with_log
 from mezo.cli.parsing import (
     JSON,
     default_output_dir,
-    entries_of,
     helped,
     options_of,
     print_result,
@@ -20,44 +20,58 @@ from mezo.cli.running import carried_out, replay
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
 
-TRAIN_HELP = """
-training, named as transformers' TrainingArguments (--help_all lists every one):
-  --output_dir DIR                    default runs/<task>
-  --learning_rate LR                  default: measured on the model for the length of the run,
-                                      or by its size and what is trained (docs/methods.md)
-  --mezo_eps EPS                      default 1e-3; 1e-2 for LoRA, 1e-1 for a prefix
-  --max_steps N                       default 20000
-  --per_device_train_batch_size N     default 16
-  --bf16 true                         run forward passes of 32-bit weights in bfloat16
-  --lr_scheduler_type NAME            default constant
-  --method NAME                       mezo, or a baseline: adam (backpropagation), lp, zero-shot
-  --grid NAME                         search over a grid: table15-mezo, table16-mezo-lora, ... or
-                                      FILE.yaml
-  --paper TABLE                       table15, table16 or another table of the paper: use its
-                                      model, grid, data and steps for the task, the method and the
-                                      adapter
-  --objective NAME                    train on a metric: accuracy or macro_f1 over candidates, f1
-                                      of generated answers; default: the cross-entropy
-  --dry_run                           print the commands that would run, one per line
-  --activation_checkpointing true     with adam: save memory at the cost of a forward pass
-  --seed N                            seed of the directions and of the order of the data
-  --eval_steps N  --save_steps N      default 500
-  --resume_from_checkpoint true       resume an interrupted run
-  --report_to tensorboard             write the logs for TensorBoard
-  --json                              print the result as one line of JSON
-
-options of MeZO (docs/methods.md, docs/rules.md):
-{options}
-
-To train on what a function or program says of generated text instead of a task, see
-docs/rewards.md.
-""".replace("{options}", entries_of())
+TRAIN_HELP = page(
+    "Training, named as transformers' TrainingArguments (--help_all lists every option).",
+    entries.folder("runs/<task>"),
+    Entry(
+        "--learning_rate LR",
+        "By default it is measured on the model for the length of the run, "
+        "or depends on the model's size and on what is trained (docs/methods.md).",
+    ),
+    entries.EPS,
+    entries.steps(20000),
+    entries.BATCH,
+    Entry("--bf16 true", "Run the forward passes of 32-bit weights in bfloat16."),
+    Entry("--lr_scheduler_type NAME", "Course of the learning rate.", "constant"),
+    Entry(
+        "--method NAME",
+        "mezo, or a baseline: adam (backpropagation), lp (linear probing) or zero-shot.",
+        "mezo",
+    ),
+    Entry("--grid NAME", "Search over a grid: table15-mezo, table16-mezo-lora, ... or FILE.yaml."),
+    Entry(
+        "--paper TABLE",
+        "Run what a table of the paper ran (table15, table16, ...): its model, "
+        "grid, data and steps for the task, the method and the adapter.",
+    ),
+    Entry(
+        "--objective NAME",
+        "Train on a metric: accuracy or macro_f1 over candidates, or f1 of "
+        "generated answers. By default the objective is the cross-entropy.",
+    ),
+    Entry("--dry_run", "Print the commands that would run, one per line."),
+    Entry(
+        "--activation_checkpointing true", "With adam: save memory at the cost of a forward pass."
+    ),
+    Entry("--seed N", "Seed of the directions and of the order of the examples.", 42),
+    Entry("--eval_steps N", "Number of steps between evaluations.", 500),
+    Entry("--save_steps N", "Number of steps between checkpoints.", 500),
+    entries.RESUME,
+    Entry("--report_to tensorboard", "Write logs that TensorBoard shows."),
+    entries.JSON,
+    "",
+    "Options of MeZO (docs/methods.md, docs/rules.md).",
+    *entries.of_table(),
+    "",
+    "To train on what a function or program says of generated text instead of a task, see",
+    "docs/rewards.md.",
+)
 
 
 SEARCH: dict[str, dict[str, Any]] = {
     "grid": {"help": "Search over a grid."},
-    "paper": {"help": "table15, table16, ...: search over the paper's grid for method and task."},
-    "dry_run": {"action": "store_true", "help": "Print the commands of the runs, and run none."},
+    "paper": {"help": "Run what a table of the paper ran."},
+    "dry_run": {"action": "store_true", "help": "Print the commands that would run."},
 }
 
 

@@ -2,10 +2,11 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
 
 import pytest
@@ -343,3 +344,20 @@ def test_a_closed_pipe_is_no_error(trained):
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize("verb", sorted(set(cli.COMMANDS) - {"env"}))
+def test_every_option_of_the_help_is_told_in_a_whole_sentence(verb, capsys):
+    """Half of the help was telegrams, such as `default 500`, beside the sentences of the rest."""
+    with suppress(SystemExit):  # argparse's own way to end
+        cli.main([verb, "--help"])
+    options: list[str] = []
+    for line in capsys.readouterr().out.splitlines():
+        if re.match(" {2,4}-", line):
+            options.append(line)
+        elif options and line.startswith(" " * 20):
+            options[-1] += " " + line.strip()
+    assert options
+    for option in options:
+        text = re.sub(r" +(\[.*\]|\(default: .*\))$", "", option)
+        assert text.endswith(".") or "show this help message and exit" in text, option
