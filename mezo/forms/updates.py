@@ -41,10 +41,6 @@ class Update(NamedTuple):
         return self.history[start : self.end]
 
     @property
-    def grads(self) -> Sequence[float]:
-        return self.history[self.end - 1][1]
-
-    @property
     def keep(self) -> float:
         """The factor by which decoupled weight decay multiplies theta before the update."""
         return 1 - self.lr * self.decay

@@ -76,6 +76,7 @@ def test_the_scores_of_an_empty_example_are_taken_from_both_halves():
     optimizer = MeZO(model.named_parameters(), lr=0.0, seed=2, perturbation="low_rank")
     with torch.no_grad():
         assert optimizer.estimate(closure).losses == pytest.approx((3 / 5, 3 / 5), rel=1e-12)
+    assert optimizer.memory.paired is True  # two passes would not take them from a pair's scores
 
 
 @pytest.mark.parametrize(("objective", "words"), [("f2", "got 'f2'"), ({}, "objective is empty")])
