@@ -11,7 +11,7 @@ import reference
 import torch
 from models import Regression, weights
 
-from mezo import MeZO, noise, trajectory
+from mezo import MeZO, noise, rules, trajectory
 from mezo.errors import InputError
 from mezo.forms import factors
 from mezo.noise import Move, definition
@@ -65,12 +65,18 @@ def test_the_estimate_is_unbiased(rank):
     assert ((total / n - gradient).abs() < 5 * (sums / n).sqrt()).all()
 
 
-@pytest.mark.parametrize(("rank", "num_samples", "weight_decay"), [(1, 1, 0.0), (3, 2, 0.1)])
-def test_a_run_equals_the_twin_that_makes_every_matrix(rank, num_samples, weight_decay):
-    """20 steps over 2 intervals and a part, in float64. W is decayed when it is written."""
+@pytest.mark.parametrize(
+    ("rank", "num_samples", "weight_decay", "rule"),
+    [(1, 1, 0.0, "sgd"), (3, 2, 0.1, "sgd"), (2, 1, 0.1, rules.Momentum(0.0))],
+)
+def test_a_run_equals_the_twin_that_makes_every_matrix(rank, num_samples, weight_decay, rule):
+    """20 steps over 2 intervals and a part, in float64. W is decayed when it is written.
+
+    Momentum of 0 is SGD, and takes the course of rules that moves cannot express.
+    """
     model, twin, settings = Regression(), Regression(), {"lr": 1e-2, "eps": 1e-3}
     settings |= {"num_samples": num_samples, "weight_decay": weight_decay}
-    optimizer = optimizer_of(model, rank=rank, **settings)
+    optimizer = optimizer_of(model, rank=rank, rule=rule, **settings)
     losses = [optimizer.step(model) for _ in range(20)]
     optimizer.write()
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from models import Toy, llama, weights
+from torch.optim.lr_scheduler import LambdaLR
 from trainers import grads, points, settings, trainer_at
 
 from mezo import MeZO, layer_norms, trajectory
 from mezo.errors import InputError
 from mezo.schedules import Schedule, linear
-from mezo.trainers.config import rule_of
+from mezo.trainers.config import rule_of, scale_rates_
 
 CASES = {
     "momentum": {"rule": "momentum", "momentum": 0.8},
@@ -106,6 +107,11 @@ def test_the_rate_grows_with_the_number_of_directions(tmp_path):
         n = len(step.record.projected_grads)
         assert n == round(1 + 2 * number / 19)
         assert step.lrs == pytest.approx([n * 1e-3 * (20 - number) / 20] * len(step.lrs), rel=1e-6)
+    optimizer = MeZO(Toy().named_parameters(), lr=1e-3, num_samples=3)
+    schedule = LambdaLR(optimizer, lambda step: 1.0)
+    for _ in range(2):  # a step that is made again, as after a refused update, has its rate
+        scale_rates_(optimizer, schedule)
+        assert optimizer.param_groups[0]["lr"] == 3 * 1e-3
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     with pytest.raises(
         InputError, match="scale_lr_with_samples cannot be combined with a ReduceLROnPl"
