@@ -11,7 +11,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from transformers import AutoTokenizer
@@ -34,39 +34,46 @@ def measure(shape: str, dtype: str, batch: int, tokens: int, repeats: int = 5) -
         options = {"max_model_len": 2 * tokens + 8, "max_num_seqs": max(batch, 16)}
         engine = VLLMEngine(folder, dtype=dtype, gpu_memory_utilization=0.4, **options)
         try:
-            found = _timed(engine, model, batch, tokens, repeats)
+            found = _of_engine(engine, model, batch, tokens, repeats)
         finally:
             engine.close()
     return {"vllm": version, "shape": shape, "dtype": dtype, "size": f"{batch}x{tokens}"} | found
 
 
-def _timed(engine: VLLMEngine, model, batch: int, tokens: int, repeats: int) -> dict:
+def _of_engine(engine: VLLMEngine, model, batch: int, tokens: int, repeats: int) -> dict:
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 1000, (batch, tokens), generator=draw).tolist()
     asked = token_batch((row, tokens - 4) for row in ids)  # the last tokens, as a task's answers
     optimizer = MeZO(model.named_parameters(), lr=1e-9, seed=0, distribution="gaussian16")
     remote = attach(optimizer, engine)
+    settings = Generation(max_new_tokens=tokens, temperature=1.0)
 
     def one_step() -> None:
         optimizer.step(lambda: remote.loss(asked))
         remote.flush()
 
-    both = _median(lambda: engine.losses(asked, [THETA, THETA]), repeats)
-    whole = _median(one_step, repeats)
-    settings = Generation(max_new_tokens=tokens, temperature=1.0)
-    written = _median(lambda: engine.texts(ids, [THETA], settings), 1)
-    found = {"seconds_of_two_scorings": both, "seconds_of_a_step": whole, "share": both / whole}
-    return found | {"samples_per_second": batch / written, "perturbation": optimizer.perturbation}
+    calls = {
+        "scorings": lambda: engine.losses(asked, [THETA, THETA]),
+        "step": one_step,
+        "texts": lambda: engine.texts(ids, [THETA], settings),
+    }
+    taken = seconds(calls, repeats)
+    found = {"seconds_of_two_scorings": taken["scorings"], "seconds_of_a_step": taken["step"]}
+    found |= {"share": taken["scorings"] / taken["step"], "perturbation": optimizer.perturbation}
+    return found | {"samples_per_second": batch / taken["texts"]}
 
 
-def _median(call: Callable[[], object], repeats: int) -> float:
-    call()
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+def seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each call. The calls take turns, so that what else the machine
+    does meets all of them alike; a first round does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            if turn:
+                taken[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def main() -> None:

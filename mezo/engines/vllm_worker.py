@@ -27,7 +27,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from mezo import noise
-from mezo.engines import vllm_plain  # noqa: F401  # registers unpacked weights in each worker
+from mezo.engines import boxes, vllm_plain  # noqa: F401  # registers unpacked weights in each worker
+from mezo.engines.boxes import Box, Heads
 from mezo.engines.engine import Change, Point
 from mezo.engines.pieces import Piece, Pieces
 from mezo.errors import InputError
@@ -116,8 +117,8 @@ def pieces_of(model: torch.nn.Module, name: str, shape: tuple[int, ...]) -> Iter
             f"vLLM holds parameter {name} quantised ({kind}, {p.dtype}): full-rank directions need "
             "the weights themselves; leave quantization away"
         )
-    start, rows = _box(module, leaf, part, shape)
-    view = p.detach()[rows] if rows is not None else p.detach()
+    start, rows = _box(module, part, shape)
+    view = p.detach() if rows is None else p.detach()[rows]
     if tuple(view.shape[len(shape) :]) or any(
         at + n > whole for at, n, whole in zip(start, view.shape, shape, strict=False)
     ):
@@ -161,44 +162,33 @@ _QKV = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _MERGED = {"gate_proj": 0, "up_proj": 1}
 
 
-def _box(
-    module: Any, leaf: str, part: str | None, shape: tuple[int, ...]
-) -> tuple[tuple[int, ...], slice | None]:
-    """Return where a worker's box of a tensor begins, and the rows of its parameter that hold it
-    (None: all)."""
-    rest = (0,) * (len(shape) - 1)
-    rank = getattr(module, "tp_rank", 0)
+def _box(module: Any, part: str | None, shape: tuple[int, ...]) -> Box:
+    """Return a worker's box of a tensor, by the kind of the layer that holds it."""
+    rank, n = getattr(module, "tp_rank", 0), len(shape)
     if isinstance(module, QKVParallelLinear):
         if part not in _QKV:
             raise InputError(f"part {part} of a fused query, key and value layer is not mapped")
-        return _of_qkv(module, _QKV[part], rest)
+        return boxes.of_heads(_QKV[part], rank, _heads(module), n)
     if isinstance(module, MergedColumnParallelLinear):
         if part not in _MERGED or len(module.output_sizes) != 2:
             raise InputError(f"part {part} of a fused layer of {module.output_sizes} is not mapped")
-        sizes = [size // module.tp_size for size in module.output_sizes]
-        first = sum(sizes[: _MERGED[part]])
-        rows = slice(first, first + sizes[_MERGED[part]])
-        return (rank * sizes[_MERGED[part]], *rest), rows
+        return boxes.of_merged(_MERGED[part], rank, module.output_sizes, module.tp_size, n)
     if isinstance(module, ColumnParallelLinear):
-        return (rank * module.output_size_per_partition, *rest), None
+        return boxes.of_rows(rank * module.output_size_per_partition, n)
     if isinstance(module, RowParallelLinear):
-        return ((0, rank * module.input_size_per_partition) if len(shape) == 2 else (0,)), None
+        return boxes.of_columns(rank, module.input_size_per_partition, n)
     if isinstance(module, VocabParallelEmbedding):
-        where = module.shard_indices
-        first, end = where.org_vocab_start_index, where.org_vocab_end_index
-        return (first, *rest), slice(0, end - first)  # rows of padding stay as they are
+        first = module.shard_indices.org_vocab_start_index
+        # rows of padding, behind the vocabulary's own, stay as they are
+        return boxes.of_rows(first, n, module.shard_indices.org_vocab_end_index - first)
     if isinstance(module, LinearBase) and not isinstance(module, ReplicatedLinear):
         raise InputError(f"vLLM's {type(module).__name__} is not mapped")
-    return (0, *rest), None
+    return boxes.of_rows(0, n)
 
 
-def _of_qkv(module: Any, index: int, rest: tuple[int, ...]) -> tuple[tuple[int, ...], slice]:
-    size = module.head_size
-    sizes = [module.num_heads * size, module.num_kv_heads * size]
-    sizes.append(module.num_kv_heads * module.v_head_size)
-    first = sum(sizes[:index])
-    rank = module.tp_rank if index == 0 else module.tp_rank // module.num_kv_head_replicas
-    return (rank * sizes[index], *rest), slice(first, first + sizes[index])
+def _heads(module: QKVParallelLinear) -> Heads:
+    own = (module.num_heads, module.num_kv_heads, module.head_size, module.v_head_size)
+    return Heads(*own, module.num_kv_head_replicas)
 
 
 @torch.inference_mode()

@@ -43,6 +43,8 @@ def train(
     if args.method != "mezo":
         raise InputError(f"--method {args.method}: a reward has no gradient, only mezo trains it")
     engines.check(args.engine, args.engine_options, offload=args.offload)
+    if args.engine != "transformers":
+        engines.check_choices(args)
     held_out = texts(data.held_out_file) if data.held_out_file else []
     if args.stop_forgotten is not None and not held_out:
         raise InputError("--stop_forgotten needs texts: --held_out_file")

@@ -10,10 +10,12 @@ import torch
 from mezo.engines import THETA, Engine, Point, RemoteWeights, Run, TransformersEngine, attach
 from mezo.engines.engine import token_batch
 from mezo.engines.reading import EngineReader
+from mezo.engines.remote import check_choices as check_remote
 from mezo.errors import InputError
 from mezo.forms.weights import Weights
 from mezo.mezo import MeZO
 from mezo.optimizer import number_of_processes
+from mezo.trainers.config import MeZOConfig, rule_of
 
 ENGINES = ("transformers", "vllm")
 
@@ -28,6 +30,11 @@ def check(name: str, options: str | None, *, offload: bool = False) -> None:
     from mezo.engines.vllm_engine import check_version
 
     check_version()
+
+
+def check_choices(args: MeZOConfig) -> None:
+    """Raise InputError, before an engine starts, for options of MeZO that no engine has."""
+    check_remote(rule_of(args), args.perturbation, masked=args.keep is not None)
 
 
 def check_engine(name: str, options: str | None = None) -> dict[str, Any]:

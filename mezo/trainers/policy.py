@@ -27,7 +27,7 @@ from mezo.rewards import RewardFunc, RewardFunctions, Sampled, Ties
 from mezo.rewards.health import repetition
 from mezo.rewards.objective import worded
 from mezo.trainers.config import MeZOConfig, changed
-from mezo.trainers.engines import Held, check_engine, started
+from mezo.trainers.engines import Held, check_choices, check_engine, started
 from mezo.trainers.trainer import MeZOMixin
 from mezo.trainers.vitals import Vitals
 
@@ -150,6 +150,8 @@ class MeZOPolicyTrainer(MeZOMixin, Trainer):
             args.engine = engine if isinstance(engine, str) else engine.name
         if not isinstance(engine, Engine):
             check_engine(args.engine, args.engine_options)
+        if isinstance(engine, Engine) or args.engine != "transformers":
+            check_choices(args)
         if args.remove_unused_columns:
             raise InputError("remove_unused_columns=True would take the prompts: leave it False")
         model, processing_class = _loaded(model, processing_class)

@@ -130,6 +130,32 @@ def test_options_that_cannot_work_are_one_line(tmp_path, changes, words):
         made(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rule": "experiments.rules.anchored:Anchored"}, "Anchored does not work with an engine"),
+        ({"rule": "adam"}, "rule adam does not work with an engine"),
+        ({"perturbation": "low_rank"}, "low_rank is not made by engines"),
+        ({"perturbation": "scratch", "keep": 0.5}, "masks.*not made by engines"),
+    ],
+)
+def test_what_no_engine_does_is_refused_before_one_starts(tmp_path, changes, words):
+    """vLLM takes a minute to start, and an evaluation of minutes comes before the first step."""
+    with pytest.raises(InputError, match=words):
+        made(tmp_path, TransformersEngine, **changes)
+    with pytest.raises(InputError, match=words):
+        made(tmp_path, engine="vllm", **changes)
+
+
+def test_scalar_adam_runs_in_an_engine(tmp_path):
+    """It moves weights by z alone, and its log replays to the engine's weights."""
+    trainer = made(tmp_path, TransformersEngine, rule="scalar_adam", learning_rate=1e-3)
+    trainer.train()
+    base = tiny_model("llama", len(byte_bpe())).float()
+    trajectory.replay(tmp_path / "run.mezo", base)
+    assert same(values(base), values(trainer.model))
+
+
 def test_the_log_has_the_health_of_the_run(tmp_path):
     trainer = made(tmp_path, held_out=["It was a charming film", "no wit"], eval_strategy="steps",
                    eval_steps=2)  # fmt: skip

@@ -10,6 +10,7 @@ from fake import Bigram, FakeEngine
 from models import llama
 from tiny_tokenizers import byte_bpe
 
+from experiments.rules.anchored import Anchored
 from mezo import MeZO
 from mezo.engines import THETA, Query, TransformersEngine, attach
 from mezo.engines.engine import token_batch
@@ -59,7 +60,9 @@ def test_losses_of_an_engine_are_those_of_a_plain_run():
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"rule": "adam"}, "rule adam keeps buffers"),
+        ({"rule": "adam"}, "rule adam does not work with an engine.*take rule sgd or scalar_adam"),
+        ({"rule": "sign"}, "rule sign does not work with an engine"),
+        ({"rule": Anchored()}, "rule experiments.rules.anchored:Anchored does not work with an"),
         ({"perturbation": "low_rank"}, "low_rank is not made by engines"),
         ({"layers": {"thresholds": {"bias": 0.1}}, "perturbation": "scratch"}, "masks"),
     ],
