@@ -48,7 +48,7 @@ test-newest: .venv-newest/.test
 	.venv-newest/$(PYTEST) $(AS_WARNINGS)
 
 test-vllm: .venv-vllm/.test
-	.venv-vllm/bin/python -m pytest tests/engines
+	.venv-vllm/bin/python -m pytest -m "not gpu" tests/engines
 
 $(VENV)/.demo: $(SOURCES) $(LOCK)
 	$(INSTALL) $(VENV) demo $(LOCK)

@@ -1,7 +1,6 @@
 """Training on rewards with the weights in vLLM, against the same runs in transformers.
 
-    python -m experiments.engines losses    # both losses of a direction, in both engines
-    python -m experiments.engines speed     # texts a second at batch 16, and scoring passes
+    python -m experiments.engines measure   # losses of a direction; texts a second at batch 16
     python -m experiments.engines train     # reward before and after, by seed
     python -m experiments.engines replay    # the logs in transformers, against what the runs saved
     python -m experiments.engines plot      # docs/engines.png
@@ -15,9 +14,10 @@ transformers trains there; --steps and --seeds make it shorter. Without a GPU it
 import argparse
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,8 @@ from mezo.runs.result import environment
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "engines.json"
 BATCH, EPS = 16, 1e-3
-OPTIONS = {"max_model_len": 160, "max_num_seqs": 64, "gpu_memory_utilization": 0.3}
+OPTIONS = {"max_model_len": 160, "max_num_seqs": 64, "kv_cache_memory_bytes": 2**30}
 OPTIONS |= {"distributed_executor_backend": "uni"}  # one worker: no process more than is needed
-NAMES = ("transformers", "vllm")
 
 
 def sums() -> list[dict[str, Any]]:
@@ -108,10 +107,7 @@ def loaded(args) -> tuple[torch.nn.Module, Any]:
 
 
 @contextmanager
-def engine_of(args, name: str, model: torch.nn.Module, tokenizer: Any) -> Iterator[Engine]:
-    if name == "transformers":
-        yield TransformersEngine(model, tokenizer)
-        return
+def vllm_of(args) -> Iterator[VLLMEngine]:
     engine = VLLMEngine(args.model, **(OPTIONS | json.loads(args.engine_options)))
     try:
         yield engine
@@ -134,55 +130,69 @@ def answers(args, tokenizer: Any) -> Batch:
     return token_batch(pairs)
 
 
-def losses(args) -> dict[str, Any]:
-    """The losses of 16 answers at theta + eps z and theta - eps z, in both engines."""
+def measure(args) -> dict[str, Any]:
+    """Whether both engines say the same, and how fast they say it."""
     model, tokenizer = loaded(args)
-    batch, found = answers(args, tokenizer), {}
+    batch = answers(args, tokenizer)
+    with vllm_of(args) as engine:
+        both = {"transformers": TransformersEngine(model, tokenizer), "vllm": engine}
+        found = {"losses": losses(both, model, batch)}
+        return found | {"speed": speed(args, both, batch, tokenizer)}
+
+
+def losses(both: dict[str, Engine], model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+    """The losses of 16 answers at theta + eps z and theta - eps z."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tables = [noise.table([noise.Move(0, 0, 1.0, sign * EPS)]) for sign in (1, -1)]
     points = [Point(look=(Change(tuple(shapes), table),)) for table in tables]
-    for name in NAMES:
-        with engine_of(args, name, model, tokenizer) as engine:
-            engine.begin(Run(shapes, 0, "gaussian"))
-            found[name] = engine.losses(batch, points)
+    found: dict[str, Any] = {"eps": EPS}
+    for name, engine in both.items():
+        engine.begin(Run(shapes, 0, "gaussian"))
+        found[name] = engine.losses(batch, points)
     pairs = zip(found["transformers"], found["vllm"], strict=True)
-    return found | {"eps": EPS, "largest_difference": max(abs(a - b) for a, b in pairs)}
+    return found | {"largest_difference": max(abs(a - b) for a, b in pairs)}
 
 
-def speed(args) -> dict[str, Any]:
+def speed(args, both: dict[str, Engine], batch: Batch, tokenizer: Any) -> dict[str, Any]:
     """Texts and scoring passes by both engines in turns: medians, and their ratios."""
     show = SHOWS[args.model]
-    model, tokenizer = loaded(args)
-    batch, rows = answers(args, tokenizer), show.rows()[:BATCH]
-    prompts, made = tokens(tokenizer, rows), {name: [] for name in NAMES}
+    prompts, limit = tokens(tokenizer, show.rows()[:BATCH]), show.generation.max_new_tokens
+    made: dict[str, list[float]] = {}
+    # as a run writes them, and with all tokens in every text
+    kinds = {"texts": show.generation, "whole texts": Generation(limit, limit, temperature=1.0)}
 
-    def write(name: str, engine: Engine) -> None:
-        # every text has all its tokens, so that both engines do the same work
-        limit = show.generation.max_new_tokens
-        settings = Generation(limit, min_new_tokens=limit, temperature=1.0)
-        (texts,) = engine.texts(prompts, [THETA], settings, len(made[name]))
-        made[name].append(sum(len(text.ids) for text in texts))
+    def write(name: str, engine: Engine, settings: Generation) -> None:
+        counts = made.setdefault(name, [])
+        (texts,) = engine.texts(prompts, [THETA], settings, len(counts))
+        counts.append(statistics.mean(len(text.ids) for text in texts))
 
-    with engine_of(args, "vllm", model, tokenizer) as engine:
-        both = {"transformers": TransformersEngine(model, tokenizer), "vllm": engine}
-        calls: dict[str, Callable[[], object]] = {}
-        for name, one in both.items():
-            calls[f"texts, {name}"] = partial(write, name, one)
-            calls[f"scores, {name}"] = partial(one.losses, batch, [THETA])
-        calls["scores, prompt_logprobs"] = partial(slow, engine, batch)
-        taken = seconds(calls, args.repeats)
-    rates = {name: BATCH / taken[f"texts, {name}"] for name in NAMES}
-    found: dict[str, Any] = {"seconds": taken, "texts_per_second": rates, "batch": BATCH}
-    found |= {"repeats": args.repeats, "tokens_a_batch": {n: made[n][-1] for n in NAMES}}
-    found |= {"prompt_tokens": sum(map(len, prompts)), "threads": torch.get_num_threads()}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, engine in both.items():
+        for kind, settings in kinds.items():
+            calls[f"{kind}, {name}"] = partial(write, f"{kind}, {name}", engine, settings)
+        calls[f"scores, {name}"] = partial(engine.losses, batch, [THETA])
+    calls["scores, prompt_logprobs"] = partial(slow, both["vllm"], batch)
+    taken = seconds(calls, args.repeats)
+    rates = {name: BATCH / taken[f"texts, {name}"] for name in both}
+    found = {"seconds": taken, "texts_per_second": rates, "batch": BATCH, "repeats": args.repeats}
+    found |= {"tokens_a_text": {name: statistics.mean(counts) for name, counts in made.items()}}
     return found | {
+        "prompt_tokens": sum(map(len, prompts)),
+        "shared_prompt_tokens": shared(prompts),
         "ratio_of_texts": rates["vllm"] / rates["transformers"],
+        "ratio_of_whole_texts": taken["whole texts, transformers"] / taken["whole texts, vllm"],
         "ratio_of_scores": taken["scores, transformers"] / taken["scores, vllm"],
         "ratio_to_prompt_logprobs": taken["scores, prompt_logprobs"] / taken["scores, vllm"],
     }
 
 
-def slow(engine: VLLMEngine, batch: Batch) -> None:
+def shared(rows: list[list[int]]) -> int:
+    """Return the number of tokens that all rows begin with."""
+    columns = zip(*rows, strict=False)
+    return next(i for i, column in enumerate(columns) if len(set(column)) > 1)
+
+
+def slow(engine: Any, batch: Batch) -> None:
     """Score the way that vLLM's own interface offers."""
     from vllm import SamplingParams
 
@@ -211,11 +221,11 @@ def one_run(args, seed: int) -> dict[str, Any]:
     show, folder = SHOWS[args.model], folder_of(args, seed)
     model, tokenizer = loaded(args)
     rows = show.rows()
-    with engine_of(args, args.engine, model, tokenizer) as engine:
+    remote = args.engine == "vllm"
+    with vllm_of(args) if remote else nullcontext() as engine:
         data = (rows[show.dev :], rows[: show.dev], tokenizer)
         settings = config(args, seed, folder)
-        own = None if args.engine == "transformers" else engine
-        trainer = MeZOPolicyTrainer(model, show.reward, settings, *data, engine=own)
+        trainer = MeZOPolicyTrainer(model, show.reward, settings, *data, engine=engine)
         texts = [[c.text for c in trainer.sample(rows[:6], 0).completions]]
         curve = [[0, trainer.evaluate()["eval_reward"]]]
         trainer.train()
@@ -297,7 +307,7 @@ def plot(args) -> None:
     figure.savefig(ROOT / "docs" / "engines.png", dpi=110)
 
 
-COMMANDS = {"losses": losses, "speed": speed, "train": train, "replay": replay}
+COMMANDS = {"measure": measure, "train": train, "replay": replay}
 
 
 def keep(args, found: dict[str, Any]) -> None:
@@ -318,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=(*COMMANDS, "plot"))
     parser.add_argument("--model", default="smollm2", choices=SHOWS)
-    parser.add_argument("--engine", default="vllm", choices=NAMES)
+    parser.add_argument("--engine", default="vllm", choices=("transformers", "vllm"))
     parser.add_argument("--engine_options", default="{}", help="JSON, beside the experiment's own")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, help="default: by model")

@@ -9,8 +9,10 @@ vLLM's own. docs/engines.md says how it runs on several GPUs and nodes, and what
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from mezo.objectives.generation import Completion, Generation
 SUPPORTED = SpecifierSet(">=0.32,<0.33", prereleases=True)
 WORKER = "mezo.engines.vllm_worker.MeZOWorker"
 _OURS = ("worker_extension_cls", "quantization", "skip_tokenizer_init")
+_NOT_OPTIONS = ("self", "model", "kwargs")  # of LLM's arguments
 
 
 class VLLMEngine(Engine):
@@ -58,7 +61,7 @@ class VLLMEngine(Engine):
         self.llm = _started(folder, {"dtype": dtype} | options)
         self.tokenizer = self.llm.get_tokenizer()
         self._run: Run | None = None
-        self._dtype = getattr(torch, dtype)
+        self._dtype = self.llm.model_config.dtype
         self._vocabulary = self.llm.model_config.get_vocab_size()
 
     def begin(self, run: Run) -> None:
@@ -170,6 +173,16 @@ def check_version() -> str:
     raise InputError(f"vLLM has no version: MeZO's worker is for vllm{SUPPORTED}")
 
 
+def check_options(options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise InputError for an option that vLLM does not have."""
+    known = sorted(set(known) - set(_NOT_OPTIONS))
+    for name in options:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"engine_options: vLLM has no option {name}{hint}")
+
+
 def _started(folder: str, options: dict[str, Any]) -> Any:
     """Return vLLM's LLM with MeZO's worker extension."""
     config = models.read_config(folder)
@@ -180,9 +193,10 @@ def _started(folder: str, options: dict[str, Any]) -> Any:
             f"model {folder} is quantised ({kind}): full-rank directions need the weights "
             "themselves; give the model it was made of"
         )
-    from vllm import LLM
+    from vllm import LLM, EngineArgs
     from vllm.platforms import current_platform
 
+    check_options(options, {*signature(LLM).parameters, *signature(EngineArgs).parameters})
     given: dict[str, Any] = {"worker_extension_cls": WORKER, "seed": 0, "disable_log_stats": True}
     if current_platform.is_cpu():
         from mezo.engines import vllm_plain
@@ -190,9 +204,10 @@ def _started(folder: str, options: dict[str, Any]) -> Any:
         given |= {"quantization": vllm_plain.NAME, "enforce_eager": True}
     try:
         return LLM(folder, **(given | options))
-    except (ValueError, TypeError) as error:  # pydantic's errors are ValueErrors
+    except (ValueError, TypeError, RuntimeError) as error:  # pydantic's errors are ValueErrors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"vLLM does not load {folder}: {' '.join(lines[:3])}") from None
+        hint = " (vLLM's log above says why)" if isinstance(error, RuntimeError) else ""
+        raise InputError(f"vLLM does not load {folder}: {' '.join(lines[:3])}{hint}") from None
 
 
 def _plain(point: Point) -> list:

@@ -51,6 +51,8 @@ def check_engine(name: str, options: str | None = None) -> dict[str, Any]:
         raise InputError(f"engine_options is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"engine_options is a JSON object, got {options}")
+    if "model" in found:
+        raise InputError("engine_options name no model: the engine loads the run's own")
     return found
 
 

@@ -122,6 +122,7 @@ def test_rewards_are_scaled_prompt_by_prompt(tmp_path):
         ({"scale_rewards": "group", "num_samples": 2, "shaping": "ranks"}, "needs no shaping"),
         ({"engine": "sglang"}, "engine must be one of transformers, vllm, got 'sglang'"),
         ({"engine": "vllm", "engine_options": "[1]"}, "engine_options is a JSON object"),
+        ({"engine": "vllm", "engine_options": '{"model": "x"}'}, "engine_options name no model"),
         ({"engine_options": "{}"}, "engine_options are for an engine other than"),
     ],
 )

@@ -49,7 +49,12 @@ def saved(kind, folder):
 
 @pytest.fixture(
     scope="module",
-    params=[("llama", 1), ("qwen2", 1), ("llama", 2), ("qwen2", 2)],
+    params=[
+        ("llama", 1),
+        ("qwen2", 1),
+        pytest.param(("llama", 2), marks=pytest.mark.slow),  # workers start, and exchange
+        pytest.param(("qwen2", 2), marks=pytest.mark.slow),
+    ],
     ids=lambda given: f"{given[0]}-by-{given[1]}",
 )
 def served(request, tmp_path_factory):

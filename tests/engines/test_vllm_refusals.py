@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mezo.engines import vllm_engine
-from mezo.engines.vllm_engine import VLLMEngine, check_version
+from mezo.engines.vllm_engine import VLLMEngine, check_options, check_version
 from mezo.errors import InputError
 
 
@@ -51,3 +51,13 @@ def test_a_quantised_engine_is_refused(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"is quantised \(gptq\)"):
         VLLMEngine(str(tmp_path))
+
+
+def test_an_option_that_vllm_lacks_is_named_before_it_loads_a_model():
+    """With the option that was meant; a model's path is no option."""
+    known = ("self", "model", "kwargs", "tensor_parallel_size", "max_num_seqs")
+    check_options({"max_num_seqs": 4}, known)
+    with pytest.raises(InputError, match="no option tensor_paralel_size; did you mean tensor_par"):
+        check_options({"tensor_paralel_size": 2}, known)
+    with pytest.raises(InputError, match=r"vLLM has no option model$"):
+        check_options({"model": "gpt2"}, known)
