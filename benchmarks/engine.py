@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer
@@ -57,23 +58,36 @@ def _of_engine(engine: VLLMEngine, model, batch: int, tokens: int, repeats: int)
         "step": one_step,
         "texts": lambda: engine.texts(ids, [THETA], settings),
     }
-    taken = seconds(calls, repeats)
+    taken = {name: one.seconds for name, one in times(calls, repeats).items()}
     found = {"seconds_of_two_scorings": taken["scorings"], "seconds_of_a_step": taken["step"]}
     found |= {"share": taken["scorings"] / taken["step"], "perturbation": optimizer.perturbation}
     return found | {"samples_per_second": batch / taken["texts"]}
 
 
-def seconds(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Return the median seconds of each call. The calls take turns, so that what else the machine
-    does meets all of them alike; a first round does not count."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+class Taken(NamedTuple):
+    """What a call takes, as medians."""
+
+    seconds: float
+    cpu_seconds: float  # of this process's threads together; a busy machine changes it little
+
+
+def times(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Taken]:
+    """Time calls in turns, so that what else the machine does meets all of them alike.
+
+    A first round does not count.
+    """
+    found: dict[str, list[Taken]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             call()
             if turn:
-                taken[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times) for name, times in taken.items()}
+                taken = Taken(time.perf_counter() - began, time.process_time() - busy)
+                found[name].append(taken)
+    return {
+        name: Taken(*map(statistics.median, zip(*taken, strict=True)))
+        for name, taken in found.items()
+    }
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.engine import seconds
+from benchmarks.engine import times
 from benchmarks.noise import device_name
 from experiments.rewards import form_reward
 from mezo import Generation, MeZOPolicyConfig, MeZOPolicyTrainer, noise, trajectory
@@ -154,7 +154,11 @@ def losses(both: dict[str, Engine], model: torch.nn.Module, batch: Batch) -> dic
 
 
 def speed(args, both: dict[str, Engine], batch: Batch, tokenizer: Any) -> dict[str, Any]:
-    """Texts and scoring passes by both engines in turns: medians, and their ratios."""
+    """Texts and scoring passes by both engines in turns: medians, and their ratios.
+
+    The ratios are of seconds and of CPU seconds. The latter are right where vLLM runs in this
+    process (VLLM_ENABLE_V1_MULTIPROCESSING=0), and mean something on a busy machine.
+    """
     show = SHOWS[args.model]
     prompts, limit = tokens(tokenizer, show.rows()[:BATCH]), show.generation.max_new_tokens
     made: dict[str, list[float]] = {}
@@ -172,18 +176,20 @@ def speed(args, both: dict[str, Engine], batch: Batch, tokenizer: Any) -> dict[s
             calls[f"{kind}, {name}"] = partial(write, f"{kind}, {name}", engine, settings)
         calls[f"scores, {name}"] = partial(engine.losses, batch, [THETA])
     calls["scores, prompt_logprobs"] = partial(slow, both["vllm"], batch)
-    taken = seconds(calls, args.repeats)
-    rates = {name: BATCH / taken[f"texts, {name}"] for name in both}
-    found = {"seconds": taken, "texts_per_second": rates, "batch": BATCH, "repeats": args.repeats}
-    found |= {"tokens_a_text": {name: statistics.mean(counts) for name, counts in made.items()}}
-    return found | {
-        "prompt_tokens": sum(map(len, prompts)),
-        "shared_prompt_tokens": shared(prompts),
-        "ratio_of_texts": rates["vllm"] / rates["transformers"],
-        "ratio_of_whole_texts": taken["whole texts, transformers"] / taken["whole texts, vllm"],
-        "ratio_of_scores": taken["scores, transformers"] / taken["scores, vllm"],
-        "ratio_to_prompt_logprobs": taken["scores, prompt_logprobs"] / taken["scores, vllm"],
+    found = times(calls, args.repeats)
+    told: dict[str, Any] = {"batch": BATCH, "repeats": args.repeats}
+    told |= {"threads": torch.get_num_threads(), "engine_options": args.engine_options}
+    told |= {"prompt_tokens": sum(map(len, prompts)), "shared_prompt_tokens": shared(prompts)}
+    told |= {"tokens_a_text": {name: statistics.mean(counts) for name, counts in made.items()}}
+    told |= {name: taken._asdict() for name, taken in found.items()}
+    told["texts_per_second"] = {name: BATCH / found[f"texts, {name}"].seconds for name in both}
+    pairs = [(f"{kind}, transformers", f"{kind}, vllm") for kind in (*kinds, "scores")]
+    pairs.append(("scores, prompt_logprobs", "scores, vllm"))
+    told["times_as_fast"] = {
+        f"{one} / {other}": [a / b for a, b in zip(found[one], found[other], strict=True)]
+        for one, other in pairs
     }
+    return told
 
 
 def shared(rows: list[list[int]]) -> int:

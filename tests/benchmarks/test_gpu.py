@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 
 import pytest
 
@@ -26,6 +27,21 @@ def test_the_sections_run_and_the_json_is_written_after_each(tmp_path, monkeypat
     assert found["floors_small"]["1x5"]["stacked"] > 0
     assert found["profile_small"]["scratch, gaussian16"]["kernels"]
     assert "no such device" in capsys.readouterr().out
+
+
+def test_the_step_in_vllm_is_told_beside_the_step_here(monkeypatch, capsys):
+    """vLLM runs in a process of its own; its line of JSON is read, and both aims are judged."""
+    line = json.dumps({"share": 0.9, "seconds_of_a_step": 0.02, "samples_per_second": 5.0})
+    done = subprocess.CompletedProcess([], 0, f"vLLM talks\n{line}\n", "")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *given, **how: done)
+    found = gpu.engine(gpu.Plan(**gpu.DRY))
+    assert found["share"] == 0.9
+    assert found["seconds_of_a_step_here"] > 0
+    out = capsys.readouterr().out
+    assert "90.0 % of a step is scoring (the aim is 85 %); a step takes 20.00 ms" in out
+    done.returncode, done.stderr = 1, "Traceback\nmezo: vLLM is not there\n"
+    with pytest.raises(RuntimeError, match="mezo: vLLM is not there"):
+        gpu.engine(gpu.Plan(**gpu.DRY))
 
 
 def test_a_section_begins_only_while_there_is_time(tmp_path, capsys):
