@@ -1,6 +1,6 @@
 """Refuse options and tensors when an optimizer is built, in a sentence that names the culprit."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from mezo.errors import InputError
 from mezo.forms.rounding import HALF, ROUNDINGS
 from mezo.noise.sharded import is_sharded, local
 from mezo.options.table import ARGUMENTS, SHARED
-from mezo.rules import Rule
+from mezo.rules import Rule, options, rule_of
 
 
 def check_group(
@@ -23,12 +23,7 @@ def check_group(
         rule: The rule that the group names.
         estimators: The names of the estimators that the optimizer knows.
     """
-    for option in ARGUMENTS:
-        option.check(group[option.name])
-    if group["estimator"] not in estimators:
-        known = ", ".join(estimators)
-        raise InputError(f"estimator must be one of {known}, got {group['estimator']!r}")
-    _check_together(group, rule)
+    _check_options(group, rule, estimators)
     for option in SHARED:
         if first[option.name] != group[option.name]:
             values = f"{first[option.name]} and {group[option.name]}"
@@ -37,6 +32,29 @@ def check_group(
     for name, tensor in zip(names, group["params"], strict=True):
         if tensor.requires_grad:
             _check_tensor(name, tensor)
+
+
+def check_changed_(
+    groups: Iterable[dict[str, Any]], known: Mapping[str, type[Rule]], estimators: Collection[str]
+) -> None:
+    """Raise InputError if the options of parameter groups are not what an optimizer accepts.
+
+    A schedule, or the user, may write anything into them between two steps. A rule that was given
+    by its name, or as a value, is replaced by the dict that groups hold.
+    """
+    for group in groups:
+        if not isinstance(group["rule"], dict):
+            group["rule"] = options(group["rule"], known)
+        _check_options(group, rule_of(group["rule"], known), estimators)
+
+
+def _check_options(group: dict[str, Any], rule: Rule, estimators: Collection[str]) -> None:
+    for option in ARGUMENTS:
+        option.check(group[option.name])
+    if group["estimator"] not in estimators:
+        told = ", ".join(estimators)
+        raise InputError(f"estimator must be one of {told}, got {group['estimator']!r}")
+    _check_together(group, rule)
 
 
 def _check_together(group: dict, rule: Rule) -> None:

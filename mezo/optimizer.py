@@ -9,9 +9,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed as dist
@@ -21,35 +21,23 @@ from mezo.closures import Closure, Loss
 from mezo.errors import InputError
 from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
 from mezo.forms import rounding
-from mezo.forms.bundles import Bundles
-from mezo.forms.direction import Direction, Part, Row
+from mezo.forms.direction import Direction
 from mezo.forms.first_look import look_once
+from mezo.forms.plan import Trained, planned
 from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
-from mezo.guards import check_group, check_storage
+from mezo.guards import check_changed_, check_group, check_storage
 from mezo.interrupts import held
-from mezo.layers import PLAIN, TensorScale, check_layers, scales_of
+from mezo.layers import check_layers
 from mezo.noise.sharded import is_sharded
 from mezo.options import table
 from mezo.record import Memory, Record
 from mezo.rules import Rule
 from mezo.watch import Watch
 
-Trained = tuple[str, torch.nn.Parameter, dict[str, Any]]  # canonical name, parameter, its group
+_OPTIONS = itemgetter(*[option.name for option in table.ARGUMENTS])
 _PLANNED = ("seed", "perturbation", "rank", "interval", "distribution", "rounding", "layers")
 Joined = tuple[dict[int, list[Estimate]], tuple[int, ...]]  # estimates by probe; walks a probe
-
-
-class Plan(NamedTuple):
-    """What a step goes by; made anew when parameters or options have changed."""
-
-    trained: list[Trained]
-    parts: list[Part]  # the same tensors with the keys of their z, by what they have in common
-    form: type[Direction]
-    rule: Rule
-    estimator: Estimator
-    new: Callable[[int], Direction]  # the direction of that number
-    bundles: Bundles
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -66,6 +54,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     forms: ClassVar[Mapping[str, type[Direction]]]
     estimators: ClassVar[Mapping[str, Estimator]]
+    _known: Any = None
+    _options: Any = None  # of the groups when they were last planned, and looked at
 
     def __init__(
         self,
@@ -132,7 +122,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.memory, self.watch, self._thread = Memory(), Watch(), threading.Lock()
         self.processes: Any = OneProcess()
         self.weights: Any = Weights()
-        self._known: Any = None  # how parameters and settings were when `_trained` was listed
         super().__init__(params, table.defaults() | given | {"step": 0})
         check_layers(given["layers"], self.form, {name for name, _, _ in self.trained()})
 
@@ -224,33 +213,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             for x in itertools.chain(*[group["params"] for group in self.param_groups]):
                 known.append((id(x), x.requires_grad, x.dtype, x.numel(), x.is_contiguous()))
             if known != self._known:
-                self.plan, self._known = self._planned(), known
+                self.plan, self._known = planned(self), known
         return self.plan.trained
-
-    def _planned(self) -> Plan:
-        first, position = self.settings, 0
-        scales = scales_of(first["layers"])
-        trained: list[Trained] = []
-        rows: dict[tuple[int, TensorScale], list[Row]] = {}
-        for i, group in enumerate(self.param_groups):
-            names = group.get("param_names") or map(str, range(position, 2**31))
-            position += len(group["params"])
-            for name, p in zip(names, group["params"], strict=False):
-                if p.requires_grad:
-                    name = noise.canonical_name(name)
-                    trained.append((name, p, group))
-                    row = Row(name, p, noise.tensor_key(first["seed"], name))
-                    rows.setdefault((i, scales.get(name, PLAIN)), []).append(row)
-        half = any(p.dtype in rounding.HALF for _, p, _ in trained)
-        form = self.forms[first["perturbation"] or ("scratch" if half else "in_place")]
-        buffered = half and rounding.ROUNDINGS[first["rounding"]].buffer is not None
-        plain = not buffered and not form.factored
-        groups = self.param_groups
-        parts = [Part(groups[i], noise.Rows(of), scale, plain) for (i, scale), of in rows.items()]
-        rule, measure = rules.rule_of(first["rule"], self.rules), self.measures[first["estimator"]]
-        memory, states = self.memory, self.state
-        new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
-        return Plan(trained, parts, form, rule, measure, new, Bundles())
 
     def direction(self, probe: int, closure: Loss | None = None) -> Direction:
         """Direction number `probe` of the step that is being made, for estimates of the closure."""
@@ -271,8 +235,15 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def loss(self, closure: Closure | Loss) -> Loss:
         """The closure as estimators call it."""
+        if [*map(_OPTIONS, self.param_groups)] != self._options:
+            self._look_at_options()
         same = self.param_groups[0]["common_random_numbers"]
         return closure if isinstance(closure, Loss) else Loss(closure, self.processes.around, same)
+
+    def _look_at_options(self) -> None:
+        """A schedule, or the user, has changed options: they are checked before anything moves."""
+        check_changed_(self.param_groups, self.rules, self.measures)
+        self._options = [*map(_OPTIONS, self.param_groups)]
 
     def is_idle(self) -> bool:
         """Whether a `step()` without closure asks for nothing: zero gradients at a rate of 0.
@@ -295,6 +266,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if self.is_idle():
                 return Combined({}, 0.0, False)
             raise RuntimeError("step() needs a closure, or estimate(closure) before it")
+        if [*map(_OPTIONS, self.param_groups)] != self._options:  # since the estimate
+            self._look_at_options()
         seen, cycles = self.processes.joined(self)
         plan, watch = self.plan, self.watch
         found = combined(seen, self.param_groups[0], self.memory, plan.rule, plan.estimator)

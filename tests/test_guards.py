@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import Regression, weights
 
-from mezo import MeZO, trajectory
+from mezo import MeZO, rules, trajectory
 from mezo.errors import InputError
 from mezo.watch import last_place
 
@@ -187,3 +187,60 @@ def test_views_that_share_elements_are_refused_and_others_are_not():
         MeZO([columns[0], ("even", torch.nn.Parameter(matrix[:, ::2]))])
     with pytest.raises(InputError, match="parameter w is expanded"):
         MeZO([("w", torch.nn.Parameter(torch.randn(1, 4).expand(3, 4)))])
+
+
+CHANGED = [
+    ("lr", math.nan, "lr must be at least 0, got nan"),
+    ("lr", math.inf, "lr must be finite, got inf"),
+    ("lr", "0.1", "lr must be a number"),
+    ("weight_decay", None, "weight_decay must be a number, got None"),
+    ("eps", 0, "eps must be positive, got 0"),
+    ("num_samples", 1.5, "num_samples must be a whole number, got 1.5"),
+    ("clip", "x", "clip must be a number"),
+    ("distribution", "normal", "distribution must be gaussian"),
+    ("perturbation", "zebra", "perturbation must be in_place"),
+    ("estimator", "three_point", "estimator must be two_point"),
+    ("rule", "adamw", "rule must be one of"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), CHANGED)
+def test_an_option_that_a_schedule_makes_impossible_is_refused_before_anything_moves(
+    name, value, words
+):
+    """A rate of nan went on into the weights: options were looked at when the run began, only."""
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), seed=1)
+    optimizer.step(model)
+    before = weights(model).clone()
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(InputError, match=words):
+        optimizer.step(model)
+    assert torch.equal(weights(model), before)
+
+
+def test_a_rate_is_looked_at_between_an_estimate_and_its_update_too():
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), seed=1, perturbation="scratch")
+    before = weights(model).clone()
+    optimizer.estimate(model)
+    optimizer.param_groups[0]["lr"] = math.nan
+    with pytest.raises(InputError, match="lr must be at least 0, got nan"):
+        optimizer.step()
+    assert torch.equal(weights(model), before)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()  # the estimate is still there
+    assert not torch.equal(weights(model), before)
+
+
+def test_a_rule_may_be_put_into_a_group_as_a_name_or_a_value():
+    """As the constructor takes it; it was a TypeError about mappings."""
+    found = []
+    for rule in (rules.Momentum(0.5), {"name": "momentum", "momentum": 0.5}):
+        model = Regression()
+        optimizer = MeZO(model.named_parameters(), seed=1, lr=1e-2)
+        optimizer.param_groups[0]["rule"] = rule
+        optimizer.step(model)
+        optimizer.step(model)
+        found.append(weights(model))
+    assert torch.equal(*found)

@@ -231,10 +231,14 @@ def _run(cell: Cell, told: Callable[[str], None], tell: Tell) -> dict[str, Any]:
     """Return the row of a cell: what its result says, and the commands that make it again."""
     options = options_of(cell)
     make_folder(str(cell.folder))
-    if cell.args.process_index == 0:
-        text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
-        (cell.folder / CONFIG).write_text(text)
-    result = finish(cell.model, cell.data, cell.args, told, tell)
+
+    def begun(what: str) -> None:
+        told(what)
+        if what != "found" and cell.args.process_index == 0:  # what is found has its own
+            text = yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
+            (cell.folder / CONFIG).write_text(text)
+
+    result = finish(cell.model, cell.data, cell.args, begun, tell)
     kept = ("dev", "test", "steps", "kept_step", "seconds", "forward_passes", "stored_bytes")
     row = {"method": cell.method, "seed": cell.seed, "name": cell.name, "folder": str(cell.folder)}
     row |= {key: result[key] for key in kept}
