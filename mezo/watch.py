@@ -58,6 +58,7 @@ class Watch:
     def first(self, closure: Loss, perturbed: Direction) -> None:
         """After the first estimate: is everything read perturbed, and is eps z representable?"""
         perturbed.check(closure)
+        self._name_still(perturbed)
         self.unit, dtype = last_place([local(p) for _, p, _ in perturbed.rows])
         if perturbed.eps < self.unit / 2:
             name = str(dtype).removeprefix("torch.")
@@ -65,6 +66,19 @@ class Watch:
                 "eps %g is under half a unit in the last place (%.2g) of most %s weights: the two "
                 "losses differ by rounding more than by z; take eps %.0e",
                 *(perturbed.eps, self.unit, name, 4 * self.unit),
+            )
+
+    def _name_still(self, perturbed: Direction) -> None:
+        """Warn of parameter groups whose rate is 0 while others' is not: they are not frozen."""
+        groups = {id(part.group): part.group for part in perturbed.parts}.values()
+        still = [group for group in groups if float(group["lr"]) == 0]
+        if 0 < len(still) < len(groups):
+            rounded = ", and in place the walk rounds them" if perturbed.moves_weights else ""
+            self._log.warning(
+                "a parameter group of %d tensors has lr 0, others have not: its tensors are "
+                "perturbed like all others, which adds noise to every estimate%s; freeze them "
+                "with requires_grad_(False), unless the group gets a rate later",
+                *(len(still[0]["params"]), rounded),
             )
 
     def step(self, found: Combined, optimizer: Any) -> None:

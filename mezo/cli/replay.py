@@ -21,6 +21,11 @@ HELP = page(
         "of safetensors files.",
     ),
     Entry("--onto_adapter", "Write only the adapter of a LoRA run."),
+    Entry(
+        "--no_verify",
+        "Do not compare the weights with the log's fingerprints: those that the run began with, "
+        "and those at its checkpoints and its end.",
+    ),
     Entry("--rule MODULE:NAME", "Your own rule, if the run used one."),
     entries.JSON,
 )
@@ -35,7 +40,9 @@ def main(argv: list[str]) -> None:
 
     options: dict[str, Any] = {name: {"required": True} for name in ("log", "output_dir")}
     options |= {"json": JSON}
-    options |= {name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter")}
+    options |= {
+        name: {"action": "store_true"} for name in ("by_tensor", "onto_adapter", "no_verify")
+    }
     options["rule"] = {"action": "append", "default": []}
     options["until"] = {"type": int}
     model, own = options_of("mezo replay", argv, (ModelArguments,), options)
@@ -48,6 +55,7 @@ def main(argv: list[str]) -> None:
     replay = adapter.replay_by_tensor if own.by_tensor else replay
     with redirect_stdout(sys.stderr):
         own_rules = [rule_class(text) for text in own.rule]
-        result = replay(model, own.log, own.output_dir, own.until, rules=own_rules)
+        how: dict[str, Any] = {"rules": own_rules, "verify": not own.no_verify}
+        result = replay(model, own.log, own.output_dir, own.until, **how)
     print_result(result, own.json)
     say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")

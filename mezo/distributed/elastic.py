@@ -82,6 +82,18 @@ def record(
     writer = writer_of(optimizer, path, model=model, config=config, resume=True)
     with nullcontext() if writer is None else writer:
         yield writer
+        digest(optimizer, writer)
+
+
+def digest(optimizer: MeZO, writer: trajectory.Writer | None) -> None:
+    """Call `Writer.digest` from all processes: those without a writer help to read the shards."""
+    if writer is not None:
+        writer.digest()
+        return
+    tensors = [p for _, p, _ in optimizer.trained()]
+    if any(map(is_sharded, tensors)) and trajectory.writer.is_readable(optimizer):
+        optimizer.write()
+        trajectory.fingerprints.digests_of(tensors)
 
 
 def writer_of(

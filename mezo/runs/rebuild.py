@@ -82,6 +82,7 @@ def rebuilt(
     until: int | None = None,
     *,
     rules: Sequence[type[Rule]] = (),
+    verify: bool = True,
 ) -> tuple:
     """Load the base model as the run did, replay the log, and return (model, tokenizer, steps).
 
@@ -92,7 +93,7 @@ def rebuilt(
     args = arguments_of(args, log, run.header)
     _check_file(args, log, run.header)
     model, tokenizer = models.load(args, adapter_seed=run.header["seed"])
-    trajectory.replay(log, model, until=until, rules=rules)
+    trajectory.replay(log, model, until=until, rules=rules, verify=verify)
     return model, tokenizer, len(steps)
 
 
@@ -131,13 +132,15 @@ def replay_by_tensor(
     until: int | None = None,
     *,
     rules: Sequence[type[Rule]] = (),
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Call `trajectory.replay_checkpoint` on a local folder or an embedded model."""
     if args.dtype != "auto":
         raise InputError("the dtype of a replay by tensor is the log's: leave out --dtype")
     _check_file(args, log, trajectory.read(log).header)
     folder = models.folder_of(args.model_name_or_path)
-    steps = trajectory.replay_checkpoint(log, folder, output_dir, until=until, rules=rules)
+    how: dict[str, Any] = {"until": until, "rules": rules, "verify": verify}
+    steps = trajectory.replay_checkpoint(log, folder, output_dir, **how)
     return {"log": str(log), "steps": steps, "output_dir": output_dir}
 
 
@@ -148,6 +151,7 @@ def save_adapter(
     until: int | None = None,
     *,
     rules: Sequence[type[Rule]] = (),
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Rebuild the adapter of a run and save it as peft does, without base weights or tokenizer.
 
@@ -160,7 +164,7 @@ def save_adapter(
             f"{log}: the run trained the model's own weights ({', '.join(own[:1])}), and has no "
             "adapter: replay it without --onto_adapter"
         )
-    model, _, steps = rebuilt(args, log, until, rules=rules)
+    model, _, steps = rebuilt(args, log, until, rules=rules, verify=verify)
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".mezo-", dir=output_dir) as folder:

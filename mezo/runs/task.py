@@ -234,9 +234,10 @@ def replay(
     until: int | None = None,
     *,
     rules: Sequence[type[Rule]] = (),
+    verify: bool = True,
 ) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
-    model, tokenizer, steps = rebuilt(model_args, log, until, rules=rules)
+    model, tokenizer, steps = rebuilt(model_args, log, until, rules=rules, verify=verify)
     make_folder(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

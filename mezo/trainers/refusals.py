@@ -1,6 +1,7 @@
 """Refuse, by name, settings of a Trainer and kinds of Trainers that MeZO cannot honour."""
 
 import logging
+from typing import Any
 
 from transformers import Trainer
 
@@ -28,7 +29,6 @@ def check(trainer: Trainer) -> None:
     for option, (given, instead) in refused.items():
         if given:
             raise InputError(f"{option} cannot be combined with MeZO: {instead}")
-    _check_kind(type(trainer))
     if isinstance(args, MeZOConfig):
         check_modified(args)
     if args.optim != type(args).optim and args.optim not in _DEFAULT_OPTIM:
@@ -48,8 +48,11 @@ _DEFAULT_OPTIM = ("adamw_torch", "adamw_torch_fused")  # transformers' own, whic
 _WRAPPING = {"SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"}
 
 
-def _check_kind(kind: type) -> None:
-    """Raise InputError for a Trainer class with its own training step, which MeZO would replace."""
+def check_kind(kind: type) -> None:
+    """Raise InputError for a Trainer class with its own training step, which MeZO would replace.
+
+    This is checked before the class's own __init__, which may load models or ask for arguments.
+    """
     for base in kind.__mro__:
         if base is Trainer:
             return
@@ -65,6 +68,36 @@ def _check_kind(kind: type) -> None:
             raise InputError(
                 f"{base.__name__} has a training_step of its own, which MeZO would take the place "
                 "of: override compute_loss instead; MeZOPolicyTrainer is for generated text"
+            )
+
+
+def freeze_still_(groups: list[dict[str, Any]]) -> list[int]:
+    """Freeze the parameters of groups whose rate is 0 while others' is not; return their numbers.
+
+    Other optimizers leave such weights as they are. MeZO would perturb them with all others, which
+    adds noise to its estimates, and in place the walk would round them.
+    """
+    still = [i for i, group in enumerate(groups) if float(group["lr"]) == 0]
+    if len(still) == len(groups):  # no group is held back from the others
+        return []
+    for i in still:
+        for _, p in groups[i]["params"]:
+            p.requires_grad_(False)
+        logging.getLogger("mezo").warning(
+            "parameter group %d has a learning rate of 0: its %d tensors are frozen "
+            "(requires_grad is False from here on), as MeZO would perturb them with the others",
+            *(i, len(groups[i]["params"])),
+        )
+    return still
+
+
+def check_still(optimizer: MeZO, still: list[int]) -> None:
+    """Raise InputError if a group that `freeze_still_` has frozen was given a rate since."""
+    for i in still:
+        if rate := float(optimizer.param_groups[i]["lr"]):
+            raise InputError(
+                f"parameter group {i} began with a learning rate of 0, so that its tensors were "
+                f"frozen, and now has {rate:g}: begin another run to train them"
             )
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from mezo import trajectory
-from mezo.distributed.elastic import writer_of
+from mezo.distributed.elastic import digest, writer_of
 from mezo.distributed.processes import join
 from mezo.errors import InputError
 from mezo.trainers.config import changed
-from mezo.trajectory.writer import frozen_fingerprint
+from mezo.trajectory.fingerprints import frozen_fingerprint
 
 
 class RunLog(TrainerCallback):
@@ -23,7 +23,8 @@ class RunLog(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        self._writer: trajectory.Writer | None = None
+        self._writer: trajectory.Writer | None = None  # of the process that writes
+        self._begun, self._digested = False, -1
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         trainer, mezo = self._trainer, optimizer.optimizer
@@ -40,8 +41,20 @@ class RunLog(TrainerCallback):
         given = trainer.run_config
         config = changed(args) if given is None else given
         self._writer = writer_of(mezo, path, model=model, config=config, resume=resume)
+        self._begun, self._digested = True, -1
+
+    def digest(self) -> None:
+        """Note in the log what the weights are, once a step; all processes call it."""
+        if not self._begun:
+            return
+        optimizer = self._trainer.optimizer.optimizer
+        step = optimizer.param_groups[0]["step"]
+        if step != self._digested:
+            self._digested = step
+            digest(optimizer, self._writer)
 
     def close(self) -> None:
+        self._begun = False
         if self._writer is not None:
             self._writer.close()
             self._writer = None

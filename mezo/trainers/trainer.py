@@ -65,6 +65,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
         model = args[0] if args else kwargs.get("model")
         if isinstance(model, torch.nn.Module):  # before the Trainer moves it
             check_loaded(model.named_parameters())
+        refusals.check_kind(type(self))
         super().__init__(*args, **kwargs)
         refusals.check(self)
         placement.check(self)
@@ -103,7 +104,9 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
                     self._tail.check(resume_from_checkpoint)
                 if resume_from_checkpoint and (ended := self._tail.ended(resume_from_checkpoint)):
                     return ended
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+                self._note_weights()
+                return output
             finally:  # whatever ended it: the log is complete up to the last step
                 self._window = []
                 self._write()
@@ -136,6 +139,12 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
     def _save_checkpoint(self, *args, **kwargs):
         with checkpoints.saving(self.args.output_dir, self.state.global_step):
             super()._save_checkpoint(*args, **kwargs)
+            self._note_weights()
+
+    def _note_weights(self) -> None:
+        """Have the run log note what the weights are now, for replays to compare."""
+        self._write()
+        self._run_log.digest()
 
     def _write(self) -> None:
         """Bring the weights up to date, for low-rank directions and offload."""
@@ -164,7 +173,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
             model_card.complete(Path(self.args.output_dir, "README.md"), self)
 
     def _load_best_model(self):
-        self._write()  # or what is summed up would be added to what is loaded
+        self._note_weights()  # also, what is summed up would be added to what is loaded
         super()._load_best_model()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -178,13 +187,16 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
                 {"params": [pair for pair in named if pair[0] in decayed]},
                 {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
             ]
+            still: list[int] = []
             if _makes_groups(type(self)):
                 groups = self._groups_of_the_host(model, named)
+                still = refusals.freeze_still_(groups)
             options: dict[str, Any] = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
             if isinstance(args, MeZOConfig):
                 scales = self._scales(model, named) if args.modified else {}
                 options |= mezo_options(args, model, named, scales)
             self.optimizer = MeZO([g for g in groups if g["params"]], seed=args.seed, **options)
+            self.optimizer.guards.append(partial(refusals.check_still, self.optimizer, still))
         return self.optimizer
 
     def _scales(self, model: Any, named: list[tuple[str, Any]]) -> dict[str, float]:
@@ -215,7 +227,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
             pairs = [(names[id(p)], p) for p in group["params"] if id(p) in names]
             groups.append({"params": pairs, "lr": group["lr"]})
             groups[-1]["weight_decay"] = group.get("weight_decay", 0.0)
-        return groups
+        return [group for group in groups if group["params"]]
 
     def _wrap_model(self, model, training=True, dataloader=None):
         """Autocast and compile without DDP, whose gradient buckets are as large as the weights."""

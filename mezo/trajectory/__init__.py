@@ -8,12 +8,13 @@ docs/trajectory.md is the specification.
 """
 
 from mezo.trajectory.files import begun, compact, read
+from mezo.trajectory.fingerprints import fingerprint
 from mezo.trajectory.format import Log, Step
 from mezo.trajectory.merge import merge
 from mezo.trajectory.replay import replay
 from mezo.trajectory.replay_files import replay_checkpoint
 from mezo.trajectory.resume import catch_up, forgotten, resumable
-from mezo.trajectory.writer import Writer, fingerprint, record
+from mezo.trajectory.writer import Writer, record
 
 __all__ = ["Log", "Step", "Writer", "catch_up", "compact", "fingerprint", "merge", "read", "record"]
 __all__ += ["begun", "forgotten", "replay", "replay_checkpoint", "resumable"]

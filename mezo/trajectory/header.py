@@ -27,6 +27,9 @@ IDENTITY = tuple(_BY_NAME)  # the keys that hold for a whole run
 _LARGEST = 1e100  # of a setting: products of several are finite, and integers become floats
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _DIGEST = re.compile("[0-9a-f]{16}")
+DIGESTS = "digests"  # of a segment: of all tensors before its first step
+DIGITS = 4  # of each tensor's, hexadecimal
+_DIGESTS = re.compile("[0-9a-f]*")
 
 
 class Damage(Exception):
@@ -73,6 +76,8 @@ def check(header: dict[str, Any], first: dict[str, Any] | None = None) -> None:
     """
     check_keys(header, _EVERY if first is not None else _EVERY | _FIRST)
     check_keys(header, dict.fromkeys({"written"} & header.keys(), _WRITTEN))
+    if DIGESTS in header:
+        _check_digests(header[DIGESTS], len((first or header)["tensors"]))
     if first is None:
         _check_kinds(header)
     groups = len((first or header)["lr"])
@@ -133,6 +138,12 @@ def _check_tensors(entries: list, groups: int) -> None:
         except Damage as damage:
             raise Damage(f"a header whose tensor {i} has {damage}") from None
         seen.add(entry["name"])
+
+
+def _check_digests(value: Any, tensors: int) -> None:
+    good = isinstance(value, str) and len(value) == DIGITS * tensors and _DIGESTS.fullmatch(value)
+    if not good:
+        raise Damage(f"a header whose digests are not of {tensors} tensors: {_short(value)}")
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from mezo.errors import InputError
 from mezo.trajectory.files import read, save
 from mezo.trajectory.format import Log, Segment, Step, Steps, encode
-from mezo.trajectory.header import IDENTITY, Damage, places
+from mezo.trajectory.header import DIGESTS, IDENTITY, Damage, places
 from mezo.trajectory.resume import resumable
 
 _OF_A_SEGMENT = ("start", "eps", "lr", "weight_decay", "cycles", "lr_in_records")
@@ -52,7 +52,8 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> None:
         elif step is not None:
             continue
         if other.end > end:
-            segments += [_from(s, end) for s in other.segments if s.end > end]
+            more = [s for s in other.segments if s.end > end or s.start > end]
+            segments += [_from(s, end) for s in more]
             end, last = other.end, path
     header = segments[0].header | {"frozen": max(frozen, default=None)}
     if not all(_has_losses(one) for _, one in logs):
@@ -113,7 +114,7 @@ def _from(segment: Segment, step: int) -> Segment:
     """Return the segment from a step on, under the short header of a file's later segments."""
     header, skipped = {key: segment.header[key] for key in _OF_A_SEGMENT}, step - segment.start
     if skipped <= 0:
-        header |= {key: segment.header[key] for key in {"written"} & segment.header.keys()}
+        header |= {key: segment.header[key] for key in {"written", DIGESTS} & segment.header.keys()}
         return replace(segment, header=header)
     return Segment(header | {"start": step}, *(c[skipped:] for c in _columns(segment)))
 

@@ -1,7 +1,7 @@
 """What a run did to its weights, as a program of moves that needs neither data nor losses."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,14 @@ class Write:
     step: int
 
 
-Action = np.ndarray | Update | Write  # a table of moves, an update that moves cannot express, ...
+@dataclass(frozen=True)
+class Look:
+    """Compare the tensor with the log's digest of it, before step number `step`."""
+
+    step: int
+
+
+Action = np.ndarray | Update | Write | Look  # a table of moves, what moves cannot express, ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ def program_of(
     finish: bool = True,
     past: Sequence[Applied] = (),
     number: int = 0,
+    looks: Sequence[int] = (),
     known: Mapping[str, type[Rule]] = RULES,
 ) -> Program:
     """Return the program of what `steps` do to a weight of parameter group number `group`.
@@ -68,6 +76,7 @@ def program_of(
             state, as they do in the run.
         past: `Memory.past` before the first of `steps`.
         number: `Memory.number` before the first of `steps`.
+        looks: The steps before which the tensors are compared, in order; not before the first.
         known: The rules by name.
 
     Raises InputError if the rule is unknown or the walks are too many for a replay's memory.
@@ -81,7 +90,7 @@ def program_of(
     interval = header["interval"] if header["perturbation"] == "low_rank" else 0
     rule, sides = rule_of(header, known), sides_of(header.get("estimator", "two_point"))
     legs = InPlace.legs[header.get("sides", sides)]
-    history = list(past)
+    history, coming = list(past), list(reversed(looks))
     scaled = any("scale" in entry or "threshold" in entry for entry in header["tensors"])
 
     def then(*following: Action) -> None:
@@ -95,6 +104,8 @@ def program_of(
         record, grads = step.record, step.record.projected_grads
         if step.written:
             then(Write(record.step - 1))
+        if coming and coming[-1] == record.step:
+            then(Look(coming.pop()))
         if walked:
             for probe, cycles in enumerate(record.cycles):
                 moves += [Move(record.step, probe, 1.0, leg * step.eps) for leg in legs] * cycles
@@ -110,6 +121,7 @@ def program_of(
         if interval and (record.step + 1) % interval == 0:
             then(Write(record.step))
     then(*([Write(steps[-1].record.step)] if interval and finish and steps else []))
+    then(*[Look(step) for step in coming])  # the end's
     return Program(actions, history, number)
 
 
@@ -140,11 +152,13 @@ def make_(
     header: dict[str, Any],
     program: Program,
     state: dict[str, Any],
+    look: Callable[[str, int, torch.Tensor], None] | None = None,
 ) -> None:
     """Run a program on the tensor that a log's `entry` names, in one pass over it if possible.
 
     `state` is the tensor's optimizer state: the buffers of a rule and of compensated or master
-    rounding, and the accumulated low-rank updates.
+    rounding, and the accumulated low-rank updates. `look` is called as `look(name, step, tensor)`
+    where the program has a Look.
     """
     modified, threshold = header.get("modified", "variance"), entry.get("threshold")
     scale, name = TensorScale(entry.get("scale", 1.0), modified, threshold), entry["name"]
@@ -169,6 +183,10 @@ def make_(
         elif isinstance(action, Update):
             move()
             update_(tensor, name, action, header, state, scale)
+        elif isinstance(action, Look):
+            move()
+            if look is not None:
+                look(name, action.step, tensor)
         elif factored:
             move()
             write_(tensor, name, action.step, header, state)

@@ -7,6 +7,7 @@ until N, at the cost of the additions of N steps.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +18,9 @@ from mezo.rules import RULES, Rule
 from mezo.rules import known as known_rules
 from mezo.trajectory import start_values
 from mezo.trajectory.files import read
+from mezo.trajectory.fingerprints import Comparison, entry_of, frozen_fingerprint
 from mezo.trajectory.format import Log, Step
 from mezo.trajectory.program import make_, program_of
-from mezo.trajectory.writer import entry_of, frozen_fingerprint
 
 FROZEN_DIFFER = "{}: the weights that the run kept frozen are not those of this model"
 
@@ -42,13 +43,15 @@ def replay(
         path: The run log.
         model: The base model; its weights are overwritten.
         until: Stop before this step of the run; None replays all steps.
-        verify: Compare the weights, trained and frozen, with the log's fingerprints first.
+        verify: Compare the weights, trained and frozen, with the log's fingerprints first; and the
+            trained ones with its digests, at the steps that have them.
         rules: Your own rule classes that the run used. A log only names them, and no code is
             imported because of it.
         progress: Called as `progress(done, total)` after each tensor.
 
     Raises InputError if the log cannot be read, if `until` is not in it, if a tensor is missing, or
-    (with `verify`) if the model is not what the run started from.
+    (with `verify`) if the model is not what the run started from, or if the run's weights were not
+    what its log makes of them, because something else wrote to them. The model then has the log's.
     """
     log, known = read(path), known_rules(rules)
     steps = steps_until(path, log, until)
@@ -64,14 +67,17 @@ def replay(
         and expected != frozen_fingerprint(model, {entry["name"] for entry in entries})
     ):
         raise InputError(FROZEN_DIFFER.format(path))
+    comparison = Comparison(path, log, until)
+    how: dict[str, Any] = {"known": known, "looks": comparison.steps if verify else ()}
     programs = {
-        entry["group"]: program_of(log.header, steps, entry["group"], known=known)
-        for entry in entries
+        entry["group"]: program_of(log.header, steps, entry["group"], **how) for entry in entries
     }
     for done, entry in enumerate(entries, 1):
-        make_(named[entry["name"]], entry, log.header, programs[entry["group"]], {})
+        tensor, program = named[entry["name"]], programs[entry["group"]]
+        make_(tensor, entry, log.header, program, {}, comparison.look)
         if progress is not None:
             progress(done, len(entries))
+    comparison.finish()
     return model
 
 

@@ -18,11 +18,11 @@ from mezo.errors import InputError
 from mezo.models.safetensors_files import Checkpoint, Place, write
 from mezo.rules import Rule, known
 from mezo.trajectory.files import read
+from mezo.trajectory.fingerprints import Comparison, fingerprint
 from mezo.trajectory.format import Step
 from mezo.trajectory.program import make_, program_of
 from mezo.trajectory.replay import FROZEN_DIFFER, match, steps_until
 from mezo.trajectory.stored_parameters import Layout, layout_of
-from mezo.trajectory.writer import fingerprint
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +51,8 @@ def replay_checkpoint(
         source_dir: A local folder with model.safetensors, or with shards and their index.
         output_dir: Another folder; files of the same names in it are replaced.
         until: Stop before this step of the run; None replays all steps.
-        verify: First read all tensors once and compare their fingerprints with the log's.
+        verify: First read all tensors once and compare their fingerprints with the log's; then
+            compare the tuned ones with its digests, before the new files get their names.
         rules: Your own rule classes that the run used.
         progress: Called as `progress(done, total)` after each trained tensor.
 
@@ -66,7 +67,8 @@ def replay_checkpoint(
     plan = _Plan(log, run.header, checkpoint, known(rules))
     if verify:
         plan.verify()
-    write(checkpoint, output, plan.replaying(steps, progress), plan.dtypes())
+    comparison = Comparison(log, run, until) if verify else None
+    write(checkpoint, output, plan.replaying(steps, progress, comparison), plan.dtypes())
     return len(steps)
 
 
@@ -132,12 +134,17 @@ class _Plan:
                 return
         raise InputError(FROZEN_DIFFER.format(self.log))
 
-    def replaying(self, steps: Sequence[Step], progress: Progress | None):
-        """Return a function that gives the tensor of a place after `steps`."""
+    def replaying(
+        self, steps: Sequence[Step], progress: Progress | None, comparison: Comparison | None
+    ):
+        """Return a function that gives the tensor of a place after `steps`.
+
+        It raises InputError with the last trained one if the comparison finds a difference.
+        """
         groups = {entry["group"] for entry in self.header["tensors"]}
-        programs = {
-            group: program_of(self.header, steps, group, known=self.rules) for group in groups
-        }
+        looks = () if comparison is None else comparison.steps
+        how: dict[str, Any] = {"known": self.rules, "looks": looks}
+        programs = {group: program_of(self.header, steps, group, **how) for group in groups}
         dtypes, done = self.dtypes(), 0
 
         def tensor_of(place: Place) -> torch.Tensor:
@@ -145,8 +152,11 @@ class _Plan:
             tensor, entry = self.checkpoint.read(place), self.trained.get(place)
             tensor = _cast(tensor, dtypes.get(place))
             if entry is not None:
-                make_(tensor, entry, self.header, programs[entry["group"]], {})
+                look = None if comparison is None else comparison.look
+                make_(tensor, entry, self.header, programs[entry["group"]], {}, look)
                 done += 1
+                if comparison is not None and done == len(self.trained):
+                    comparison.finish()
                 if progress is not None:
                     progress(done, len(self.trained))
             return tensor

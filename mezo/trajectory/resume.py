@@ -9,9 +9,10 @@ from mezo.errors import InputError
 from mezo.mezo import MeZO
 from mezo.trajectory import start_values
 from mezo.trajectory.files import read
+from mezo.trajectory.fingerprints import entry_of
 from mezo.trajectory.format import Log
+from mezo.trajectory.identity import check_identity
 from mezo.trajectory.program import make_, program_of
-from mezo.trajectory.writer import check_identity, entry_of
 
 
 def catch_up(path: str | Path, optimizer: MeZO, *, until: int | None = None) -> int:

@@ -15,7 +15,7 @@ import torch
 from mezo import noise
 from mezo.models import loading as models
 from mezo.models.safetensors_files import Checkpoint, Place
-from mezo.trajectory.writer import fingerprint
+from mezo.trajectory.fingerprints import fingerprint
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Write a run log: one record per step, appended before the step ends."""
 
-import hashlib
 import logging
 import os
 import struct
@@ -13,29 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from mezo import noise, rules
-from mezo.compatibility import unpacked
+from mezo import noise
 from mezo.errors import InputError
-from mezo.layers import PLAIN, scales_of
+from mezo.interrupts import held
 from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
-from mezo.options.option import Logged
-from mezo.options.table import ESTIMATORS, OPTIONS
+from mezo.options.table import OPTIONS
 from mezo.record import Record
 from mezo.trajectory import start_values
 from mezo.trajectory.files import begun, locked, read
-from mezo.trajectory.format import FORMAT, checksum, frame
-from mezo.trajectory.header import IDENTITY, Damage, check, places
-
-
-def fingerprint(tensor: torch.Tensor) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the elements' bytes, row-major, little-endian.
-
-    For a DTensor they are those of the whole tensor, and every process with a shard must call this.
-    """
-    whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    data = whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data).hexdigest()[:16]
+from mezo.trajectory.fingerprints import (
+    digests_of,
+    fingerprint,
+    first_difference,
+    frozen_fingerprint,
+)
+from mezo.trajectory.format import FORMAT, Log, checksum, frame
+from mezo.trajectory.header import DIGESTS, Damage, check
+from mezo.trajectory.identity import check_identity, constants, entries_of, identity, in_words
+from mezo.trajectory.other_writers import OtherWriters
 
 
 class Writer:
@@ -47,11 +42,18 @@ class Writer:
     """
 
     def __init__(
-        self, optimizer: MeZO, path: str | Path, file: FileIO, end: int, header: dict[str, Any]
+        self,
+        optimizer: MeZO,
+        path: str | Path,
+        file: FileIO,
+        end: int,
+        header: dict[str, Any],
+        digests: str | None = None,
     ):
         """Called by `record`, which has checked that `file` is locked and intact up to byte `end`.
 
         `header` holds what only a file's first segment has; it is empty if the file has a segment.
+        `digests` are those of the weights as they are, if the file had them after byte `end`.
         """
         self.optimizer, self.path, self._file = optimizer, path, file
         self._end = end  # all before it is in the file, and whole
@@ -64,17 +66,19 @@ class Writer:
         self._first = self._step if header else 0
         self._written = -1  # the last step before which matrices are said to be written
         settings = self._current([1] * first["num_samples"])
-        data = self._segment(header, settings)  # nothing was changed up to here
+        data = self._segment(header, settings, digests)  # nothing was changed up to here
+        self._digested = -1 if digests is None else self._step
+        self._unwritten = False  # whether a step was made that no weight shows (Offload)
         try:
             file.truncate(end)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         self._put(data, settings, self._step)
-        self._constants = _constants(optimizer)
+        self._constants = constants(optimizer)
         self._trained = optimizer.trained()
         constant = [option.name for option in OPTIONS if option.constant]
         self._known = {name: optimizer.settings[name] for name in constant}
-        self._versions, self._told = _versions(optimizer), False
+        self._others, self._told = OtherWriters(optimizer), False
         optimizer.observers.append(self)
         optimizer.guards.append(self._check_constants)
 
@@ -88,12 +92,16 @@ class Writer:
             "lr_in_records": self._settings["lr_in_records"],
         }
 
-    def _segment(self, header: dict[str, Any], settings: dict[str, Any]) -> bytes:
+    def _segment(
+        self, header: dict[str, Any], settings: dict[str, Any], digests: str | None = None
+    ) -> bytes:
         whole = header | {"start": self._step} | settings
+        whole |= {} if digests is None else {DIGESTS: digests}
         if self.optimizer.memory.written == self._step:  # MeZO.write was called
             whole["written"], self._written = True, self._step
         try:
-            check(whole, None if header else {"lr": [0.0] * self._groups})
+            rest = {"lr": [0.0] * self._groups, "tensors": self.optimizer.trained()}
+            check(whole, None if header else rest)
             return frame(whole)
         except Damage as damage:
             raise InputError(f"{self.path}: the log cannot have {damage}") from None
@@ -105,33 +113,30 @@ class Writer:
         same = all(settings[key] == value for key, value in self._known.items())
         if same and self.optimizer.trained() is self._trained:
             return
-        here = _constants(self.optimizer)
+        here = constants(self.optimizer)
         for key in {**self._constants, **here}:
             if self._constants.get(key) != here.get(key):
-                before, now = self._constants.get(key, "frozen"), here.get(key, "frozen")
+                before, now = in_words(self._constants.get(key)), in_words(here.get(key))
                 raise InputError(
                     f"{self.path}: {key} was {before} when the log began, and is now {now}: the "
-                    "log would not replay; change it back, or begin another log from these weights"
+                    "log would not replay. Change it back, or close this log and begin another "
+                    "from these weights: trajectory.record(optimizer, another_path, resume=True), "
+                    "or with a Trainer a run in another output_dir"
                 )
         self._trained = self.optimizer.trained()
 
     def _check_writes(self) -> None:
-        """Warn, once, if something else has written to a trained weight since the last step.
-
-        torch counts what writes to a tensor. It does not count writes through `.data`, but for the
-        assignment of another tensor, nor those of numpy; and values may have been put back.
-        """
+        """Warn, once, if something else has written to a trained weight since the last step."""
         if self._told or self.optimizer.memory.written == self._step:
             return
-        here = _versions(self.optimizer)
-        odd = [name for name, seen in self._versions.items() if here.get(name, seen) != seen]
-        if odd:
+        if (odd := self._others.first()) is not None:
             self._told = True
+            when = f"after step {self._step - 1}" if self._step else "before step 0"
             logging.getLogger("mezo").warning(
-                "%s: something besides the optimizer wrote to %s before step %d (weight clipping, "
-                "an average, load_state_dict, a callback): unless the values are those of before, "
-                "the log replays to other weights; begin another log after such a change",
-                *(self.path, odd[0], self._step),
+                "%s: something besides the optimizer wrote to %s %s (weight clipping, an average, "
+                "load_state_dict, a callback): unless the values are those of before, the log "
+                "replays to other weights; begin another log after such a change",
+                *(self.path, odd, when),
             )
 
     def __call__(self, record: Record) -> None:
@@ -152,7 +157,30 @@ class Writer:
         row = struct.pack(f"<{len(values) - 1}df{len(lrs)}d", *values, *lrs)
         data += row + struct.pack("<I", checksum(row, record.step))
         self._put(data, settings, record.step + 1)
-        self._versions = {} if self._told else _versions(self.optimizer)
+        self._unwritten |= not getattr(self.optimizer.weights, "write_every", 1)
+        if not self._told:
+            self._others.note()
+
+    def digest(self) -> None:
+        """Note in the log what the trained weights are now, for replays to compare with theirs.
+
+        MeZOTrainer does so at checkpoints and at the end, and leaving a `with` statement does. It
+        takes as long as reading all weights once; sharded weights are read by all processes
+        together, by elastic.digest. Nothing is noted while the weights are not the log's: before
+        `MeZO.write`, for low-rank updates; between estimate() and step(); after layers were
+        frozen, which the next step refuses; with offload and write_every=0.
+        """
+        if self._digested == self._step or self._pending or self._unwritten:
+            return
+        if not is_readable(self.optimizer):
+            return
+        if constants(self.optimizer) != self._constants:  # the next step would refuse it
+            return
+        self.optimizer.write()
+        digests = digests_of(p for _, p, _ in self.optimizer.trained())
+        with held():
+            self._put(self._segment({}, self._settings, digests), self._settings, self._step)
+        self._digested = self._step
 
     def _put(self, data: bytes, settings: dict[str, Any], step: int) -> None:
         self._pending += data
@@ -207,6 +235,7 @@ class Writer:
     def close(self) -> None:
         if self in self.optimizer.observers:
             with suppress(InputError):  # no room for the record: whoever took the step is told
+                self._check_writes()
                 self.optimizer.give_up()
             self.optimizer.observers.remove(self)
             self.optimizer.guards.remove(self._check_constants)
@@ -220,8 +249,13 @@ class Writer:
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        try:
+            sharded = any(is_sharded(p) for _, p, _ in self.optimizer.trained())
+            if kind is None and not sharded:
+                self.digest()
+        finally:
+            self.close()
 
 
 def record(
@@ -249,7 +283,7 @@ def record(
     created, file = not Path(path).exists(), locked(path)
     try:
         if resume and begun(path):
-            return Writer(optimizer, path, file, _end_of(path, optimizer), {})
+            return Writer(optimizer, path, file, *_end_of(path, optimizer))
         step = optimizer.param_groups[0]["step"]
         if step and not resume:
             raise InputError(f"{path}: no log to continue, and the run is at step {step}")
@@ -274,8 +308,8 @@ def header_of(
     given = (config or {}) | ({} if origin is None else {"gguf_sha256": origin})
     header |= {"config": given, "versions": {"torch": str(torch.__version__)}}
     header["frozen"] = None if model is None else frozen_fingerprint(model, names)
-    tensors = [entry | {"sha256": fingerprint(p)} for entry, p in _entries(optimizer)]
-    named = {entry["name"]: p for entry, p in _entries(optimizer)}
+    tensors = [entry | {"sha256": fingerprint(p)} for entry, p in entries_of(optimizer)]
+    named = {entry["name"]: p for entry, p in entries_of(optimizer)}
     return header | {"tensors": tensors} | start_values.encoded(model, named)
 
 
@@ -289,100 +323,19 @@ def _check_names(names: set[str], model: torch.nn.Module) -> None:
         )
 
 
-def identity(optimizer: MeZO) -> dict[str, Any]:
-    """Return the settings of the whole run that a replay depends on, besides the tensors."""
-    settings = optimizer.settings | {"perturbation": optimizer.perturbation}
-    keys: dict[str, Any] = {}
-    for option in OPTIONS:
-        value = settings.get(option.name)
-        dropped = option.logged is Logged.UNLESS_DEFAULT and value == option.default
-        if option.constant and option.applies(settings) and not dropped:
-            fill = _FILLED.get(option.name)
-            keys |= {option.name: value} if fill is None else fill(optimizer, value)
-    return keys
+def is_readable(optimizer: MeZO) -> bool:
+    """Return whether the weights are what the log says, once queued moves are made."""
+    summed = any("low_rank" in state for state in optimizer.state.values())
+    kept = getattr(optimizer.weights, "write_every", 1)  # of Offload
+    return bool(kept) and not summed and not optimizer.directions
 
 
-def _of_rule(optimizer: MeZO, value: Any) -> dict[str, Any]:
-    """Return the rule that a replay applies, and its options if it has any."""
-    given = rules.options(optimizer.rule.replayed, optimizer.rules)
-    return {"rule": given.pop("name")} | ({"rule_options": given} if given else {})
+def _end_of(path: str | Path, optimizer: MeZO) -> tuple[int, dict[str, Any], str | None]:
+    """Return the byte at which the records of the steps before the optimizer's end.
 
-
-def _of_estimator(optimizer: MeZO, value: str) -> dict[str, Any]:
-    """Return the estimator's name and, for a user's own, how many sides it visits if not both."""
-    one_sided = value not in ESTIMATORS and optimizer.estimator.sides == 1
-    return {"estimator": value} | ({"sides": 1} if one_sided else {})
-
-
-def _of_layers(optimizer: MeZO, value: dict[str, Any]) -> dict[str, Any]:
-    """Return how the tensors are scaled; the scales themselves are with the tensors."""
-    return {"modified": value.get("modified", "variance")} if value.get("scales") else {}
-
-
-# The options that fill other keys of the header than one of their name.
-_FILLED = {"rule": _of_rule, "estimator": _of_estimator, "layers": _of_layers}
-
-
-def _constants(optimizer: MeZO) -> dict[str, Any]:
-    """Return what must stay constant during a log: the settings of `identity`, and the tensors."""
-    entries = places([entry for entry, _ in _entries(optimizer)])
-    return identity(optimizer) | {f"parameter {name}": place for name, place in entries.items()}
-
-
-def _versions(optimizer: MeZO) -> dict[str, tuple[int, int]]:
-    """Return, by name, how often each trained weight was written to, and where it lies.
-
-    Weights that are sharded or offloaded are left out: others move them between steps.
+    Also returns an empty header and the digests of the weights at that step, if the log has them.
+    Raises InputError if the weights are others.
     """
-    if not optimizer.weights.here:
-        return {}
-    plain = [(n, p) for n, p, _ in optimizer.trained() if not p.is_inference()]
-    return {name: (p._version, p.data_ptr()) for name, p in plain}
-
-
-def check_identity(header: dict[str, Any], optimizer: MeZO, told: str) -> None:
-    """Raise InputError, beginning with `told`, if the header is not of the optimizer's run."""
-    here = identity(optimizer)
-    for key in IDENTITY:
-        if header.get(key) != here.get(key):
-            known = header.get(key), here.get(key)
-            raise InputError(f"{told}: its {key} is {known[0]}, not {known[1]}")
-    if places(header["tensors"]) != places([entry for entry, _ in _entries(optimizer)]):
-        raise InputError(f"{told}: its tensors, or their parameter groups, differ")
-
-
-def frozen_fingerprint(model: torch.nn.Module, trained: set[str]) -> str | None:
-    """Return one fingerprint of all untrained parameters (an adapter's base), or None if none."""
-    named = {noise.canonical_name(name): p for name, p in model.named_parameters()}
-    digests = "".join(fingerprint(unpacked(p)) for name, p in named.items() if name not in trained)
-    return hashlib.sha256(digests.encode()).hexdigest()[:16] if digests else None
-
-
-def entry_of(name: str, p: torch.Tensor) -> dict[str, Any]:
-    return _place_of(name, p) | {"sha256": fingerprint(p)}
-
-
-def _place_of(name: str, p: torch.Tensor) -> dict[str, Any]:
-    dtype = str(p.dtype).removeprefix("torch.")
-    return {"name": name, "shape": list(p.shape), "dtype": dtype}
-
-
-def _entries(optimizer: MeZO) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """Return the log's entry, without the fingerprint, of every trained tensor, and the tensor."""
-    index = {id(g): i for i, g in enumerate(optimizer.param_groups)}
-    own = scales_of(optimizer.param_groups[0]["layers"])
-    entries: list[tuple[dict[str, Any], torch.Tensor]] = []
-    for name, p, group in optimizer.trained():
-        entry = _place_of(name, p) | {"group": index[id(group)]}
-        mine = own.get(name, PLAIN)
-        entry |= {"scale": mine.scale} if mine.scale != 1.0 else {}
-        entry |= {"threshold": mine.threshold} if mine.threshold is not None else {}
-        entries.append((entry, p))
-    return entries
-
-
-def _end_of(path: str | Path, optimizer: MeZO) -> int:
-    """Return the byte at which the records of the steps before the optimizer's end."""
     log, step = read(path), optimizer.param_groups[0]["step"]
     if log.compact:
         raise InputError(f"{path} is compact, and complete: mezo log merge makes a log to continue")
@@ -390,4 +343,21 @@ def _end_of(path: str | Path, optimizer: MeZO) -> int:
     if not log.start <= step <= log.end:
         verb, end = ("ends", log.end) if step > log.end else ("begins", log.start)
         raise InputError(f"{path} {verb} at step {end}, and the run to continue is at {step}")
-    return log.ends[step - log.start - 1] if step > log.start else log.first_record
+    end = log.ends[step - log.start - 1] if step > log.start else log.first_record
+    return end, {}, _digests_at(path, log, step, optimizer)
+
+
+def _digests_at(path: str | Path, log: Log, step: int, optimizer: MeZO) -> str | None:
+    """Return the log's digests of the weights at a step if they are here and can be compared."""
+    had = [s.header[DIGESTS] for s in log.segments if s.start == step and DIGESTS in s.header]
+    sharded = any(is_sharded(p) for _, p, _ in optimizer.trained())  # others would have to help
+    if not had or sharded or not is_readable(optimizer):
+        return None
+    optimizer.write()  # moves that offload has queued
+    name = first_difference(had[-1], ((name, p) for name, p, _ in optimizer.trained()))
+    if name is not None:
+        raise InputError(
+            f"{path}: {name} is not what it was when the run had made {step} steps: resume from "
+            "the weights of that run, another checkpoint for example, or begin another log"
+        )
+    return had[-1]

@@ -18,6 +18,7 @@ from mezo.cli.parsing import default_output_dir
 from mezo.cli.train import SEARCH, TRAIN_HELP
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import DataArguments
+from mezo.trajectory.format import encode
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +242,23 @@ def test_replay_gives_the_trained_weights(trained, place, capsys):
     assert same_weights(made, place / "tiny")
 
 
+def test_a_replay_that_is_not_the_run_says_so_and_what_to_do(trained, place, capsys):
+    """A callback wrote to the weights, say: the log's digests at the end are others."""
+    folder, _, _ = trained
+    segments = trajectory.read(folder / "run.mezo").segments
+    digests = segments[-1].header["digests"]
+    segments[-1].header["digests"] = ("1" if digests[0] == "0" else "0") + digests[1:]
+    (place / "forged.mezo").write_bytes(encode(segments))
+    argv = ["--model", place / "tiny", "--log", place / "forged.mezo", "--output_dir"]
+    code, out, err = mezo(capsys, "replay", *argv, place / "refused")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "something besides the optimizer wrote to " in err
+    assert "between steps 2 and 4 of the run" in err  # of which 2 has a checkpoint
+    code, _, _ = mezo(capsys, "replay", *argv, place / "log's", "--no_verify")
+    assert code == 0
+    assert same_weights(place / "log's", folder)
+
+
 def test_eval_after_replay_is_eval_of_the_saved_model(trained, place, capsys):
     folder, out, _ = trained
     rest = ["--test_file", place / "reviews.jsonl", *OWN, "--json"]
@@ -269,7 +287,8 @@ def test_log_says_what_the_run_was(trained, capsys):
 def test_log_of_a_torn_or_damaged_file(trained, tmp_path, capsys):
     """A killed run's last record is left out; damage is refused, with the way to what is whole."""
     folder, _, _ = trained
-    data = (folder / "run.mezo").read_bytes()
+    end = trajectory.read(folder / "run.mezo").ends[-1]  # digests come after the last record
+    data = (folder / "run.mezo").read_bytes()[:end]
     (tmp_path / "torn").write_bytes(data[:-3])
     _, out, _ = mezo(capsys, "log", tmp_path / "torn", "--json")
     assert (json.loads(out)["steps"], json.loads(out)["torn_bytes"]) == (3, 13)

@@ -5,6 +5,7 @@ import torch
 from models import Regression
 
 from mezo import MeZO, trajectory
+from mezo.trajectory.other_writers import OtherWriters
 
 FORMS = pytest.mark.parametrize("form", ["in_place", "scratch", "low_rank"])
 
@@ -24,6 +25,14 @@ def averaged(model):
         p.data = p.data * 0.9
 
 
+def in_place_by_data(model):
+    model.first.data.mul_(0.9)
+
+
+def by_numpy(model):
+    model.first.detach().numpy()[0] = 1.0
+
+
 def loaded(model):
     model.load_state_dict(Regression(torch.float32).state_dict())
 
@@ -39,7 +48,7 @@ def run(path, form, between, dtype=torch.float32):
 
 
 @FORMS
-@pytest.mark.parametrize("between", [clipped, averaged, loaded])
+@pytest.mark.parametrize("between", [clipped, averaged, loaded, in_place_by_data, by_numpy])
 def test_a_weight_that_something_else_wrote_to_is_named_at_the_next_step_once(
     form, between, tmp_path, caplog
 ):
@@ -47,7 +56,33 @@ def test_a_weight_that_something_else_wrote_to_is_named_at_the_next_step_once(
     run(tmp_path / "run.mezo", form, between)
     told = [r.message for r in caplog.records]
     assert len(told) == 1
-    assert "something besides the optimizer wrote to first before step 3" in told[0]
+    assert "something besides the optimizer wrote to first after step 2" in told[0]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (40, 3), (3, 40), (2, 3, 50), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_elements_of_every_shape_are_looked_at(shape, dtype, transposed):
+    """A write through .data to all of a tensor is seen, whatever its strides."""
+    tensor = torch.ones(shape, dtype=dtype)
+    p = torch.nn.Parameter(tensor.mT if transposed and tensor.dim() > 1 else tensor)
+    optimizer = MeZO([("p", p), ("other", torch.nn.Parameter(torch.ones(2)))])
+    others = OtherWriters(optimizer)
+    assert others.first() is None
+    p.data.mul_(2)
+    assert others.first() == ("p" if p.numel() else None)
+    others.note()
+    assert others.first() is None
+
+
+def test_a_write_after_the_last_step_is_told_when_the_log_is_closed(tmp_path, caplog):
+    """No step follows that could tell it, and the model would be saved with it."""
+    model = Regression(torch.float32)
+    writer = trajectory.record(MeZO(model.named_parameters(), seed=1), tmp_path / "run.mezo")
+    writer.optimizer.step(model)
+    by_numpy(model)
+    writer.close()
+    assert "wrote to first after step 0" in caplog.text
 
 
 @FORMS

@@ -1,6 +1,7 @@
 """The run log: format, replay to the bit, damage, refusals."""
 
 import copy
+import hashlib
 import json
 import os
 import random
@@ -84,14 +85,14 @@ def test_replay_to_an_earlier_step(tmp_path):
 
 
 def test_plain_mezo_costs_16_bytes_a_step(tmp_path):
-    run(tmp_path / "a.mezo", steps=10)
-    run(tmp_path / "b.mezo", steps=110)
+    run(tmp_path / "a.mezo", steps=100)
+    run(tmp_path / "b.mezo", steps=200)
     assert os.path.getsize(tmp_path / "b.mezo") - os.path.getsize(tmp_path / "a.mezo") == 1600
 
 
 def test_the_file_is_what_the_specification_says(tmp_path):
     """A reader written from docs/trajectory.md, with nothing of the package."""
-    run(tmp_path / "run.mezo", steps=3)
+    _, model = run(tmp_path / "run.mezo", steps=3)
     log, data = trajectory.read(tmp_path / "run.mezo"), (tmp_path / "run.mezo").read_bytes()
     assert data[:8] == b"\x89MEZO\r\n\x1a"
     (length,) = struct.unpack_from("<I", data, 8)
@@ -108,7 +109,12 @@ def test_the_file_is_what_the_specification_says(tmp_path):
         assert zlib.crc32(struct.pack("<Qdf", step, g, loss)) == crc
         assert (g,) == log.steps[step].record.projected_grads
         at += 16
-    assert at == len(data)
+    assert data[at : at + 8] == data[:8]  # a segment without records: what the weights are now
+    (length,) = struct.unpack_from("<I", data, at + 8)
+    last = json.loads(data[at + 12 : at + 12 + length])
+    assert at + 16 + length == len(data)
+    expected = [hashlib.sha256(p.detach().numpy().tobytes()) for p in model.parameters()]
+    assert last["digests"] == "".join(one.hexdigest()[:4] for one in expected)
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
@@ -200,10 +206,11 @@ def test_damage_in_a_later_header_is_not_taken_for_its_end(tmp_path):
     """A length that reaches beyond the end of the file would hide all records behind it."""
     path, model = tmp_path / "run.mezo", Regression()
     optimizer = MeZO(model.named_parameters(), seed=6)
-    with trajectory.record(optimizer, path):
-        for eps in (1e-3, 2e-3):
-            optimizer.param_groups[0]["eps"] = eps
-            optimizer.step(model)
+    writer = trajectory.record(optimizer, path)
+    for eps in (1e-3, 2e-3):
+        optimizer.param_groups[0]["eps"] = eps
+        optimizer.step(model)
+    writer.close()
     data, first = path.read_bytes(), trajectory.read(path).ends[0]
     for at in range(first, len(data) - 16):
         for bit in (0, 3, 6):

@@ -307,6 +307,7 @@ def test_the_largest_compact_log_takes_bounded_memory(folder):
     head, _ = parts_of((folder / "plain.small").read_bytes())
     steps = MAX_VALUES // 2
     zeros = bomb(steps)
+    del head["segments"][1:]  # the digests at its end
     head["segments"][0] |= {"steps": steps, "exponents": [24] * -(-steps // 4096)}
     for name in ("grads", "exceptions", "losses"):
         head["columns"][name] = {"values": steps, "planes": 1, "bytes": len(zeros)}
