@@ -9,14 +9,19 @@
 The program is started once, without a shell, and keeps running; it reads text as data. The last
 lines that it writes to stderr are kept for the report of a crash. If it crashes or exceeds the time
 limit, the sample has no reward, and the program is restarted for the next one. It is also restarted
-after an interrupted call, so that a late answer cannot be taken for that of another sample. An
-answer that repeats the number `sample` is checked against it.
+after an interrupted call, so that a late answer cannot be taken for that of another sample.
+
+An answer that repeats the number `sample` is checked against it; once one has, every reward must.
+Without the number, a line too many may be taken for the answer to the next sample. After the last
+sample of a call, the program is therefore given time for a line that nobody has asked for: the
+rewards of the call are refused if there is one.
 """
 
 import json
 import logging
 import shlex
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +30,7 @@ from mezo.errors import InputError
 from mezo.rewards.program import Chatter, Lost, Program
 from mezo.rewards.text import content
 
+_QUIET = 0.01  # seconds at least without a line that nobody has asked for, at the end of a call
 _HOPELESS = 3  # samples lost without a single answer before the run is stopped
 
 
@@ -53,6 +59,8 @@ class Command:
         self.words, self.timeout, self.failures = words, timeout, 0
         self.__name__ = shlex.join(words)
         self._asked = self._answers = 0
+        self._numbered = False  # whether answers repeat the number of their sample
+        self._longest = 0.0  # seconds that an answer of this call has taken
         self._program: Program | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -60,7 +68,7 @@ class Command:
         """Return one reward per completion, and None for a sample that was lost or left out."""
         passed = ("completion_ids", "trainer_state", "log_extra", "log_metric")
         columns = {name: values for name, values in columns.items() if name not in passed}
-        rewards, reasons = [], []
+        rewards, reasons, self._longest = [], [], 0.0
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             self._asked += 1
             row = {"sample": self._asked} | {name: values[i] for name, values in columns.items()}
@@ -70,6 +78,7 @@ class Command:
             except Lost as lost:
                 rewards.append(None)
                 reasons.append(str(lost))
+        self._settle()
         if reasons:
             logging.getLogger("mezo").warning(
                 "reward command %s lost %d of %d samples (%d so far): %s",
@@ -89,8 +98,10 @@ class Command:
         if program is None:
             program = self._program = Program(self.words)
             self._finalizer = weakref.finalize(self, program.end)
+        began = time.monotonic()
         try:
             answer = program.ask(line, self.timeout * (10 if fresh else 1))
+            self._longest = max(self._longest, time.monotonic() - began)
         except Lost as lost:
             self.close()
             self.failures += 1
@@ -100,16 +111,34 @@ class Command:
                 ) from None
             raise
         except Chatter as chatter:
-            self.close()
-            raise InputError(
-                f"reward command {self.__name__} wrote {str(chatter)!r:.200} beside its answer: it "
-                "must write one line for each sample, and anything else to stderr"
-            ) from None
+            raise self._refused(chatter) from None
         except BaseException:  # Ctrl-C: the answer that is due must not meet the next sample
             self.close()
             raise
         self._answers += 1
         return answer
+
+    def _settle(self) -> None:
+        """Raise InputError for a line too many, so that no reward of this call is used.
+
+        Waits twice as long as the longest answer of the call has taken.
+        """
+        if self._program is None or self._numbered:
+            return
+        try:
+            self._program.settle(min(self.timeout, max(_QUIET, 2 * self._longest)))
+        except Chatter as chatter:
+            raise self._refused(chatter) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _refused(self, chatter: Chatter) -> InputError:
+        self.close()
+        return InputError(
+            f"reward command {self.__name__} wrote {str(chatter)!r:.200} beside its answer: it "
+            "must write one line for each sample, and anything else to stderr"
+        )
 
     def _reward(self, line: str, sample: Any) -> Any:
         try:
@@ -119,12 +148,19 @@ class Command:
                 f"reward command {self.__name__} answered {line!r:.200}: it must write a number, "
                 'null or {"reward": number}'
             ) from None
-        if not (isinstance(answer, dict) and "reward" in answer):
-            return answer  # checked with the rewards of the other functions
-        if answer.get("sample", sample) != sample:
-            self.close()
-            raise InputError(
-                f"reward command {self.__name__} answered for sample {answer['sample']!r:.80} when "
-                f"it was asked for {sample}"
-            )
-        return answer["reward"]
+        rewarded = isinstance(answer, dict) and "reward" in answer
+        if (rewarded and "sample" in answer) or (self._numbered and answer is not None):
+            self._check_number(answer, sample)
+        return answer["reward"] if rewarded else answer  # checked with the other functions' rewards
+
+    def _check_number(self, answer: Any, sample: int) -> None:
+        """Raise InputError for the answer to another sample, or for one without the number."""
+        self._numbered = True
+        if isinstance(answer, dict) and "sample" in answer:
+            if answer["sample"] == sample:
+                return
+            what = f"for sample {answer['sample']!r:.80} when it was asked for {sample}"
+        else:
+            what = f"{str(answer)!r:.200} without the sample's number, which others have had"
+        self.close()
+        raise InputError(f"reward command {self.__name__} answered {what}")

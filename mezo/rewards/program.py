@@ -82,6 +82,18 @@ class Program:
             raise Lost(f"a line of more than {MAX_LINE:,} bytes")
         return _text(answer)
 
+    def settle(self, seconds: float) -> None:
+        """Wait that long for a line that nobody has asked for, and raise Chatter if one comes.
+
+        After a line too many, every question has the answer of the one before, and the last one's
+        answer is still to come.
+        """
+        with contextlib.suppress(queue.Empty):
+            line = self._answers.get(timeout=seconds)
+            if line != _ENDED:
+                raise Chatter(_text(line.split(b"\n")[0]))
+            self._answers.put(line)  # the next question is told
+
     def end(self) -> None:
         """Kill the program and every process of its group."""
         if os.name == "posix":

@@ -113,6 +113,43 @@ def test_a_program_that_says_more_than_its_answer_is_refused():
     command.close()
 
 
+SHIFTING = """
+import json, select, sys
+for number, line in enumerate(sys.stdin):
+    row = json.loads(line)
+    answer = {"reward": len(row["completion"])}
+    print(json.dumps(answer | ({"sample": row["sample"]} if NUMBERED else {})), flush=True)
+    if number == 1:
+        select.select([sys.stdin.buffer.raw], [], [])  # until the next sample has been sent
+        print(99, flush=True)
+"""
+
+
+def test_a_line_too_many_that_comes_while_the_next_sample_waits_is_refused():
+    """It is taken for that sample's answer; the call's last answer is then one too many."""
+    command = Command([sys.executable, "-uc", SHIFTING.replace("NUMBERED", "False")])
+    calls = (ask(command, "a", "bb", "ccc", "dddd") for _ in range(50))
+    with pytest.raises(InputError, match=r"wrote '{\"reward\": \d}' beside its answer"):
+        list(calls)  # the first one, but a busy machine may tell it in a later one only
+
+
+def test_answers_with_the_number_of_their_sample_never_shift():
+    """The number is what a program says; a line without it is nobody's answer."""
+    command = Command([sys.executable, "-uc", SHIFTING.replace("NUMBERED", "True")])
+    with pytest.raises(InputError, match="answered '99' without the sample's number"):
+        ask(command, "a", "bb", "ccc", "dddd")
+
+
+def test_a_call_whose_answers_are_all_there_ends_without_a_line_too_many(program):
+    """The wait at its end is short, and takes nothing from the next call."""
+    command = Command(program)
+    for _ in range(3):
+        assert ask(command, "ab", "c") == [2.0, 1.0]
+    assert ask(command, "crash") == [None]
+    assert ask(command, "abc") == [3.0]
+    command.close()
+
+
 def test_commands_that_cannot_be_run_are_refused():
     with pytest.raises(InputError, match=r"no-such-program --x: No such file"):
         ask(Command("no-such-program --x"), "a")
