@@ -254,8 +254,14 @@ def _run(cell: Cell, told: Callable[[str], None], tell: Tell) -> dict[str, Any]:
 
 
 def options_of(cell: Cell) -> dict[str, Any]:
-    """Return the options of mezo train that make the cell, without output_dir and defaults."""
-    plain = config_of(ModelArguments(), DataArguments(), TrainArguments("any"))
+    """Return the options of mezo train that make the cell, without output_dir and defaults.
+
+    Arguments with another device would make accelerate forget the process group that there is: each
+    process would take itself for the first one.
+    """
+    where = {name: getattr(cell.args, name) for name in ("use_cpu", "ddp_backend")}
+    plain = config_of(ModelArguments(), DataArguments(), TrainArguments("any", **where))
+    plain = {name: value for name, value in plain.items() if name not in where}
     given = config_of(cell.model, cell.data, cell.args)
     first = {"model_name_or_path": cell.model.model_name_or_path, "task": cell.data.task}
     chosen = {

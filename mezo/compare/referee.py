@@ -11,6 +11,7 @@ Memory is that of `mezo memory`: estimated from the model's config, equal on eve
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import torch
 
@@ -19,6 +20,7 @@ from mezo.compare.paper_grids import Grid
 from mezo.errors import InputError
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.methods import passes_of_a_step
+from mezo.trainers.changes import defaults_of
 
 EQUAL = ("steps", "passes", "time", "memory")
 BATCHES = (16, 8, 4, 2, 1)
@@ -78,7 +80,8 @@ def _batch(grid: Grid) -> int:
 def _examples(method: str, grid: Grid) -> float:
     """Return the examples that a step takes through the model forward, a backward pass twice."""
     known = {name: value for name, value in grid.items() if name in _PASSES or "checkpoint" in name}
-    return passes_of_a_step(TrainArguments("any", use_cpu=True, **known)) * _batch(grid)
+    options = SimpleNamespace(**(defaults_of(TrainArguments) | known))  # not made: see options_of
+    return passes_of_a_step(options) * _batch(grid)
 
 
 _PASSES = ("method", "num_samples", "estimator", "fresh_batches")

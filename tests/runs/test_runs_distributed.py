@@ -28,11 +28,25 @@ def commands(folder):
     sft = shared | {"train_file": folder / "rows.jsonl"}
     reward = shared | {"train_file": folder / "prompts.jsonl", "max_completion_length": 2}
     reward |= {"reward": f"{folder / 'rules.py'}:length", "num_dev": 2}
+    several = SHORT | {"max_steps": 10, "num_train": 8, "num_test": 8}
     return {
+        "compare": [
+            *("compare", *without_rate(training(folder, folder / "tiny", **several))),
+            *("--methods", "zero-shot", "mezo", "--seeds", "1", "--equal", "passes"),
+        ],
+        "grid": [
+            *("train", *without_rate(training(folder, folder / "tiny", **SHORT))),
+            f"--grid={folder / 'rates.yaml'}",
+        ],
         "task": ["train", *training(folder, folder / "tiny", **SHORT)],
         "sft": ["sft", *(f"--{name}={value}" for name, value in sft.items())],
         "reward": ["train", *(f"--{name}={value}" for name, value in reward.items())],
     }
+
+
+def without_rate(words):
+    """The grid or the methods have rates of their own."""
+    return [word for word in words if not word.startswith("--learning_rate=")]
 
 
 def worker(folder, kind):
@@ -50,8 +64,21 @@ def worker(folder, kind):
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
+SEEN = {  # by kind: what the first process prints, its files, the last line of its talk
+    "task": ("steps\t1", {"run.mezo", "result.json"}, "next: mezo replay"),
+    "sft": ("steps\t1", {"run.mezo", "result.json"}, "next: mezo replay"),
+    "reward": ("steps\t1", {"run.mezo", "result.json"}, "next: mezo replay"),
+    "grid": ("cells\t2", {"run.mezo", "result.json", "grid.json"}, "all cells: "),
+    "compare": (
+        "zero-shot",
+        {"run.mezo", "result.json", "compare.json", "report.html", "log.txt"},
+        "each cell's folder and commands: ",
+    ),
+}
+
+
 @pytest.mark.slow  # 15 to 60 s: both processes import transformers
-@pytest.mark.parametrize("kind", ["task", "sft", "reward"])
+@pytest.mark.parametrize("kind", SEEN)
 def test_the_first_process_alone_writes_and_prints(kind, tmp_path):
     """`mezo sft` under torchrun printed and wrote everything twice, rewards too."""
     if kind == "sft":
@@ -60,6 +87,7 @@ def test_the_first_process_alone_writes_and_prints(kind, tmp_path):
     reviews(tmp_path / "reviews.jsonl")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a film :", "completion": " dull"}\n' * 8)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a film"}\n' * 12)
+    (tmp_path / "rates.yaml").write_text("learning_rate: [1e-3, 1e-4]\n")
     (tmp_path / "rules.py").write_text(
         "def length(completions, **more):\n    return [float(len(x)) for x in completions]\n"
     )
@@ -75,10 +103,11 @@ def test_the_first_process_alone_writes_and_prints(kind, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert (first["code"], second["code"]) == (0, 0), done.stderr[-3000:]
-    assert "steps\t1" in first["printed"]
-    assert {"run.mezo", "result.json"} <= set(first["written"])
+    printed, written, last = SEEN[kind]
+    assert printed in first["printed"]
+    assert written <= set(first["written"])
     assert (second["printed"], second["written"]) == ("", [])
-    assert done.stderr.count("next: mezo replay") == 1
+    assert done.stderr.count(last) == 1
 
 
 if __name__ == "__main__":
