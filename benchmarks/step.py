@@ -29,6 +29,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mezo import MeZO, noise
 from mezo.closures import Paired, double
+from mezo.compare import style
 from mezo.forms.graphs import Graphs
 from mezo.memory.plan import OPT
 from mezo.runs.result import environment
@@ -163,40 +164,29 @@ def measure(
 
 def plot(rows: list[dict], path: Path) -> None:
     """Bars of the methods at each size, in units of two plain forward passes, on a log axis."""
-    import matplotlib
+    from matplotlib import ticker
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot, ticker
-
-    columns = min(2, len(rows))
-    lines = -(-len(rows) // columns)
-    size = (1.5 + 4.6 * columns, 3.6 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, sharey=True, squeeze=False)
+    figure = style.figure(3.2 * len(rows))
     top = max(one["of_two_forwards"] for row in rows for one in row["methods"].values())
-    for axis, row in zip(axes.flat, rows, strict=False):
+    for axis, row in zip(style.panels(figure, rows=len(rows)), rows, strict=True):
         names = [name for name in row["methods"] if not name.startswith("forwards")]
         values = [row["methods"][name]["of_two_forwards"] for name in names]
-        colours = ["#888888" if name == "reference" else "#0072b2" for name in names]
+        colours = ["#888888" if name == "reference" else style.COLOURS[0] for name in names]
         axis.axvline(1, color="black", linewidth=1, linestyle="--")
         if least := row["methods"].get("forwards, labelled logits"):
             axis.axvline(least["of_two_forwards"], color="#d55e00", linewidth=1, linestyle=":")
         bars = axis.barh(names, values, color=colours)
-        around = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(bars, fmt="%.2f", padding=4, fontsize=8, bbox=around)
+        style.lengths(axis, bars, "%.2f")
+        axis.grid(visible=False, axis="y")
+        axis.invert_yaxis()
         axis.set_xscale("log")
         axis.set_xlim(0.4, 1.8 * top)
         axis.xaxis.set_major_locator(ticker.FixedLocator([2**i for i in range(-1, 7)]))
         axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.set_title(f"OPT-{row['shape']}, {row['batch']} x {row['tokens']} tokens", fontsize=10)
-        axis.set_xlabel(
-            "step / two plain forward passes (dotted: with labelled logits)", fontsize=8
-        )
-    axes[0][0].invert_yaxis()  # the axes share it
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        axis.set_title(f"OPT-{row['shape']}, {row['batch']} x {row['tokens']} tokens")
+    axis.set_xlabel("step / two plain forward passes\n(dotted: passes with labelled logits)")
+    style.save(figure, path)
 
 
 def main() -> None:

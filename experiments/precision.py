@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from mezo import MeZO, noise, tasks, trajectory
+from mezo.compare import style
 from mezo.demo.tune import Recipe, tune
 from mezo.evaluation.evaluate import evaluate
 from mezo.forms.rounding import update_
@@ -178,14 +179,10 @@ def main() -> None:
 
 def plot(path: Path) -> None:
     """Dev loss along the runs (mean over seeds), and what is kept of small updates."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure = style.figure(8.4)
+    upper, lower = style.panels(figure, rows=2)
     runs = stored()["runs"]
-    for name in RUNS:
+    for colour, name in zip(style.COLOURS, RUNS, strict=False):
         curves = [found["curve"] for key, found in runs.items() if key.startswith(f"{name} seed=")]
         if not curves:
             continue
@@ -194,21 +191,21 @@ def plot(path: Path) -> None:
         thick = {"linewidth": 2.5} if name in ("float32", "bfloat16 stochastic") else {}
         dashed = {"linestyle": "--"} if name == "bfloat16 in place" else {}
         label = f"{name} ({len(curves)})"
-        left.plot(steps, losses.mean(0), label=label, **thick, **dashed)
-    left.set(xlabel="step", ylabel="dev loss, mean over seeds", title="SST-2, causal-lm (3 M)")
-    left.set(ylim=(0.61, 0.66))  # it begins at 0.79
-    left.legend(fontsize=8)
+        upper.plot(steps, losses.mean(0), label=label, color=colour, **thick, **dashed)
+    upper.set(xlabel="step", ylabel="dev loss, mean over seeds", title="SST-2, causal-lm (3 M)")
+    upper.set(ylim=(0.61, 0.67))  # it begins at 0.79
+    style.legend(upper, "upper center", columns=2)
     rates = ("1e-06", "1e-05", "0.0001")
-    for rounding in ("in place", "nearest", "stochastic", "compensated", "master"):
+    roundings = ("in place", "nearest", "stochastic", "compensated", "master")
+    for colour, rounding in zip(style.COLOURS, roundings, strict=False):
         errors = [stored()["drift"][f"bfloat16 {rounding} {rate}"]["error"] for rate in rates]
         line = {"linestyle": ":"} if rounding == "master" else {}
-        right.plot([float(rate) for rate in rates], errors, marker="o", label=rounding, **line)
-    right.set(xscale="log", yscale="log", xlabel="lr * |projected_grad|, weights of 0.02")
-    right.set(ylabel="|error of the move| / |move|", title="bfloat16, 1,000 updates")
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+        line |= {"marker": "o", "label": rounding, "color": colour}
+        lower.plot([float(rate) for rate in rates], errors, **line)
+    lower.set(xscale="log", yscale="log", xlabel="lr * |projected_grad|, weights of 0.02")
+    lower.set(ylabel="|error of the move| / |move|", title="bfloat16, 1,000 updates")
+    style.legend(lower, "lower left")
+    style.save(figure, path)
 
 
 def stored() -> dict:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from mezo import MeZO
-from mezo.compare.plots import _axes, _figure
+from mezo.compare import style
 from mezo.estimators import passes_of
 from mezo.rules import Momentum, ScalarAdam
 from mezo.runs.result import environment
@@ -91,8 +91,6 @@ METHODS = {
     "one second moment": Method({"rule": ScalarAdam(0.9)}, kind="normalised"),
     "FZOO": Method(FZOO | {"distribution": "rademacher"}, rademacher, kind="normalised"),
 }
-COLOURS = ("#666666", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#000000")
-COLOURS += ("#8C6D31", "#D55E00", "#999933")
 
 
 def step(method: Method, lr: float, now: Moments, eigen: np.ndarray) -> Moments:
@@ -180,9 +178,9 @@ def run() -> dict[str, Any]:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Losses by passes, predicted as lines and measured as points; and one against the other."""
-    figure = _figure(11, 4.8)
-    left, right = _axes(figure, 2, width_ratios=(3, 2))
-    for colour, (name, row) in zip(COLOURS, found["rows"].items(), strict=True):
+    figure = style.figure(9.6)
+    left, right = style.panels(figure, rows=2)
+    for colour, (name, row) in zip(style.COLOURS, found["rows"].items(), strict=True):
         for at, own in enumerate(row["rates"].values()):
             runs, expected = own["measured"], own["predicted"]
             passes = [row["passes"] * row["steps"] * i / POINTS for i in range(POINTS + 1)]
@@ -192,14 +190,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 left.plot(passes, means, "o", color=colour, markersize=3.5)
             fallen = [(run[0] - run[-1]) / passes[-1] for run in runs]
             x = (expected[0] - expected[-1]) / passes[-1]
-            style = {"color": colour, "marker": "o" if at else "^", "capsize": 2, "markersize": 5}
-            right.errorbar(x, mean(fallen), yerr=stdev(fallen), linestyle="none", **style)
+            mark = {"color": colour, "marker": "o" if at else "^", "capsize": 2, "markersize": 5}
+            right.errorbar(x, mean(fallen), yerr=stdev(fallen), linestyle="none", **mark)
     left.set(xlabel="forward passes (a backward pass counts as two)", ylabel="loss", yscale="log")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
     low, high = right.get_xlim()
     right.axline((low, low), (high, high), color="#999999", linewidth=0.8)
     right.set(xlabel="predicted decrease of the loss per pass", ylabel="measured")
-    figure.savefig(path, dpi=120)
+    style.save(figure, path)
 
 
 def main() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from mezo.compare import style
+
 RESULTS = Path(__file__).parent / "results"
 DIVERGED = 1.0  # a loss above; before tuning it is 0.99
 
@@ -180,21 +182,14 @@ def late_and_lying() -> None:
 
 def plot_volunteers(path: Path) -> None:
     """Test loss against lateness; and by lie and defence. A point a seed, lines through means."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+    figure = style.figure(10)
+    upper, lower = style.panels(figure, rows=2, height_ratios=(2, 3))
     plain = {"random": False, "dropped": 0.0}
     rows = [row for row in volunteers().values() if row.items() >= plain.items()]
-    _late(left, [row for row in rows if not row["lie"] and not row["defence"]])
+    _late(upper, [row for row in rows if not row["lie"] and not row["defence"]])
     known = {"own_z": False, "late": 0, "slower": 1}
-    _lies(right, [r for r in rows if r.items() >= known.items() and r["share"] in (0, 0.2)])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-    figure.savefig(path, dpi=150)
+    _lies(lower, [r for r in rows if r.items() >= known.items() and r["share"] in (0, 0.2)])
+    style.save(figure, path)
 
 
 def _late(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -202,18 +197,18 @@ def _late(axes: Any, rows: list[dict[str, Any]]) -> None:
     colours |= {(True, 1): "#D55E00", (True, 3): "#E69F00"}
     for (own_z, slower), colour in colours.items():
         own = [r for r in rows if (r["own_z"], r["slower"]) == (own_z, slower)]
-        at, style = [max(r["late"], 0.5) for r in own], {"color": colour}
-        style["marker"] = "^" if own_z else "o"
-        label = f"{8 if own_z else 1} direction{'s' if own_z else ''} a step"
-        label += ", a third of the rate" if slower > 1 else ""
-        axes.plot(at, [mean(r["loss"]) for r in own], markersize=0, label=label, **style)
+        at, mark = [max(r["late"], 0.5) for r in own], {"color": colour}
+        mark["marker"] = "^" if own_z else "o"
+        label = "8 directions" if own_z else "1 direction"
+        label += ", rate / 3" if slower > 1 else ""
+        axes.plot(at, [mean(r["loss"]) for r in own], markersize=0, label=label, **mark)
         for x, row in zip(at, own, strict=True):
-            axes.plot([x] * len(row["loss"]), row["loss"], linestyle="none", **style)
+            axes.plot([x] * len(row["loss"]), row["loss"], linestyle="none", **mark)
     ticks = [0.5, 1, 2, 4, 8, 16, 32, 64]
     axes.set(xscale="log", xlabel="steps by which numbers are late", ylabel="test loss")
     axes.set_xticks(ticks, [f"{x:g}" if x >= 1 else "0" for x in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False, loc="upper left")
+    style.legend(axes, "center left")
 
 
 def _lies(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -232,7 +227,7 @@ def _lies(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(rows)), told)
     axes.set_xlim(0.6, 0.92)
     axes.invert_yaxis()
-    axes.set_xlabel("test loss where one in five lies; x: diverged")
+    axes.set(title="one in five lies", xlabel="test loss (x: diverged)")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from mezo.compare import style
 from mezo.evaluation.curve import Point
 from mezo.memory import sizes
 
@@ -44,7 +45,7 @@ NAMES = {"icl": "in context", "lp": "linear probe", "ft": "Adam, all weights"}
 NAMES |= {"calibrated": "zero-shot, calibrated", "n-spsa": "MeZO, 4 directions"}
 NAMES |= {"one-sided": "MeZO, one-sided, 8 directions", "fzoo": "FZOO", "lozo": "LOZO"}
 NAMES |= {"momentum": "MeZO, momentum", "zo-adam": "MeZO with Adam's rule"}
-_BESIDE: Any = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
+_BELOW: Any = {"loc": "outside lower center", "ncols": 2, "frameon": False, "fontsize": 9.5}
 METRICS = {"accuracy": "accuracy, %", "macro_f1": "macro F1, %", "f1": "F1, %"}
 METRICS |= {"exact_match": "exact match, %"}
 
@@ -64,7 +65,8 @@ def of_comparison(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     for title, draw in plots.items():
         figure = draw(found)
         if figure is not None:
-            written[title] = _save(figure, folder / draw.__name__.strip("_"))
+            path = folder / draw.__name__.strip("_")
+            written[title] = style.save(figure, path, (".png", ".svg"))
     return written
 
 
@@ -78,30 +80,6 @@ def label(method: str) -> str:
     return f"{'MeZO' if trained == 'mezo' else trained}, {part or 'all weights'}"
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no global state
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    return path.with_suffix(".svg")
-
-
-def _axes(figure: Any, columns: int = 1, **more: Any) -> list[Any]:
-    made = figure.subplots(1, columns, squeeze=False, **more)[0]
-    for axes in made:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.set_axisbelow(True)
-    return list(made)
-
-
 def _curves(found: Mapping[str, Any]) -> Any:
     """Plot the dev metric and loss on the way; lines are means over seeds, bands their range."""
     trained = [row["method"] for row in found["rows"]]
@@ -110,8 +88,8 @@ def _curves(found: Mapping[str, Any]) -> Any:
     if not curves:
         return None
     written = any("dev_accuracy" not in run[0] for runs in curves.values() for run in runs)
-    figure = _figure(7.5 if written else 11.5, 4.2)
-    panels = _axes(figure, 1 if written else 2)
+    figure = style.figure(4.8 if written else 8.4)
+    panels = style.panels(figure, rows=1 if written else 2)
     shown = {"dev_loss": "loss on the dev examples"}
     if not written:
         shown = {"dev_accuracy": "accuracy on the dev examples, %"} | shown
@@ -129,7 +107,7 @@ def _curves(found: Mapping[str, Any]) -> Any:
         axes.set_xlabel("forward passes (a backward pass counts as two)")
     handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
     names = [label(row["method"]) for row in found["rows"] if label(row["method"]) in handles]
-    figure.legend([handles[name] for name in names], names, **_BESIDE)
+    figure.legend([handles[name] for name in names], names, **_BELOW)
     return figure
 
 
@@ -159,8 +137,8 @@ def _chosen(found: Mapping[str, Any], method: str) -> list[dict[str, Any]]:
 
 def _memory(found: Mapping[str, Any]) -> Any:
     """Plot the table's rows as points; bars are a standard deviation over seeds to either side."""
-    figure = _figure(7.5, 4.4)
-    (axes,) = _axes(figure)
+    figure = style.figure(5.2)
+    (axes,) = style.panels(figure)
     for row in found["rows"]:
         colour, marker, _ = STYLES.get(row["method"], _OTHERS)
         axes.errorbar(
@@ -180,7 +158,7 @@ def _memory(found: Mapping[str, Any]) -> Any:
     axes.set_xlabel("peak memory above the model's weights, MiB")
     axes.set_ylabel(f"test {METRICS.get(found['metric'], found['metric'])}")
     _plain_ticks(axes.xaxis)
-    figure.legend(**_BESIDE)
+    figure.legend(**_BELOW)
     return figure
 
 
@@ -206,8 +184,8 @@ _SIZES = {  # as in sizes.COLUMNS: colour, marker, line
 
 def _sizes(found: Mapping[str, Any]) -> Any:
     """Plot the paper's figure: lines are estimates (sizes.py), crosses what the paper measured."""
-    figure = _figure(8.5, 4.8)
-    (axes,) = _axes(figure)
+    figure = style.figure(5.8)
+    (axes,) = style.panels(figure)
     billions = {name: row[0] for name, row in sizes.ESTIMATES.items()}
     for i, method in reversed(list(enumerate(sizes.COLUMNS, start=1))):  # the highest line first
         colour, _, line = _SIZES[method]
@@ -216,8 +194,8 @@ def _sizes(found: Mapping[str, Any]) -> Any:
         axes.plot(billions.values(), values, color=colour, linestyle=line, linewidth=width,
                   label=method)  # fmt: skip
         for size, measured in sizes.PAPER.get(method, {}).items():
-            style = {"color": colour, "marker": "x", "markersize": 6, "linestyle": "none"}
-            axes.plot([billions[size]], [measured], **style)
+            mark = {"color": colour, "marker": "x", "markersize": 6, "linestyle": "none"}
+            axes.plot([billions[size]], [measured], **mark)
     axes.plot([], [], color="#333333", marker="x", linestyle="none", label="measured in the paper")
     for name, room in (("RTX 3090, 24 GB", 24), ("A100, 80 GB", 80)):
         axes.axhline(room, color="#999999", linewidth=0.8)
@@ -227,11 +205,11 @@ def _sizes(found: Mapping[str, Any]) -> Any:
     if billions["125M"] <= own <= billions["175B"]:
         axes.axvline(own, color="#999999", linewidth=0.8)
     axes.set(xscale="log", yscale="log", ylabel="memory, GB")
-    axes.set_xlabel("weights of an OPT (16 bits where nothing else is said, 700 tokens, batch 1)")
+    axes.set_xlabel("weights of an OPT (16 bits if not said, 700 tokens, batch 1)")
     axes.set_xticks(list(billions.values()), list(billions))
     axes.minorticks_off()
     _plain_ticks(axes.yaxis)
-    figure.legend(**_BESIDE)
+    figure.legend(**_BELOW)
     return figure
 
 
@@ -242,27 +220,28 @@ def learning_curves(
 ) -> None:
     """Plot test accuracy against forward passes and memory above inference, in one PNG."""
     try:
-        figure = _figure(11, 4.2)
+        figure = style.figure(6.4)
     except ImportError:
         logging.getLogger("mezo").warning("no plot: pip install 'mezo-lm[demo]'")
         return
-    left, right = _axes(figure, 2, width_ratios=(3, 2))
+    upper, lower = style.panels(figure, rows=2, height_ratios=(5, 2))
     styles = dict(zip(curves, _demo_styles(curves), strict=True))
     for name, points in curves.items():
         passes, accuracies = [p.forward_passes for p in points], [100 * p.accuracy for p in points]
         colour, marker, line = styles[name]
-        left.plot(passes, accuracies, marker=marker, markersize=4, color=colour, linestyle=line,
+        upper.plot(passes, accuracies, marker=marker, markersize=4, color=colour, linestyle=line,
                   label=name)  # fmt: skip
-    left.set(xlabel="forward passes of one batch (a backward pass counts as two)")
-    left.set(ylabel="test accuracy, %")
-    left.legend(loc="lower right", frameon=False, fontsize=9)
+    upper.set(xlabel="forward passes of one batch\n(a backward pass counts as two)")
+    upper.set(ylabel="test accuracy, %")
+    style.legend(upper, "lower right")
     values = [memory[name] / 2**20 for name in curves]
-    bars = right.barh(list(curves), values, color=[styles[name][0] for name in curves])
-    right.bar_label(bars, fmt="%.0f MiB", padding=3)
-    right.set(xlabel="peak memory above inference, MiB", xlim=(0, 1.25 * max([*values, 1.0])))
-    right.invert_yaxis()
-    right.grid(visible=False, axis="y")
-    figure.savefig(path, dpi=150)
+    names = [name.replace(", ", ",\n") for name in curves]
+    bars = lower.barh(names, values, color=[styles[name][0] for name in curves])
+    style.lengths(lower, bars, "%.0f MiB")
+    lower.set(xlabel="peak memory above inference, MiB", xlim=(0, 1.35 * max([*values, 1.0])))
+    lower.invert_yaxis()
+    lower.grid(visible=False, axis="y")
+    style.save(figure, path)
 
 
 def _demo_styles(names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
