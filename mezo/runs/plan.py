@@ -127,8 +127,10 @@ def _check(model_args: ModelArguments, args: Any) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise InputError(f"output_dir {args.output_dir}: File exists")
-    if args.max_steps == 0:
-        raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, got 0")
+    if args.max_steps < 1 and args.max_steps != -1:  # the Trainer takes any of them for -1
+        raise InputError(
+            f"max_steps must be at least 1, or -1 for num_train_epochs, got {args.max_steps}"
+        )
 
 
 def _started_with(

@@ -169,6 +169,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, message, place, capsys, mon
         ({"distribution": "normal"}, "got 'normal'"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": -3}, "max_steps must be at least 1, or -1 for num_train_epochs, got -3"),
         ({"seed": -1}, "Seed must be between 0"),
         ({"report_to": "tensorbord"}, "tensorbord is not supported"),
         ({"k": 16}, "k 16 is too many: 24 training examples leave no dev set"),
