@@ -83,6 +83,11 @@ def look(closure: Loss, direction: Direction) -> bool:
                 "the forward pass for a backward pass that MeZO never makes: leave it out"
             )
         half = any(row.tensor.dtype in HALF for row in rows)
+        if seen[0].averages:
+            _LOG.warning(
+                "the forward pass updates running averages, as BatchNorm does in train mode: they "
+                "are no trained weights, and the run log does not rebuild them; call model.eval()"
+            )
         is_close = partial(_is_close, first, dtype=dtype, loose=half and not drew)
         if not is_close(second):
             _LOG.warning("%s", _told(first, second, drew, closure.draws is not None))
@@ -253,12 +258,14 @@ class Seen(_Watching):
     Attributes:
         read: The names of the parameters that were read.
         padding: By name, the padding_idx of trained embeddings of which that row was looked up.
+        averages: Whether a batch norm updated its running averages.
     """
 
     def __init__(self, rows: Iterable[Row]):
         super().__init__(rows)
         self.read: set[str] = set()
         self.padding: dict[str, int] = {}
+        self.averages = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -272,6 +279,7 @@ class Seen(_Watching):
             for argument, given in _bound(function._schema, args, kwargs):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._refuse(given, function._schema.name.removeprefix("aten::"))
+        self.averages |= _is_averaging(function, args)
         found = map(self.name_of, tensors((args, kwargs)))
         names = {name for name in found if name is not None}
         self.read |= names
@@ -303,6 +311,12 @@ def _is_padded(function: Any, args: tuple) -> bool:
     """Return whether an operation is a lookup in an embedding with a padding_idx."""
     lookup = function is torch.ops.aten.embedding.default
     return lookup and len(args) > 2 and args[2] >= 0
+
+
+def _is_averaging(function: Any, args: tuple) -> bool:
+    """Return whether an operation is a batch norm in train mode that has running averages."""
+    named = "batch_norm" in function._schema.name and "backward" not in function._schema.name
+    return named and len(args) > 5 and args[3] is not None and args[5] is True
 
 
 def _bound(schema: Any, args: tuple, kwargs: dict) -> Iterator[tuple[Any, Any]]:

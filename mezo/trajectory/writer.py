@@ -17,7 +17,7 @@ from mezo.errors import InputError
 from mezo.interrupts import held
 from mezo.mezo import MeZO
 from mezo.noise.sharded import is_sharded
-from mezo.options.table import OPTIONS
+from mezo.options.table import OPTIONS, defaults
 from mezo.record import Record
 from mezo.trajectory import start_values
 from mezo.trajectory.files import begun, locked, read
@@ -31,6 +31,8 @@ from mezo.trajectory.format import FORMAT, Log, checksum, frame
 from mezo.trajectory.header import DIGESTS, Damage, check
 from mezo.trajectory.identity import check_identity, constants, entries_of, identity, in_words
 from mezo.trajectory.other_writers import OtherWriters
+
+_DEFAULTS = defaults()
 
 
 class Writer:
@@ -49,12 +51,14 @@ class Writer:
         end: int,
         header: dict[str, Any],
         digests: str | None = None,
+        model: torch.nn.Module | None = None,
     ):
         """Called by `record`, which has checked that `file` is locked and intact up to byte `end`.
 
         `header` holds what only a file's first segment has; it is empty if the file has a segment.
         `digests` are those of the weights as they are, if the file had them after byte `end`.
         """
+        self._model = model
         self.optimizer, self.path, self._file = optimizer, path, file
         self._end = end  # all before it is in the file, and whole
         self._pending = b""  # segments and records that follow it
@@ -116,7 +120,9 @@ class Writer:
         here = constants(self.optimizer)
         for key in {**self._constants, **here}:
             if self._constants.get(key) != here.get(key):
-                before, now = in_words(self._constants.get(key)), in_words(here.get(key))
+                default = _DEFAULTS.get(key)  # which a log leaves out; a parameter is then frozen
+                before = in_words(self._constants.get(key, default))
+                now = in_words(here.get(key, default))
                 raise InputError(
                     f"{self.path}: {key} was {before} when the log began, and is now {now}: the "
                     "log would not replay. Change it back, or close this log and begin another "
@@ -138,6 +144,22 @@ class Writer:
                 "replays to other weights; begin another log after such a change",
                 *(self.path, odd, when),
             )
+
+    def _check_model(self) -> None:
+        """Warn, once, if the model has another parameter where the optimizer trains one."""
+        if self._model is None or not self.optimizer.weights.here:
+            return
+        trained = {name: p for name, p, _ in self.optimizer.trained()}
+        for name, p in self._model.named_parameters(remove_duplicate=False):
+            if p is not trained.get(noise.canonical_name(name), p):
+                logging.getLogger("mezo").warning(
+                    "%s: the model's parameter %s is no longer the one that the optimizer trains: "
+                    "it was replaced, or tied to another, and the log replays to other weights; "
+                    "make the optimizer after such a change",
+                    *(self.path, name),
+                )
+                self._model = None
+                return
 
     def __call__(self, record: Record) -> None:
         if record.step != self._step:  # an interrupt came between an update and its record
@@ -170,6 +192,7 @@ class Writer:
         `MeZO.write`, for low-rank updates; between estimate() and step(); after layers were
         frozen, which the next step refuses; with offload and write_every=0.
         """
+        self._check_model()
         if self._digested == self._step or self._pending or self._unwritten:
             return
         if not is_readable(self.optimizer):
@@ -271,7 +294,8 @@ def record(
     Args:
         optimizer: The optimizer whose steps are logged.
         path: The log's file; without `resume` an existing file is replaced.
-        model: The model, to include the fingerprint of its frozen parameters (an adapter's base).
+        model: The model, to include the fingerprint of its frozen parameters (an adapter's base),
+            and to see whether its parameters are still those that the optimizer trains.
         config: Anything that JSON can hold and a reader of the log may want to know.
         resume: Continue an existing log; its records from the optimizer's step on are dropped. If
             there is none, the new log begins at the optimizer's step, and `trajectory.merge` can
@@ -283,12 +307,12 @@ def record(
     created, file = not Path(path).exists(), locked(path)
     try:
         if resume and begun(path):
-            return Writer(optimizer, path, file, *_end_of(path, optimizer))
+            return Writer(optimizer, path, file, *_end_of(path, optimizer), model=model)
         step = optimizer.param_groups[0]["step"]
         if step and not resume:
             raise InputError(f"{path}: no log to continue, and the run is at step {step}")
         optimizer.write()  # what the log begins with is what the matrices are
-        return Writer(optimizer, path, file, 0, header_of(optimizer, model, config))
+        return Writer(optimizer, path, file, 0, header_of(optimizer, model, config), model=model)
     except BaseException:
         file.close()
         if created:

@@ -350,6 +350,19 @@ def test_padding_idx_is_told_where_the_loss_depends_on_it_alone(form, caplog):
     assert "mask the padding" in caplog.text
 
 
+@FORMS
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_running_averages_that_a_pass_updates_are_told(form, mode, caplog):
+    """Both calls give one loss in train mode, and a replay gave a model with other averages."""
+    torch.manual_seed(1)
+    layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+    model, x = torch.nn.Sequential(*layers), torch.randn(16, 4)
+    getattr(model, mode)()
+    optimizer = MeZO(model.named_parameters(), seed=1, perturbation=form)
+    optimizer.step(lambda: model(x).square().mean())
+    assert caplog.text.count("updates running averages") == (mode == "train")
+
+
 def test_a_failure_in_the_look_leaves_the_step_refused_as_one_in_an_estimate(tmp_path):
     """What raises in a first step has refused it ever since; weights and log agree."""
     model = net()

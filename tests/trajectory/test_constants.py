@@ -17,7 +17,7 @@ from mezo.errors import InputError
         (lambda m, o: o.param_groups[0].update(perturbation="scratch"), "perturbation was in_pl"),
         (lambda m, o: o.param_groups[0].update(distribution="rademacher"), "distribution was ga"),
         (lambda m, o: o.param_groups[0].update(rule={"name": "sign"}), "rule was sgd"),
-        (lambda m, o: o.param_groups[0].update(estimator="one_sided"), "estimator was"),
+        (lambda m, o: o.param_groups[0].update(estimator="one_sided"), "estimator was two_point"),
     ],
 )
 def test_a_change_is_refused_before_the_step_and_named(change, message, tmp_path):

@@ -91,3 +91,37 @@ def test_the_optimizers_own_writes_are_not_told(form, dtype, tmp_path, caplog):
     """Steps, refused ones, and the writing of low-rank updates between two of them."""
     run(tmp_path / "run.mezo", form, nothing, dtype)
     assert not [r for r in caplog.records if "besides" in r.message]
+
+
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    def forward(self):
+        return self.b(self.a(torch.ones(2, 3))).square().mean()
+
+
+def replaced(model):
+    model.b.weight = torch.nn.Parameter(model.b.weight.detach().clone())
+
+
+def tied(model):
+    model.b.weight = model.a.weight
+
+
+@FORMS
+@pytest.mark.parametrize("change", [replaced, tied, nothing])
+def test_a_parameter_that_the_model_no_longer_has_is_named_once(form, change, tmp_path, caplog):
+    """The run went on to train a tensor that no forward pass reads, and its log replayed so."""
+    model = TwoLayers()
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation=form)
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model) as log:
+        optimizer.step(model)
+        change(model)
+        optimizer.step(model)
+        optimizer.write()
+        log.digest()
+    told = caplog.text.count("b.weight is no longer the one that the optimizer trains")
+    assert told == (change is not nothing)
