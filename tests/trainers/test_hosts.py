@@ -118,11 +118,13 @@ def test_another_optimizer_is_refused_by_name(tmp_path):
         make(kind, tmp_path, optim="adafactor")
 
 
-def test_a_config_beside_mezo_s_keeps_its_own_defaults(tmp_path):
+@pytest.mark.parametrize("name", ["SFTConfig", "KTOConfig", "DistillationConfig"])
+def test_a_config_beside_mezo_s_keeps_its_own_defaults(name):
     """A dataclass takes the first base's fields over the second's, inherited ones too."""
     trl = pytest.importorskip("trl")
-    kind = dataclasses.dataclass(type("X", (MeZOConfig, trl.SFTConfig), {}))
-    plain, mine = trl.SFTConfig("x", use_cpu=True), kind("x", use_cpu=True)
-    assert mine.logging_steps == plain.logging_steps
-    assert mine.remove_unused_columns == plain.remove_unused_columns
+    config = getattr(trl, name, trl.SFTConfig)  # an older release may lack one
+    kind = dataclasses.dataclass(type("X", (MeZOConfig, config), {}))
+    plain, mine = config("x", use_cpu=True), kind("x", use_cpu=True)
+    for option in ("logging_steps", "remove_unused_columns", "train_sampling_strategy"):
+        assert getattr(mine, option, None) == getattr(plain, option, None), option
     assert (mine.learning_rate, mine.lr_scheduler_type) == (1e-6, "constant")

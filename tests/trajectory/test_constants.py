@@ -1,5 +1,7 @@
 """What the log takes as constant is checked before every step."""
 
+import copy
+
 import pytest
 import torch
 from models import Regression, weights
@@ -32,6 +34,50 @@ def test_a_change_is_refused_before_the_step_and_named(change, message, tmp_path
             optimizer.step(model)
     base = trajectory.replay(tmp_path / "run.mezo", Regression(torch.float32))
     assert torch.equal(weights(base), weights(model))
+
+
+def retyped(model, optimizer):
+    model.last.data = model.last.data.double()
+
+
+def renamed(model, optimizer):
+    """A step goes by the names of its plan, which loading a state makes anew."""
+    optimizer.param_groups[0]["param_names"][2] = "other"
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def tied(model, optimizer):
+    """The output becomes another tensor of the model's, as tie_weights does."""
+    optimizer.param_groups[0]["params"][2] = model.first
+
+
+@pytest.mark.parametrize("form", ["in_place", "scratch", "low_rank"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, o: m.last.requires_grad_(False), "parameter last was .* and is now frozen"),
+        (retyped, "parameter last was float32 .* and is now float64"),
+        (renamed, "parameter last was .* and is now frozen"),
+        (tied, "parameter last was .* and is now float32"),
+    ],
+)
+def test_every_form_refuses_and_says_how_to_go_on(form, change, message, tmp_path):
+    """And the way that the message names works: another log, from these weights."""
+    model = Regression(torch.float32)
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=5, perturbation=form, interval=1)
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
+        optimizer.step(model)
+        change(model, optimizer)
+        with pytest.raises(InputError, match=message) as refused:
+            optimizer.step(model)
+    assert "trajectory.record(optimizer, another_path, resume=True)" in str(refused.value)
+    if change in (renamed, tied, retyped):  # no forward pass, or no model, fits those
+        return
+    begun = copy.deepcopy(model)
+    with trajectory.record(optimizer, tmp_path / "next.mezo", model=model, resume=True):
+        optimizer.step(model)
+    again = trajectory.replay(tmp_path / "next.mezo", begun)
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
 
 
 @pytest.mark.parametrize("named", [lambda m: m.parameters(), lambda m: [("w.first", m.first)]])
