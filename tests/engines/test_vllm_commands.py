@@ -5,8 +5,8 @@ import json
 import pytest
 import transformers
 from folders import OWN, mezo, reviews
-from test_vllm import SHAPE, saved
 from tiny_tokenizers import byte_bpe
+from vllm_models import SHAPE, saved
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
