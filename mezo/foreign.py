@@ -3,6 +3,9 @@
 A parser documents one exception and raises many: deeply nested JSON raises RecursionError, a number
 of 5,000 digits ValueError, a damaged gzip stream zlib.error, and a tokenizer's file may cause a
 panic in Rust. Here each of them becomes an InputError of one line that names the file.
+
+The hub is foreign too: `hub_silence` asks once whether it answers, because its clients ask six
+times for every file before they give up.
 """
 
 import errno
@@ -153,6 +156,38 @@ def check_name(name: str | Path, what: str) -> None:
         if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
             short = reprlib.repr(str(name))
             raise InputError(f"{what} {short}: no file can have this name") from None
+
+
+def hub_silence() -> str | None:
+    """Return that the hub does not answer, and why, or None if it does.
+
+    One request is made, with the time limit of huggingface_hub's own (HF_HUB_ETAG_TIMEOUT, ten
+    seconds) and without its retries; any answer counts. With HF_HUB_OFFLINE nothing is asked and
+    None is returned: the hub's clients then turn to their caches at once.
+    """
+    from huggingface_hub import constants, errors, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (errors.HTTPError, OSError) as error:
+        return f"no answer from {constants.ENDPOINT} ({reason_of(error)})"
+    return None
+
+
+def check_dataset_reach(name: str) -> None:
+    """Raise InputError for a data set that is not in the cache while the hub does not answer."""
+    from datasets import config
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())  # nyu-mll/glue, nyu-mll___glue
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    if cache.is_dir() and any(plain(path.name) == plain(name) for path in cache.iterdir()):
+        return
+    if silence := hub_silence():
+        raise InputError(silence)
 
 
 def imported(text: str, what: str) -> Any:

@@ -25,6 +25,7 @@ from mezo.models.frozen import FrozenLower
 from mezo.models.modes import evaluating, unwrap
 from mezo.models.trainable import select
 from mezo.objectives import Batch, Causal, Feature, Form, Masked
+from mezo.objectives.progress import SILENT, Progress
 from mezo.runs import rates
 from mezo.runs.data import load_splits, task_of
 from mezo.runs.data_arguments import DataArguments
@@ -83,6 +84,7 @@ def check(
     directions: int = 12,
     steps: int = STEPS,
     seed: int = 42,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure a model on a task, and return the numbers, "findings" and "next", fit for JSON.
 
@@ -98,6 +100,7 @@ def check(
         directions: Number of directions; each takes two estimates and a forward pass.
         steps: Length of the planned run, at a constant rate.
         seed: Seed of the directions and of the choice of examples.
+        progress: Where lines about how far it is go.
 
     Raises InputError for values out of range, tasks without fixed candidates or too little data.
     """
@@ -128,10 +131,10 @@ def check(
     with FrozenLower(model, layers) if layers else nullcontext(), evaluating(model):
         examiner, dev = Examiner(model, form, seed), tasks.sample(splits["dev"], SHOWN, seed)
         found |= {"trained": _trained(examiner), "candidates": _candidates(form, features[:SHOWN])}
-        found["prompt"] = _prompt(form, evaluate(model, form, dev))
+        found["prompt"] = _prompt(form, evaluate(model, form, dev, progress=progress))
         longest = sorted(features, key=lambda feature: feature["length"])[-size:]
         found |= _repeated(examiner, examiner.batch(longest), eps)
-        found |= measure(examiner, features, eps, size, directions, steps)
+        found |= measure(examiner, features, eps, size, directions, steps, progress)
     found |= {"seconds": time.perf_counter() - began, "environment": environment()}
     found = json.loads(json.dumps(found), parse_constant=lambda word: None)  # NaN is no JSON
     measurements = Measurements.of(found)
@@ -139,10 +142,16 @@ def check(
 
 
 def measure(
-    examiner: Examiner, features: list[Feature], eps: float, size: int, n: int, steps: int
+    examiner: Examiner,
+    features: list[Feature],
+    eps: float,
+    size: int,
+    n: int,
+    steps: int,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure gradient, curvature, eps and time, on two disjoint batches along n directions."""
-    rows, scan = [], []
+    rows, scan, loop = [], [], progress.of("direction", n)
     for d, (one, two) in enumerate(examiner.pairs(features, size, n)):
         began = time.perf_counter()
         loss = examiner.loss(one)
@@ -152,6 +161,7 @@ def measure(
         if d < SCANNED:
             low, high = (examiner(one, d, other).grad for other in (eps / 10, 10 * eps))
             scan.append([low, rows[-1][2].grad, high])
+        loop.at(d + 1)
     seconds = [seen.seconds for row in rows for seen in row[2:]]
     found: dict[str, Any] = {"directions": n, "step_seconds": float(np.median(seconds))}
     found["forward_seconds"] = float(np.median([row[1] for row in rows]))

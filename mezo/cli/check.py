@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     if helped("mezo check", argv, kinds, HELP):
         return
     from mezo.check import measure as check
+    from mezo.objectives.progress import Progress
 
     options = {"mezo_eps": {"type": float}, "learning_rate": {"type": float}, "json": JSON}
     options |= {"per_device_train_batch_size": {"type": int, "default": 16}}
@@ -47,8 +48,9 @@ def main(argv: list[str]) -> None:
         "directions": own.directions,
         "steps": own.max_steps,
     }
+    told = {"progress": Progress(say)}
     with redirect_stdout(sys.stderr):
-        result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes)
+        result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes, **told)
     if own.json:
         print_result(result, as_json=True)
     width = min(100, shutil.get_terminal_size().columns)

@@ -48,6 +48,7 @@ def memory(argv: list[str]) -> None:
 
     from mezo.compatibility import accelerator
     from mezo.memory import plan as planning
+    from mezo.objectives.progress import Progress
 
     dtype = getattr(torch, own.dtype)
     planner = planning.Planner(
@@ -67,7 +68,7 @@ def memory(argv: list[str]) -> None:
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
     plans = []
-    for method in own.method or PLANNED:
+    for method in Progress(say).over(own.method or PLANNED, "method"):
         if method == "in_place" and dtype.itemsize < 4 and not own.method:
             continue
         plans.append(planner.plan(method, own.steps, machine))

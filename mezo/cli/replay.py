@@ -34,6 +34,7 @@ HELP = page(
 def main(argv: list[str]) -> None:
     if helped("mezo replay", argv, (ModelArguments,), HELP):
         return
+    from mezo.objectives.progress import Progress
     from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter
     from mezo.runs import task as run
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
     with redirect_stdout(sys.stderr):
         own_rules = [rule_class(text) for text in own.rule]
         how: dict[str, Any] = {"rules": own_rules, "verify": not own.no_verify}
+        how["progress"] = Progress(say)
         result = replay(model, own.log, own.output_dir, own.until, **how)
     print_result(result, own.json)
     say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")

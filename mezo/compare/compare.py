@@ -101,7 +101,7 @@ def compare(
     make_folder(args.output_dir)
     parameters = models.parameters_of(model_args)
     grids = _grids(settings, parameters, task_of(data_args), data_args.k)
-    grids, refused = _at_equal(settings.equal, grids, (model_args, data_args, args))
+    grids, refused = _at_equal(settings.equal, grids, (model_args, data_args, args), tell)
     planned = plan(model_args, data_args, args, settings, grids, given)
     found: list[dict[str, Any]] = []
     for at, cell in enumerate(planned, start=1):
@@ -183,7 +183,7 @@ Arguments = tuple[ModelArguments, DataArguments, TrainArguments]
 
 
 def _at_equal(
-    kind: str, grids: dict[str, Grid], arguments: Arguments
+    kind: str, grids: dict[str, Grid], arguments: Arguments, tell: Tell
 ) -> tuple[dict[str, Grid], dict[str, str]]:
     """Return the grids at an equal budget, and the methods that have none, with the reason."""
     model, data, _ = arguments
@@ -191,6 +191,7 @@ def _at_equal(
 
     def seconds(method: str, grid: Grid) -> float:
         if method not in timed:
+            tell(f"timing a step of {method}, in two short runs")
             timed[method] = (_timed(arguments, grid, 6) - _timed(arguments, grid, 2)) / 4
         return timed[method]
 

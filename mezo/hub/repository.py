@@ -16,6 +16,7 @@ from typing import Any
 
 from mezo import trajectory
 from mezo.errors import InputError
+from mezo.foreign import hub_silence
 from mezo.hub.card import card
 
 LOG = "run.mezo"  # its name in a repository
@@ -57,12 +58,16 @@ def pull(repo: str, output: str | Path | None = None) -> Path:
 
     Raise InputError if there is no such repository, no run.mezo in it, or no network.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     if output is not None and Path(output).exists():
         raise InputError(f"{output} exists")
     with _plainly(repo):
-        path = Path(hf_hub_download(repo, LOG, library_name="mezo-lm"))
+        here = isinstance(try_to_load_from_cache(repo, LOG), str)
+        if (silence := hub_silence()) and not here:
+            raise InputError(f"{repo}: {silence}, no copy here")
+        alone = {"local_files_only": silence is not None}
+        path = Path(hf_hub_download(repo, LOG, library_name="mezo-lm", **alone))
     trajectory.read(path)
     if output is None:
         return path

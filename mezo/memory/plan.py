@@ -161,7 +161,8 @@ class Planner:
         device, host, flops, draws = made()
         stored = sum(len(name) + _ENTRY for name, _ in self.named) + _RECORD * steps
         if method.startswith("lora"):
-            stored = 4 * self._lora_parameters
+            adapted = self._adapted(self.config).parameters()
+            stored = 4 * sum(p.numel() for p in adapted if p.requires_grad)
         elif method.startswith("adam"):
             stored = self.weights
         seconds = None
@@ -201,12 +202,9 @@ class Planner:
             return with_adapter(model, ModelArguments(lora_r=self.rank), 0)
 
     def _lora(self):
-        whole = self._adapted(self.config)
-        self._lora_parameters = sum(p.numel() for p in whole.parameters() if p.requires_grad)
         return self._trained(self._adapted, 3)
 
     def _lora_checkpointing(self):
-        self._lora()
         return self._trained(lambda config: _checkpointed(self._adapted(config)), 4)
 
     def _adam(self):

@@ -1,6 +1,7 @@
 """Loading a model for a task: by hub name, folder, GGUF file, or the name of an embedded one."""
 
 import warnings
+from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mezo.errors import InputError
-from mezo.foreign import check_file, check_name, foreign, read_json
+from mezo.foreign import check_file, check_name, foreign, hub_silence, read_json
 from mezo.models.adapters import peft_errors, prepared, trainable_prompt, with_adapter
 from mezo.models.arguments import ModelArguments
 from mezo.models.gguf_files import folder_sha256, gguf_file, gguf_folder, gguf_sha256, relocated
@@ -165,6 +166,26 @@ def _base_of(folder: str) -> str:
     return base
 
 
+def _reached(name: str, revision: str | None) -> dict[str, bool]:
+    """Return the option with which transformers reads a model of the hub from the cache alone.
+
+    It is empty for a folder, and while the hub answers. Raise InputError if the hub does not answer
+    and the model is not in the cache: transformers would try for a minute.
+    """
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    if Path(name).is_dir() or (silence := hub_silence()) is None:
+        return {}
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except errors.HFValidationError:
+        return {}  # no name on the hub, as transformers says
+    if isinstance(found, str):
+        return {"local_files_only": True}
+    near = "".join(f"; did you mean {one}?" for one in get_close_matches(name, EMBEDDED, n=1))
+    raise InputError(f"model {name}: no such folder, no copy in the cache, and {silence}{near}")
+
+
 def read_config(name: str, **shared: Any) -> Any:
     """Return a model's config, read by transformers. Raise InputError, naming the
     model, if broken."""
@@ -173,6 +194,7 @@ def read_config(name: str, **shared: Any) -> Any:
     for path in Path(name).iterdir() if Path(name).is_dir() else ():
         if path.exists() and not path.is_dir():  # a pipe among them would be waited for
             check_file(path)
+    shared |= _reached(name, shared.get("revision"))
     with foreign(f"model {name}"):
         config = transformers.AutoConfig.from_pretrained(name, **shared)
         return check_config(name, config)
@@ -206,9 +228,11 @@ def _load(name: str, args: ModelArguments, offload: bool, folder: str | None):
         "revision": args.model_revision,
         "trust_remote_code": args.trust_remote_code,
     }
-    auto = _auto(name, read_config(name, **shared))
+    auto, alone = _auto(name, read_config(name, **shared)), _reached(name, args.model_revision)
+    shared |= alone
     with foreign(f"model {name}, its tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
+    shared |= {"adapter_kwargs": alone} if alone else {}  # an adapter is sought beside the model
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if offload:
         if args.load_in_4bit or args.load_in_8bit:

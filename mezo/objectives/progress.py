@@ -40,6 +40,15 @@ class Progress:
             yield item
             loop.at(done)
 
+    def counted(self, what: str) -> Callable[[int, int], None]:
+        """Return a function of (done, total), for a loop that others run and count."""
+        loop = self.of(what, 0)
+
+        def told(done: int, total: int) -> None:
+            loop.at(done, total=total)
+
+        return told
+
 
 SILENT = Progress()
 
@@ -58,9 +67,12 @@ class Loop:
         self._due = self._began + FIRST
         self._losses: list[float] = []
 
-    def at(self, done: int, loss: float | None = None) -> None:
-        """Note that so many rounds are done, the last one with this loss, and tell if it is due."""
-        self._done = done
+    def at(self, done: int, loss: float | None = None, total: int | None = None) -> None:
+        """Note that so many rounds are done, the last one with this loss, and tell if it is due.
+
+        `total` is given where it was not known before.
+        """
+        self._done, self._total = done, self._total if total is None else total
         if loss is not None and math.isfinite(loss):
             self._losses.append(loss)
         if self._progress.tell is not None and self._progress.clock() >= self._due:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from mezo.mezo import MeZO
 from mezo.models.modes import to_device
 from mezo.objectives import Batch, Feature, Form
+from mezo.objectives.progress import SILENT, Progress
 from mezo.record import Record
 from mezo.trainers.config import default_rounding
 
@@ -233,16 +234,22 @@ class Landscape:
 
 
 def survey(
-    examiner: Examiner, features: Sequence[Feature], eps: float, batch_size: int, directions: int
+    examiner: Examiner,
+    features: Sequence[Feature],
+    eps: float,
+    batch_size: int,
+    directions: int,
+    progress: Progress = SILENT,
 ) -> list[tuple[Seen, Seen]]:
     """Return estimates on two disjoint batches along each direction, at 4 forward passes each.
 
     There must be at least 2 batch_size `features`. Pairs whose loss is not finite are left out. The
     batches are drawn with the optimizer's seed, so that repeated runs use the same ones.
     """
-    pairs = []
+    pairs, loop = [], progress.of("direction", directions)
     for direction, batches in enumerate(examiner.pairs(features, batch_size, directions)):
         one, two = (examiner(batch, direction, eps) for batch in batches)
         if math.isfinite(one.loss + one.grad + two.loss + two.grad):
             pairs.append((one, two))
+        loop.at(direction + 1)
     return pairs

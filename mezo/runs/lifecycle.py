@@ -101,6 +101,8 @@ def trained_part(model: Any, plan: Plan) -> AbstractContextManager:
 
 def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
     """Train, and return the result's fields that were measured during training."""
+    if plan.args.disable_tqdm:  # no bar that stands at its beginning
+        plan.tell("training; the first step prepares what the others need, and takes longer")
     if logs := plan.method == "mezo":
         warm_up(plan.args.distribution)
     trainer.add_callback(memory := _Memory())

@@ -26,6 +26,7 @@ from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.models.modes import evaluating
 from mezo.objectives import Form
+from mezo.objectives.progress import SILENT, Progress
 from mezo.runs.examiner import Examiner, Landscape, survey
 from mezo.tasks import Example, sample
 from mezo.trainers.config import MeZOConfig
@@ -87,7 +88,12 @@ def adam(parameters: int, part: str) -> float:
 
 
 def measured(
-    model: Any, form: Form, examples: Sequence[Example], args: "TrainArguments", steps: int
+    model: Any,
+    form: Form,
+    examples: Sequence[Example],
+    args: "TrainArguments",
+    steps: int,
+    progress: Progress = SILENT,
 ) -> float | None:
     """Return a learning rate for `steps` steps of MeZO, from DIRECTIONS pairs of estimates.
 
@@ -103,7 +109,7 @@ def measured(
     features = [form.encode(example) for example in sample(examples, number, args.seed)]
     with evaluating(model):
         examiner = Examiner(model, form, args.seed, perturbation="scratch")
-        pairs = survey(examiner, features, args.mezo_eps, size, DIRECTIONS)
+        pairs = survey(examiner, features, args.mezo_eps, size, DIRECTIONS, progress)
     if len(pairs) < 2:
         return None
     land = Landscape.of(pairs, size)

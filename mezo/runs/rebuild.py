@@ -22,6 +22,7 @@ from mezo.hub import repository as hub
 from mezo.models import adapters as tuners
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.objectives.progress import SILENT, Progress
 from mezo.rules import Rule
 from mezo.trajectory.replay import steps_until
 
@@ -83,6 +84,7 @@ def rebuilt(
     *,
     rules: Sequence[type[Rule]] = (),
     verify: bool = True,
+    progress: Progress = SILENT,
 ) -> tuple:
     """Load the base model as the run did, replay the log, and return (model, tokenizer, steps).
 
@@ -93,7 +95,8 @@ def rebuilt(
     args = arguments_of(args, log, run.header)
     _check_file(args, log, run.header)
     model, tokenizer = models.load(args, adapter_seed=run.header["seed"])
-    trajectory.replay(log, model, until=until, rules=rules, verify=verify)
+    how: dict[str, Any] = {"rules": rules, "verify": verify}
+    trajectory.replay(log, model, until=until, progress=progress.counted("tensor"), **how)
     return model, tokenizer, len(steps)
 
 
@@ -133,6 +136,7 @@ def replay_by_tensor(
     *,
     rules: Sequence[type[Rule]] = (),
     verify: bool = True,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Call `trajectory.replay_checkpoint` on a local folder or an embedded model."""
     if args.dtype != "auto":
@@ -140,6 +144,7 @@ def replay_by_tensor(
     _check_file(args, log, trajectory.read(log).header)
     folder = models.folder_of(args.model_name_or_path)
     how: dict[str, Any] = {"until": until, "rules": rules, "verify": verify}
+    how["progress"] = progress.counted("tensor")
     steps = trajectory.replay_checkpoint(log, folder, output_dir, **how)
     return {"log": str(log), "steps": steps, "output_dir": output_dir}
 
@@ -152,6 +157,7 @@ def save_adapter(
     *,
     rules: Sequence[type[Rule]] = (),
     verify: bool = True,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Rebuild the adapter of a run and save it as peft does, without base weights or tokenizer.
 
@@ -164,7 +170,8 @@ def save_adapter(
             f"{log}: the run trained the model's own weights ({', '.join(own[:1])}), and has no "
             "adapter: replay it without --onto_adapter"
         )
-    model, _, steps = rebuilt(args, log, until, rules=rules, verify=verify)
+    how: dict[str, Any] = {"rules": rules, "verify": verify, "progress": progress}
+    model, _, steps = rebuilt(args, log, until, **how)
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".mezo-", dir=output_dir) as folder:

@@ -71,9 +71,11 @@ class TaskKind:
         args = plan.args
         if not (plan.measures and self.task.kind == "classification"):
             return plan
+        passes = 4 * rates.DIRECTIONS
+        plan.tell(f"no learning_rate was given: {passes} forward passes on the model measure one")
         with placement.inference(model, args.device, args.offload):
             form, train = self.form(model, tokenizer), self.splits["train"]
-            rate = rates.measured(model, form, train, args, args.max_steps)
+            rate = rates.measured(model, form, train, args, args.max_steps, plan.progress)
         if rate is None:
             plan.tell("the estimates on this model tell no learning rate")
             return plan
@@ -212,7 +214,7 @@ def evaluate(
     elif offload:
         raise InputError("offload is for a model in files: `mezo replay --by_tensor` makes it")
     else:
-        model, tokenizer, _ = rebuilt(model_args, log, until)
+        model, tokenizer, _ = rebuilt(model_args, log, until, progress=progress)
     how: dict[str, Any] = {"each": each, "progress": progress}
     if engine != "transformers":
         form = form_of(model, tokenizer, task, model_args, data_args, shown)
@@ -235,9 +237,11 @@ def replay(
     *,
     rules: Sequence[type[Rule]] = (),
     verify: bool = True,
+    progress: Progress = SILENT,
 ) -> dict:
     """Rebuild a run's weights from its base model and its log, and save them."""
-    model, tokenizer, steps = rebuilt(model_args, log, until, rules=rules, verify=verify)
+    how: dict[str, Any] = {"rules": rules, "verify": verify, "progress": progress}
+    model, tokenizer, steps = rebuilt(model_args, log, until, **how)
     make_folder(output_dir)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetsError
 
 from mezo.compatibility import delete_adapter
 from mezo.errors import InputError
-from mezo.foreign import check_file, check_name, foreign, reason_of
+from mezo.foreign import check_dataset_reach, check_file, check_name, foreign, reason_of
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
 from mezo.runs.data_arguments import TextArguments
@@ -218,6 +218,7 @@ def _from_file(name: str | None) -> Dataset:
 
 def _from_hub(args: TextArguments, split: str) -> Dataset:
     try:
+        check_dataset_reach(args.dataset_name)
         return load_dataset(args.dataset_name, args.dataset_config, split=split)
     except Exception as error:
         words = reason_of(error)

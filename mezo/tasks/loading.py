@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mezo.errors import InputError
-from mezo.foreign import check_name, reason_of
+from mezo.foreign import check_dataset_reach, check_name, reason_of
 from mezo.tasks.reading import READERS, read
 from mezo.tasks.task import Example, Hub, Row, Task
 
@@ -79,6 +79,7 @@ def _from_hub(task: Task, hub: Hub, split: str) -> list[Example]:
 
     options = {} if hub.revision is None else {"revision": hub.revision}
     try:
+        check_dataset_reach(hub.id)
         data = load_dataset(hub.id, hub.config, split=part, **options)
     except Exception as error:  # offline, no such data set or part, or files that are damaged
         reason = reason_of(error)

@@ -17,6 +17,7 @@ from mezo import objectives
 from mezo.check import measure as check
 from mezo.errors import InputError
 from mezo.models.arguments import ModelArguments
+from mezo.objectives import progress
 from mezo.runs.data_arguments import DataArguments
 from mezo.runs.examiner import Examiner
 
@@ -303,7 +304,9 @@ def command(place, *more, model="opt"):
     return [*argv, *OWN, "--per_device_train_batch_size=4", "--directions=2", *more]
 
 
-def test_the_command_prints_findings_and_suggests_a_run(place, capsys):
+def test_the_command_prints_findings_and_suggests_a_run(place, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.0)  # instead of after ten seconds
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     code, out, err = mezo(capsys, *command(place, "--learning_rate", "10"))
     lines = out.splitlines()
     levels = [line[:5] for line in lines if line[:5].strip()]  # other lines continue a finding
@@ -317,6 +320,8 @@ def test_the_command_prints_findings_and_suggests_a_run(place, capsys):
     assert {"--candidates", " terrible", " great"} <= set(words)
     assert not {"--directions=2", "--json", "10"} & set(words)
     assert words.count("--learning_rate") == words.count("--mezo_eps") == 1
+    assert "direction 1/2" in err  # without a terminal, a line says how far it is
+    assert "direction 2/2" in err
 
 
 def test_json_is_one_line(place, capsys):

@@ -17,6 +17,7 @@ from mezo.cli import main as cli
 from mezo.cli.parsing import default_output_dir
 from mezo.cli.train import SEARCH, TRAIN_HELP
 from mezo.models.arguments import ModelArguments
+from mezo.objectives import progress
 from mezo.runs.data_arguments import DataArguments
 from mezo.trajectory.format import encode
 
@@ -228,14 +229,21 @@ def test_json_is_all_that_stdout_gets(trained):
     assert "Warning" not in err
 
 
-def test_replay_gives_the_trained_weights(trained, place, capsys):
-    """Bitwise, by the command that the last line of training suggests."""
+def test_replay_gives_the_trained_weights(trained, place, capsys, monkeypatch):
+    """Bitwise, by the command that the last line of training suggests; it says how far it is."""
+    monkeypatch.setattr(progress, "FIRST", 0.0)  # instead of after ten seconds
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     folder, _, _ = trained
     made = place / "replayed"
     argv = ["--model", place / "tiny", "--log", folder / "run.mezo", "--output_dir", made]
     code, out, err = mezo(capsys, "replay", *argv, "--json")
     assert (code, json.loads(out)["steps"]) == (0, 4)
-    assert err.startswith("next: mezo eval --model ")
+    *lines, last = [line for line in err.splitlines() if line.startswith(("tensor", "next"))]
+    number = len(trajectory.read(folder / "run.mezo").header["tensors"])
+    assert [line.split(",")[0] for line in lines] == [
+        f"tensor {done}/{number}" for done in range(1, number + 1)
+    ]
+    assert last.startswith("next: mezo eval --model ")
     assert same_weights(made, folder)
     assert not same_weights(place / "tiny", folder)
     code, _, _ = mezo(capsys, "replay", *argv, "--until=0")

@@ -24,6 +24,7 @@ from mezo.errors import InputError
 from mezo.memory import sizes
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.objectives import progress
 from mezo.runs.arguments import TrainArguments
 from mezo.runs.data_arguments import DataArguments
 from mezo.runs.plan import config_of
@@ -189,12 +190,24 @@ def test_what_the_data_say_is_text_in_the_report(done):
     assert "<b>" not in text
 
 
-def test_of_a_grid_the_best_on_dev_is_in_the_table(place, tmp_path, capsys, no_report):
-    """Three rates, two of which leave the model as it is: the first of equals."""
+def test_of_a_grid_the_best_on_dev_is_in_the_table(place, tmp_path, capsys, no_report, monkeypatch):
+    """Three rates, two of which leave the model as it is: the first of equals.
+
+    Without a terminal each run says how far it is, which nothing else does for hours.
+    """
+    monkeypatch.setattr(progress, "FIRST", 0.0)  # instead of after ten seconds
+    monkeypatch.setattr(progress, "EVERY", 0.0)
     grid = tmp_path / "grid.yaml"
     grid.write_text("mezo:\n  learning_rate: [1e-30, 1e-29]\n  mezo_eps: 1e-2\n")
     argv = asked(place, tmp_path / "out", ["mezo"], "--grid", grid, "--json")
-    found = json.loads(mezo(capsys, *argv)[1])
+    _, out, err = mezo(capsys, *argv)
+    for at, rate in ((1, "1e-30"), (2, "1e-29")):
+        _, _, own = err.partition(f"[{at}/2, ")
+        assert own.splitlines()[0].endswith(f" min] run: mezo seed 1 learning_rate={rate}")
+        assert "training; the first step" in own
+        assert [f"step {i}/10" in own for i in range(1, 11)] == [True] * 10
+        assert "batch 1/" in own  # of an evaluation
+    found = json.loads(out)
     cells = {cell["name"]: cell["chosen"] for cell in found["cells"]}
     assert cells == {"learning_rate=1e-30": True, "learning_rate=1e-29": False}
     row = {"method": "ft", "seed": 1, "dev": 0.5}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from perceptron import OPTIONS, digest, loss, model, points
-from processes import SEARCHED, run
+from processes import LIMIT, SEARCHED, run
 from torch import distributed as dist
 
 from mezo import MeZO, trajectory
@@ -86,7 +86,7 @@ def test_torchrun_starts_a_killed_process_again(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]

@@ -12,6 +12,7 @@ from mezo.errors import InputError
 from mezo.memory import sizes
 from mezo.memory.meta import FusedAttention, LiveBytes
 from mezo.memory.plan import OPT, PLANNED, Machine, Planner, config_of, skeleton
+from mezo.objectives import progress
 from mezo.offload.blocks import blocks_of
 
 PUBLISHED = {"125m": 125, "350m": 331, "1.3b": 1316, "2.7b": 2652, "6.7b": 6658, "13b": 12853}
@@ -122,7 +123,8 @@ def test_time_is_arithmetic_over_measured_speeds():
     assert planner.plan("offload", 1, bound).seconds == planner.weights / 1e3
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST", 0.0)  # instead of after ten seconds
     asked = ["memory", "--model", "facebook/opt-66b", "--method", "offload", "--no_time"]
     code, out, err = mezo(capsys, *asked, "--json")
     (plan,) = json.loads(out)["methods"]
@@ -134,6 +136,7 @@ def test_the_command(capsys):
     name, size, *_ = out.splitlines()[1].split("\t")
     assert (name, size) == ("MeZO, offload", f"{plan['device'] / 1e9:.3g} GB")  # as in the JSON
     assert "65.7 B parameters" in err
+    assert "method 1/1" in err  # how far it is
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,16 @@ def test_batches_that_are_soon_over_say_nothing():
     assert second == "batch 7/10, 6.0 s each, 18 s left"
 
 
+def test_a_loop_that_others_count_is_told_too():
+    """A replay knows the number of its tensors once it has read them."""
+    clock, lines = Clock(), []
+    counted = Progress(lines.append, clock).counted("tensor")
+    for done in (1, 2, 3):
+        clock.now += 6.0
+        counted(done, 3)
+    assert lines == ["tensor 2/3, 6.0 s each, 6 s left"]
+
+
 def test_without_anybody_to_tell_the_items_are_the_same():
     """It stands in the way of every evaluation: it must be nothing there."""
     assert list(Progress().over([3, 1, 2], "batch")) == [3, 1, 2]

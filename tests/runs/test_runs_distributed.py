@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from folders import model_folder, reviews, training
+from processes import LIMIT
 
 from mezo.cli.main import main
 
@@ -98,7 +99,7 @@ def test_the_first_process_alone_writes_and_prints(kind, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))

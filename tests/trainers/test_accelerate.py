@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from perceptron import OPTIONS, digest, loss, message, model, points
-from processes import run
+from processes import LIMIT, run
 
 from mezo import MeZO
 from mezo.distributed import processes as distributed
@@ -94,7 +94,7 @@ def test_accelerate_launch_starts_two_processes_on_cpus(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = dict(re.findall(r"rank (\d) of 2: (loss \S+, weights [-\d.]+)", done.stdout))

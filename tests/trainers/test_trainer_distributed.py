@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from models import llama, weights
-from processes import SEARCHED
+from processes import LIMIT, SEARCHED
 from torch import distributed as dist
 from trainers import UNIT, grads, trainer_at
 from transformers import LlamaForCausalLM
@@ -85,7 +85,7 @@ def torchrun(path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((path / f"{rank}.json").read_text()) for rank in range(2)]
