@@ -20,7 +20,7 @@ LOCK = requirements/lock.txt
 FLOOR = requirements/floor.txt
 SOURCES = pyproject.toml requirements/install.sh
 INSTALL = TORCH="$(TORCH)" requirements/install.sh $(PYTHON)
-PYTEST = bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST = bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 AS_WARNINGS = -W default::DeprecationWarning -W default::PendingDeprecationWarning \
 	-W default::FutureWarning
 

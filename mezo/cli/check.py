@@ -48,9 +48,10 @@ def main(argv: list[str]) -> None:
         "directions": own.directions,
         "steps": own.max_steps,
     }
-    told = {"progress": Progress(say)}
     with redirect_stdout(sys.stderr):
-        result = check.check(model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes, **told)
+        result = check.check(
+            model, data, eps=own.mezo_eps, lr=own.learning_rate, **sizes, progress=Progress(say)
+        )
     if own.json:
         print_result(result, as_json=True)
     width = min(100, shutil.get_terminal_size().columns)

@@ -66,8 +66,9 @@ def pull(repo: str, output: str | Path | None = None) -> Path:
         here = isinstance(try_to_load_from_cache(repo, LOG), str)
         if (silence := hub_silence()) and not here:
             raise InputError(f"{repo}: {silence}, no copy here")
-        alone = {"local_files_only": silence is not None}
-        path = Path(hf_hub_download(repo, LOG, library_name="mezo-lm", **alone))
+        alone = silence is not None
+        found = hf_hub_download(repo, LOG, library_name="mezo-lm", local_files_only=alone)
+        path = Path(found)
     trajectory.read(path)
     if output is None:
         return path

@@ -218,7 +218,7 @@ def _from_file(name: str | None) -> Dataset:
 
 def _from_hub(args: TextArguments, split: str) -> Dataset:
     try:
-        check_dataset_reach(args.dataset_name)
+        check_dataset_reach(str(args.dataset_name))
         return load_dataset(args.dataset_name, args.dataset_config, split=split)
     except Exception as error:
         words = reason_of(error)
