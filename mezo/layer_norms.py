@@ -62,7 +62,7 @@ def gradient_norms(
         keyed = [Row(n, p, noise.tensor_key(seed, n)) for n, p in rows if layer_of(n) == layer]
         total = 0.0
         for probe in range(num_samples):
-            perturbed, losses = Scratch([Part({}, keyed)], settings, probe), []
+            perturbed, losses = Scratch([Part({}, noise.Rows(keyed))], settings, probe), []
             for sign in (+1, -1):
                 with perturbed.at(sign):
                     losses.append(float(closure()))

@@ -10,7 +10,7 @@ import torch
 from mezo.closures import Loss
 from mezo.estimators import Estimate
 from mezo.layers import PLAIN, TensorScale
-from mezo.noise import NEAREST, Move
+from mezo.noise import NEAREST, Move, Rows
 from mezo.record import Memory
 
 States = MutableMapping[torch.Tensor, dict[str, Any]]  # the optimizer's state, by parameter
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     """Trained tensors that take the same moves: they share a parameter group and a scale."""
 
     group: dict[str, Any]
-    rows: Sequence[Row]
+    rows: Rows  # of Row
     scale: TensorScale = PLAIN
     plain: bool = False  # whether its moves need no buffer and no factor: one launch makes them
 

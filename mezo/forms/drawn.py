@@ -42,9 +42,8 @@ class Drawn:
 
     def of_step(self, move: Move) -> Named:
         """Return U and z of a direction, times the move's coefficient, by name."""
-        made = [torch.empty_like(row.tensor) for row in self.zeros]
         how = {"distribution": self.settings["distribution"]}
-        noise.write_all_(made, self.zeros, noise.table([move]), **how)
+        made = noise.moved_all(self.zeros, noise.table([move]), **how)
         return {row.name: x for row, x in zip(self.zeros, made, strict=True)}
 
     def of_interval(self, step: int) -> Named:

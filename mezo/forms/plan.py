@@ -56,4 +56,4 @@ def planned(optimizer: Any) -> Plan:
     measure = optimizer.measures[first["estimator"]]
     memory, states = optimizer.memory, optimizer.state
     new = partial(form, parts, first, sides=measure.sides, memory=memory, states=states)
-    return Plan(trained, parts, form, rule, measure, new, Bundles())
+    return Plan(trained, parts, form, rule, measure, new, Bundles(parts))

@@ -68,6 +68,7 @@ class Products(Reads):
         """Register a result of parameters alone, such as 1 + weight: each half reads its own."""
         for reads, value in ((self, plus), *zip(self.halves, (plus, minus), strict=True)):
             reads.rows[id(plus)] = (f"(by {name})", value, None)
+        self.watch(plus)
         return plus
 
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:

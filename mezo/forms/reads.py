@@ -1,4 +1,10 @@
-"""Intercept torch's functions that read a parameter, so that they can be given theta + eps z."""
+"""Intercept torch's functions that read a parameter, so that they can be given theta + eps z.
+
+torch offers two ways. A mode sees every call of every function, and takes more time in Python than
+a small forward pass does. A tensor of a subclass is seen wherever it is an argument, and costs
+nothing elsewhere. The first pass of a run is therefore watched by a mode, which also notes what a
+subclass would miss; if there was nothing, parameters are `Watched` during all later passes.
+"""
 
 import sys
 import threading
@@ -7,9 +13,10 @@ from contextlib import nullcontext
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, get_ignored_functions
 
 from mezo.errors import InputError
+from mezo.forms.bundles import Bundles
 from mezo.noise.live import Numbers
 
 
@@ -46,12 +53,36 @@ _DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _CONVERSIONS = of_tensors("to type float half bfloat16 double cpu cuda contiguous")
 _ASSIGNING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 LOOKUP = torch.nn.functional.embedding
+_UNSEEN = (
+    get_ignored_functions()
+)  # torch.as_tensor and the like: a mode sees them, no subclass does
 # Functions that neither write to what they are given nor take its address, which needs no look.
 _ONLY_READ = {LOOKUP, torch.nn.functional.linear, torch.nn.functional.layer_norm}
 
 
+class Watched(torch.nn.Parameter):
+    """What a trained parameter is during a pass: torch's functions hand it to `Reads`."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            reads = Reads.innermost()
+            if reads is None:  # another thread, or a copy that was made in a pass
+                return function(*args, **kwargs or {})
+            return reads.handle(function, args, kwargs)
+
+
+class WatchedTensor(torch.Tensor):
+    """The same for a trained tensor that is no `Parameter`."""
+
+    __torch_function__ = Watched.__torch_function__
+
+
+_WATCHED: dict[type, type] = {torch.nn.Parameter: Watched, torch.Tensor: WatchedTensor}
+
+
 class Reads(TorchFunctionMode):
-    """A mode in which `call` handles every call of torch's functions that reads a parameter."""
+    """A context in which `call` handles every call of torch's functions that reads a parameter."""
 
     _entered: ClassVar[threading.local] = threading.local()  # its `modes`: those around this thread
 
@@ -60,15 +91,39 @@ class Reads(TorchFunctionMode):
         self.rows: dict[int, tuple[str, torch.Tensor, Any]] = {id(r[1]): r for r in perturbed.rows}
         self.read: set[str] = perturbed.read  # names of the parameters read so far
         self.placed: Placed | None = perturbed.placed
+        self.bundles: Bundles | None = perturbed.bundles
         self._known: dict[int, torch.Tensor] = {}  # parameters already looked up in `placed`
+        self._watched: list[tuple[torch.Tensor, type]] | None = None  # with the class that each had
 
     def __enter__(self):
         vars(self._entered).setdefault("modes", []).append(self)
-        return super().__enter__()
+        if self.placed is not None or self.bundles is None or not self.bundles.watched:
+            return super().__enter__()
+        self._watched = []
+        for _, x, _ in self.rows.values():
+            self.watch(x)
+        return self
+
+    def watch(self, x: torch.Tensor) -> None:
+        """Until the end of the pass, have torch's functions hand x to `handle`, as a mode does."""
+        if self._watched is not None and (kind := type(x)) in _WATCHED:
+            self._watched.append((x, kind))
+            x.__class__ = _WATCHED[kind]
 
     def __exit__(self, *raised):
         self._entered.modes.pop()
-        return super().__exit__(*raised)
+        if self._watched is None:
+            self._settle(raised[0] is None)
+            return super().__exit__(*raised)
+        for x, kind in self._watched:
+            x.__class__ = kind
+        self._watched = None
+        return None
+
+    def _settle(self, whole: bool) -> None:
+        """After a pass in which the mode saw everything: may the next one do without it?"""
+        if whole and self.read and self.bundles is not None and self.bundles.watched is None:
+            self.bundles.watched = all(type(x) in _WATCHED for _, x, _ in self.rows.values())
 
     @classmethod
     def innermost(cls) -> "Reads | None":
@@ -88,6 +143,10 @@ class Reads(TorchFunctionMode):
         """Drop what was computed for reuse within the pass or after it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        return self.handle(function, args, kwargs)
+
+    def handle(self, function, args: tuple, kwargs: dict | None):
+        """Return what the function returns for theta + eps z; refuse what would not see it."""
         if function in METADATA:
             return function(*args, **kwargs or {})
         if self.placed is not None:
@@ -97,6 +156,8 @@ class Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _ONLY_READ and "out" not in kwargs:
             return self.call(function, args, kwargs)
+        if function in _UNSEEN and self.bundles is not None:
+            self.bundles.watched = False
         name = getattr(function, "__name__", "")
         if name == "__set__":
             self._check_assigned(function, *args)

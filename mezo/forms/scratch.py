@@ -8,6 +8,7 @@ values if they were moved there and back (docs/numerics.md).
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.forms.bundles import Bundles
-from mezo.forms.direction import Direction, Row
+from mezo.forms.bundles import perturbed_in_place
+from mezo.forms.direction import Direction, Part, Row
 from mezo.forms.reads import LOOKUP, Placed, Reads, eager
 from mezo.layers import PLAIN, within
 from mezo.noise import Move, live
@@ -51,6 +52,15 @@ class Scratch(Direction):
     def at(self, sign: int) -> Iterator[None]:
         if not sign:
             yield
+            return
+        copies = None if self.bundles is None else self.bundles.aside()
+        if copies is not None:
+            self.read.update(
+                row.name for row in self.rows
+            )  # whatever reads them reads theta + eps z
+            table = partial(_walked, self.moves(sign))
+            with perturbed_in_place(copies, table, self.distribution):
+                yield
             return
         with eager(), Moved(self, self.moves(sign)) as moved:
             yield
@@ -94,6 +104,10 @@ class Scratch(Direction):
             )
 
 
+def _walked(moves: Sequence[Move], part: Part) -> np.ndarray:
+    return noise.table(part.scale.walk(moves))
+
+
 class Moved(Reads):
     """A mode in which torch's functions that are given theta receive theta + eps z."""
 
@@ -101,9 +115,8 @@ class Moved(Reads):
         super().__init__(perturbed)
         self.moves, self.distribution, self.scales = moves, perturbed.distribution, perturbed.scales
         self._tables: dict[float, Any] = {}  # by scale
-        self.bundles: Bundles | None = perturbed.bundles
         self.order: dict[str, Row] = {}  # what was read whole, until it is learned
-        self._ready: dict[str, torch.Tensor] = {}  # what was perturbed and is not yet read
+        self._ready: dict[int, torch.Tensor] = {}  # what was perturbed and is not yet read, by id
 
     def forget(self) -> None:
         self._ready.clear()
@@ -144,17 +157,23 @@ class Moved(Reads):
 
     def _each(self, given: Iterable) -> list:
         """Return `perturbed` of each; most are no parameters, and a call for each takes long."""
-        rows = self.rows
-        return [self.perturbed(x) if id(x) in rows or type(x) in _NESTED else x for x in given]
+        rows, ready = self.rows, self._ready
+        return [
+            ready.pop(i)
+            if (i := id(x)) in ready
+            else self.perturbed(x)
+            if i in rows or type(x) in _NESTED
+            else x
+            for x in given
+        ]
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         """Return theta + eps z, in a tensor of its own."""
         if self.bundles is not None and live.current() is None:  # a graph has a launch for each
-            if (out := self._ready.pop(name, None)) is not None:
-                self.read.add(name)
+            if (out := self._ready.pop(id(tensor), None)) is not None:
                 return out
             if (rows := self.bundles.of.get(name)) is not None and key is not None:
-                return self._bundled(rows, name)
+                return self._bundled(rows, name, tensor)
             if not self.bundles.learned and key is not None:
                 self.order.setdefault(name, Row(name, tensor, key))
         out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
@@ -166,13 +185,12 @@ class Moved(Reads):
         self._shift(out, name, tensor, key, before, **which)
         return out
 
-    def _bundled(self, rows: noise.Rows, name: str) -> torch.Tensor:
-        """Return theta + eps z of that parameter; the others of its bundle are ready from now."""
-        outs = [torch.empty_like(row.tensor, requires_grad=False) for row in rows]
-        noise.write_all_(outs, rows, self.table(name), distribution=self.distribution)
-        self.read.add(name)
-        self._ready = {row.name: out for row, out in zip(rows, outs, strict=True)}
-        return self._ready.pop(name)
+    def _bundled(self, rows: noise.Rows, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return theta + eps z of the parameter; the others of its bundle are ready from now."""
+        outs = noise.moved_all(rows, self.table(name), distribution=self.distribution)
+        self.read.update([row.name for row in rows])
+        self._ready = {id(row.tensor): out for row, out in zip(rows, outs, strict=True)}
+        return self._ready.pop(id(tensor))
 
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
         """Return tensor[index], perturbed: one expert's weights out of all experts'."""

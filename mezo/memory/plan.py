@@ -250,7 +250,9 @@ class Planner:
             named = model.named_parameters() if perturbed else []
             rows = [Row(name, p, (0, 0)) for name, p in named if p.requires_grad]
             settings = {"eps": 1.0, "step": 0, "distribution": "gaussian"}
-            remade = _Remade(Scratch([Part({}, rows)], settings), [Move(0, 0, 1.0, 1.0)])
+            remade = _Remade(
+                Scratch([Part({}, noise.Rows(rows))], settings), [Move(0, 0, 1.0, 1.0)]
+            )
             known = [*model.parameters(), *model.buffers()]
             with torch.no_grad(), FusedAttention(), LiveBytes(known) as living, remade:
                 self._loss(model, batch)

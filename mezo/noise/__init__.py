@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache, partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from mezo.noise.definition import (
 
 __all__ = ["CONTRACT", "DISTRIBUTIONS", "KEEP", "MAX_PROBE", "MAX_STEP", "NEAREST", "Distribution"]
 __all__ += ["ROUND_PERTURBED", "ROUND_UPDATE", "Move", "apply_", "canonical_name", "draw"]
-__all__ += ["Rows", "apply_all_", "apply_both_", "pieces", "table", "tensor_key", "write_all_"]
+__all__ += ["Kept", "Rows", "apply_all_", "apply_both_", "aside", "moved_all", "pieces", "table"]
+__all__ += ["tensor_key"]
 
 KEEP, NEAREST = 0, 3  # roundings of a move, beside the stochastic ones of streams 1 and 2
 
@@ -64,7 +65,6 @@ def table(moves: Sequence[Move] | np.ndarray) -> np.ndarray:
     return moves if isinstance(moves, np.ndarray) else np.array([tuple(m) for m in moves], _TABLE)
 
 
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)  # neither is a DTensor
 _KERNELS = {"cpu": ".cpu", "cuda": ".gpu"}  # of numba, of triton
 _PIECE = {"cpu": 2**16, "other": 2**22}  # elements drawn at a time in plain torch: caches, launches
 
@@ -184,6 +184,32 @@ def _opposite(moves: np.ndarray) -> np.ndarray:
     return turned
 
 
+class Kept:
+    """z of tensors that are few together, kept from one move along it to the next.
+
+    A walk moves theta along the same z three times. Where that z fits into a few megabytes, it is
+    drawn once. `Rows` that share it are moved by the kernels for CPUs, which alone make use of it.
+    """
+
+    MOST: ClassVar[int] = 2**21  # elements; more are drawn each time
+
+    def __init__(self, keys: Sequence[tuple[int, int]], sizes: Sequence[int]):
+        ends = np.cumsum([0, *sizes])
+        self.starts = dict(zip(keys, ends.tolist(), strict=False))  # of each tensor's z
+        self.places = {key: i for i, key in enumerate(keys)}
+        self.sizes = sizes
+        self.drawn = np.zeros(len(keys), np.uint64)  # which z lies there; 0: none
+        self.z: np.ndarray | None = None  # made when it is first needed
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[str, torch.Tensor, tuple[int, int]]]) -> "Kept | None":
+        """Return what keeps z of these tensors, or None if they are too many or not float32."""
+        sizes = [tensor.numel() for _, tensor, _ in rows]
+        if sum(sizes) > cls.MOST or any(tensor.dtype != torch.float32 for _, tensor, _ in rows):
+            return None
+        return cls([key for *_, key in rows], sizes)
+
+
 class Rows(tuple):
     """The (name, tensor, key) of tensors that are moved together, again and again.
 
@@ -193,6 +219,7 @@ class Rows(tuple):
 
     launches: "list[_Launch] | None" = None
     addresses: list[int] | None = None
+    kept: Kept | None = None
 
 
 class _Launch(NamedTuple):
@@ -237,27 +264,37 @@ def apply_all_(
             apply_(tensor, key, each, distribution=distribution)
 
 
-def write_all_(
-    outs: Sequence[torch.Tensor],
-    rows: Rows,
-    moves: np.ndarray,
-    *,
-    distribution: str = "gaussian",
-) -> None:
-    """Set `outs` to the values of `rows` after the moves, which are the same for all.
+def moved_all(
+    rows: Rows, moves: np.ndarray, *, distribution: str = "gaussian"
+) -> list[torch.Tensor]:
+    """Return `rows` after the moves, which are the same for all, in new tensors.
 
-    The outs are contiguous, and have the dtypes, the shapes and the devices of the rows.
+    A row that is not contiguous keeps its strides, as torch.empty_like does.
     """
     launches, addresses = rows.launches, [one[1].data_ptr() for one in rows]
     if launches is None or addresses != rows.addresses:
         launches = _launches(rows)
     for module, which, gathered in launches[:1]:
-        if len(which) == len(rows) and hasattr(module, "write_all_"):
-            table = moves.reshape(1, -1)
-            return module.write_all_(outs, gathered, table, distribution)
+        if len(which) == len(rows) and hasattr(module, "moved_all"):
+            return module.moved_all(gathered, moves.reshape(1, -1), distribution)
+    outs = [torch.empty_like(one[1], requires_grad=False) for one in rows]
     for out, (_, tensor, key) in zip(outs, rows, strict=True):
         apply_(out, key, moves, distribution=distribution, source=tensor.detach())
-    return None
+    return outs
+
+
+def aside(rows: Rows) -> Any:
+    """Return copies of all of these tensors (cpu.Aside), or None where that is not possible.
+
+    It takes tensors of one dtype, contiguous and on a CPU with its kernel, that lie where they did.
+    """
+    launches = rows.launches
+    if launches is None or [one[1].data_ptr() for one in rows] != rows.addresses:
+        launches = _launches(rows)
+    if len(launches) != 1 or not hasattr(launches[0].module, "Aside"):
+        return None
+    module, which, gathered = launches[0]
+    return module.Aside(gathered, [one[1] for one in rows]) if len(which) == len(rows) else None
 
 
 def _launches(rows: Sequence[tuple]) -> list[_Launch]:
@@ -267,8 +304,7 @@ def _launches(rows: Sequence[tuple]) -> list[_Launch]:
         if not tensor.numel():
             continue
         kind = (tensor.device, tensor.dtype) if tensor.is_contiguous() else None
-        ordinary = type(tensor) in _ORDINARY or not shards.is_sharded(tensor)
-        groups.setdefault(kind if ordinary else None, []).append(i)
+        groups.setdefault(None if shards.is_sharded(tensor) else kind, []).append(i)
     launches = []
     for kind, which in groups.items():
         module = _kernel(kind[0].type) if kind else None
@@ -276,8 +312,11 @@ def _launches(rows: Sequence[tuple]) -> list[_Launch]:
             launches.append(_Launch(None, which, None))
             continue
         tensors, keys = [rows[i][1] for i in which], [rows[i][2] for i in which]
-        launches.append(_Launch(module, which, module.gather(tensors, keys, 0)))
-    if isinstance(rows, Rows) and all(type(one[1]) in _ORDINARY for one in rows):
+        gathered = module.gather(tensors, keys, 0)
+        if (kept := getattr(rows, "kept", None)) is not None and hasattr(module, "keep"):
+            gathered = module.keep(gathered, keys, kept)
+        launches.append(_Launch(module, which, gathered))
+    if isinstance(rows, Rows) and not any(shards.is_sharded(one[1]) for one in rows):
         rows.launches, rows.addresses = launches, [one[1].data_ptr() for one in rows]
     return launches
 

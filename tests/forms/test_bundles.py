@@ -119,10 +119,9 @@ def test_copies_are_written_as_the_tensors_would_be_moved(distribution, dtype):
     tensors = [torch.linspace(-1, 1, n).to(dtype) for n in sizes]
     before, known = copy.deepcopy(tensors), noise.Rows(rows(tensors))
     moves = noise.table([Move(2, 1, 1.0, 1e-2, noise.ROUND_PERTURBED)])
-    outs = [torch.empty_like(x) for x in tensors]
-    noise.write_all_(outs, known, moves, distribution=distribution)
+    outs = noise.moved_all(known, moves, distribution=distribution)
     assert all(map(torch.equal, tensors, before))
-    noise.write_all_([], noise.Rows(), moves)
+    assert noise.moved_all(noise.Rows(), moves) == []
     for out, (_, x, key) in zip(outs, known, strict=True):
         plain(x, key, moves, distribution=distribution)
         assert torch.equal(out, x)
