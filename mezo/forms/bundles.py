@@ -93,15 +93,11 @@ def perturbed_in_place(
     try:
         for part, copy in copies:
             copy.perturb_(moves_of(part), distribution)
-            for row in part.rows:  # torch picks kernels by it, also where no graph is made
-                row.tensor.requires_grad = False
         torch.clear_autocast_cache()  # it would hold casts of the weights as they were
         yield
     finally:
-        for part, copy in copies:
+        for _, copy in copies:
             copy.restore_()
-            for row in part.rows:
-                row.tensor.requires_grad = True
         torch.clear_autocast_cache()
         for (part, copy), before in zip(copies, versions, strict=True):
             _look(part, copy.tensors, before)
