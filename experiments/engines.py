@@ -41,7 +41,7 @@ from mezo.runs.result import environment
 
 ROOT = Path(__file__).parents[1]
 OUT = Path(__file__).parent / "results" / "engines.json"
-BATCH, EPS = 16, 1e-3
+BATCH = 16
 OPTIONS = {"max_model_len": 160, "max_num_seqs": 64, "kv_cache_memory_bytes": 2**30}
 OPTIONS |= {"distributed_executor_backend": "uni"}  # one worker: no process more than is needed
 
@@ -90,25 +90,26 @@ class Show:
     rows: Callable[[], list[dict[str, Any]]]
     reward: Callable[..., list[float]]
     generation: Generation
+    eps: float
     lr: float
-    dev: int
+    dev: int = 32
 
 
 LINE = Generation(16, temperature=1.0, stop=("\n",))
 SENTENCE = Generation(16, temperature=1.0, stop=(".",))
 SHOWS = {
-    "smollm2": Show(sums, in_json, LINE, lr=5e-4, dev=32),
-    "causal-lm": Show(openings, form_reward, SENTENCE, lr=1e-3, dev=32),
+    "smollm2": Show(sums, in_json, LINE, eps=2e-3, lr=2e-3),
+    "causal-lm": Show(openings, form_reward, SENTENCE, eps=1e-2, lr=1e-2),
 }
 
 
 def loaded(args) -> tuple[torch.nn.Module, Any]:
-    return models.load(ModelArguments(args.model))
+    return models.load(ModelArguments(args.model, dtype=args.dtype))
 
 
 @contextmanager
 def vllm_of(args) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(args.model, **(OPTIONS | json.loads(args.engine_options)))
+    engine = VLLMEngine(args.model, dtype=args.dtype, **(OPTIONS | json.loads(args.engine_options)))
     try:
         yield engine
     finally:
@@ -143,9 +144,9 @@ def measure(args) -> dict[str, Any]:
 def losses(both: dict[str, Engine], model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
     """The losses of 16 answers at theta + eps z and theta - eps z."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tables = [noise.table([noise.Move(0, 0, 1.0, sign * EPS)]) for sign in (1, -1)]
+    tables = [noise.table([noise.Move(0, 0, 1.0, eps)]) for eps in (1e-3, -1e-3)]
     points = [Point(look=(Change(tuple(shapes), table),)) for table in tables]
-    found: dict[str, Any] = {"eps": EPS}
+    found: dict[str, Any] = {"eps": 1e-3}
     for name, engine in both.items():
         engine.begin(Run(shapes, 0, "gaussian"))
         found[name] = engine.losses(batch, points)
@@ -210,7 +211,8 @@ def slow(engine: Any, batch: Batch) -> None:
 def train(args) -> dict[str, Any]:
     """Populations of num_samples directions, rewards scaled prompt by prompt as in GRPO."""
     found: dict[str, Any] = {"steps": args.steps, "num_samples": args.num_samples, "batch": BATCH}
-    found |= {"lr": args.lr or SHOWS[args.model].lr, "eps": EPS, "seeds": {}}
+    show = SHOWS[args.model]
+    found |= {"lr": args.lr or show.lr, "eps": args.eps or show.eps, "seeds": {}}
     for seed in args.seeds:
         began = time.perf_counter()
         found["seeds"][str(seed)] = run = one_run(args, seed)
@@ -258,10 +260,9 @@ def config(args, seed: int, folder: Path) -> MeZOPolicyConfig:
         per_device_train_batch_size=BATCH,
         per_device_eval_batch_size=show.dev,
         learning_rate=args.lr or show.lr,
-        mezo_eps=EPS,
+        mezo_eps=args.eps or show.eps,
         num_samples=args.num_samples,
         scale_rewards="group",
-        perturbation="in_place",
         max_completion_length=show.generation.max_new_tokens,
         temperature=show.generation.temperature,
         stop=list(show.generation.stop),
@@ -320,12 +321,12 @@ def keep(args, found: dict[str, Any]) -> None:
     """Put what a command found beside what stands in the file."""
     done = json.loads(OUT.read_text()) if OUT.exists() else {}
     mine = done.setdefault(args.what, {})
-    if args.what in ("train", "replay"):
-        mine = mine.setdefault(args.model, {})
+    found["dtype"] = args.dtype
+    mine = mine.setdefault(args.model, {})
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     where = environment() | {"machine": device_name("cpu"), "vllm": check_version()}
     found |= {"load_average": load, "environment": where}
-    mine[args.engine if args.what in ("train", "replay") else args.model] = found
+    mine[args.dtype if args.what == "measure" else args.engine] = found
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(done, indent=1) + "\n")
 
@@ -337,6 +338,8 @@ def main() -> None:
     parser.add_argument("--engine", default="vllm", choices=("transformers", "vllm"))
     parser.add_argument("--engine_options", default="{}", help="JSON, beside the experiment's own")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--eps", type=float, help="default: by model")
     parser.add_argument("--lr", type=float, help="default: by model")
     parser.add_argument("--num_samples", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -202,6 +202,7 @@ def _started(folder: str, options: dict[str, Any]) -> Any:
         from mezo.engines import vllm_plain
 
         given |= {"quantization": vllm_plain.NAME, "enforce_eager": True}
+        given["block_size"] = 32  # the least: what short prompts begin with is shared, too
     try:
         return LLM(folder, **(given | options))
     except (ValueError, TypeError, RuntimeError) as error:  # pydantic's errors are ValueErrors

@@ -17,6 +17,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 NAME = "mezo_plain"
+FEW = 32  # rows, as when a batch writes its next tokens
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return x weight' + bias. Few 16-bit rows are multiplied from the other side: on a CPU with
+    matrix instructions this reads an unpacked weight in 0.6 of the time."""
+    if x.dtype == torch.float32 or x.dim() != 2 or len(x) > FEW:
+        return F.linear(x, weight, bias)
+    found = (weight @ x.T).T.contiguous()  # vLLM's kernels want rows in one piece
+    return found if bias is None else found.add_(bias)
 
 
 class PlainLinear(UnquantizedLinearMethod):
@@ -24,7 +34,7 @@ class PlainLinear(UnquantizedLinearMethod):
         pass
 
     def apply(self, layer, x, bias=None):
-        return F.linear(x, layer.weight, bias)
+        return product(x, layer.weight, bias)
 
 
 class PlainEmbedding(UnquantizedEmbeddingMethod):
@@ -32,7 +42,7 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
         pass
 
     def apply(self, layer, x, bias=None):
-        return F.linear(x, layer.weight, bias)
+        return product(x, layer.weight, bias)
 
 
 @register_quantization_config(NAME)

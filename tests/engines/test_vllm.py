@@ -61,6 +61,24 @@ def made(served):
     return make
 
 
+@pytest.mark.parametrize("rows", [1, 32, 33])
+def test_the_product_of_few_rows_is_that_of_many(rows):
+    """16-bit rows are multiplied from the other side where they are few."""
+    from mezo.engines.vllm_plain import product
+
+    draw = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 16, generator=draw), torch.randn(24, generator=draw)
+    x = torch.randn(rows, 16, generator=draw)
+    assert torch.equal(product(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
+    expected = x.float() @ weight.float().T + bias.float()
+    found = product(x, weight, bias)
+    assert found.is_contiguous()
+    # two roundings, of the product and of the sum: each at most 2^-8 of what it rounds
+    limit = 2.0**-7 * (x.float().abs() @ weight.float().abs().T + bias.float().abs())
+    assert ((found.float() - expected).abs() <= limit).all()
+
+
 def test_it_begins_with_the_files_weights(served):
     """Every fused matrix is found, and every shard: before anything was given to it."""
     model, _, engine = served
