@@ -57,6 +57,12 @@ class VLLMEngine(Engine):
                     f"{name}={options[name]!r} does not go with MeZO: a quantised engine has no "
                     "weights of full rank, and the worker extension is MeZO's own"
                 )
+        for name in ("pipeline_parallel_size", "data_parallel_size"):
+            if options.get(name, 1) != 1:
+                raise InputError(
+                    f"{name}={options[name]} does not go with MeZO, whose losses need every layer "
+                    "in every worker: give all GPUs to tensor_parallel_size"
+                )
         folder = models.located(model)
         self.llm = _started(folder, {"dtype": dtype} | options)
         self.tokenizer = self.llm.get_tokenizer()

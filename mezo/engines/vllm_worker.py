@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -101,8 +100,6 @@ def pieces_of(model: torch.nn.Module, name: str, shape: tuple[int, ...]) -> Iter
 
     Raises InputError for a tensor that is quantised, missing, or fused in a way not known here.
     """
-    if _elsewhere(model, name):
-        return
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     path, _, leaf = ((mapper.map_name(name) if mapper else name) or name).rpartition(".")
     module, part = _module(model, path, name)
@@ -127,12 +124,6 @@ def pieces_of(model: torch.nn.Module, name: str, shape: tuple[int, ...]) -> Iter
             f"{shape}: this fused layer is not mapped"
         )
     yield Piece(name, shape, start, view)
-
-
-def _elsewhere(model: torch.nn.Module, name: str) -> bool:
-    """Return whether another stage of a pipeline holds the tensor."""
-    missing = [n for n, m in model.named_modules() if type(m).__name__ == "PPMissingLayer"]
-    return any(name.startswith(n + ".") for n in missing)
 
 
 def _module(model: torch.nn.Module, path: str, name: str) -> tuple[torch.nn.Module, str | None]:
@@ -239,8 +230,6 @@ def _chosen(runner: Any, rows: list[list[int]], asked: list) -> list[list[float]
 
 def _hidden(runner: Any, rows: list[list[int]]) -> torch.Tensor:
     """Return the last hidden states of all tokens, one forward pass over rows without padding."""
-    if not get_pp_group().is_last_rank or not get_pp_group().is_first_rank:
-        raise InputError("losses need a pipeline of one stage: pipeline_parallel_size=1")
     device, lengths = runner.device, [len(row) for row in rows]
     tokens = torch.tensor([t for row in rows for t in row], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)

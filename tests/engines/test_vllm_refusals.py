@@ -53,6 +53,14 @@ def test_a_quantised_engine_is_refused(monkeypatch, tmp_path):
         VLLMEngine(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["pipeline_parallel_size", "data_parallel_size"])
+def test_layers_of_one_worker_are_not_shared_out(name, monkeypatch):
+    """A pipeline would fail at the first loss, minutes later and in another process."""
+    installed(monkeypatch, vllm="0.32.0")
+    with pytest.raises(InputError, match=f"{name}=2 does not go with MeZO.*tensor_parallel_size"):
+        VLLMEngine("gpt2", **{name: 2})
+
+
 def test_an_option_that_vllm_lacks_is_named_before_it_loads_a_model():
     """With the option that was meant; a model's path is no option."""
     known = ("self", "model", "kwargs", "tensor_parallel_size", "max_num_seqs")
