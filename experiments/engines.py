@@ -51,25 +51,24 @@ def sums() -> list[dict[str, Any]]:
     rows = []
     for i in range(100):
         a, b = divmod(i * 37 % 100, 10)  # every pair once, mixed
-        text = f'Reply only with JSON in the form {{"answer": number}}. What is {a} + {b}?'
+        text = f'Reply only with JSON. 2 + 2: {{"answer": 4}}. Now {a} + {b}:'
         rows.append({"prompt": [{"role": "user", "content": text}], "sum": a + b})
     return rows
 
 
 def in_json(completions, sum, **kwargs) -> list[float]:  # the column's name
-    """Points of a checker: an object that parses, with the key, a number, the right number."""
+    """Points of a checker: a brace at first, the key, a digit, a whole object, the right sum."""
     found = []
     for talk, right in zip(completions, sum, strict=True):
-        text, points = talk[0]["content"].strip(), 0.0
-        points += 0.1 * text.startswith("{") + 0.1 * text.endswith("}")
+        text = talk[0]["content"].strip()
+        points = 0.2 * text.startswith("{") + 0.2 * ('"answer"' in text)
+        points += 0.2 * any(c.isdigit() for c in text)
         try:
             value = json.loads(text)
         except ValueError:
             value = None
-        if isinstance(value, dict):
-            points += 0.3 + 0.2 * (list(value) == ["answer"])
-            points += 0.2 * (type(value.get("answer")) is int)
-            points += 0.1 * (value.get("answer") == right)
+        if isinstance(value, dict) and type(value.get("answer")) is int:
+            points += 0.3 + 0.1 * (value["answer"] == right)
         found.append(points)
     return found
 
@@ -95,11 +94,11 @@ class Show:
     dev: int = 32
 
 
-LINE = Generation(16, temperature=1.0, stop=("\n",))
+LINE = Generation(16, temperature=0.7, stop=("\n",))
 SENTENCE = Generation(16, temperature=1.0, stop=(".",))
 SHOWS = {
     "smollm2": Show(sums, in_json, LINE, eps=2e-3, lr=2e-3),
-    "causal-lm": Show(openings, form_reward, SENTENCE, eps=1e-2, lr=1e-2),
+    "causal-lm": Show(openings, form_reward, SENTENCE, eps=1e-2, lr=2e-2),
 }
 
 
@@ -209,7 +208,10 @@ def slow(engine: Any, batch: Batch) -> None:
 
 
 def train(args) -> dict[str, Any]:
-    """Populations of num_samples directions, rewards scaled prompt by prompt as in GRPO."""
+    """Populations of num_samples directions, rewards scaled prompt by prompt as in GRPO.
+
+    Seeds that stand in the file with the same settings are kept.
+    """
     found: dict[str, Any] = {"steps": args.steps, "num_samples": args.num_samples, "batch": BATCH}
     show = SHOWS[args.model]
     found |= {"lr": args.lr or show.lr, "eps": args.eps or show.eps, "seeds": {}}
@@ -217,6 +219,7 @@ def train(args) -> dict[str, Any]:
         began = time.perf_counter()
         found["seeds"][str(seed)] = run = one_run(args, seed)
         run["seconds"] = time.perf_counter() - began
+        keep(args, found)
         print(seed, {k: run[k] for k in ("before", "after", "seconds")}, flush=True)
     return found
 
@@ -277,16 +280,19 @@ def config(args, seed: int, folder: Path) -> MeZOPolicyConfig:
 
 def replay(args) -> dict[str, Any]:
     """Whether a log rebuilds in plain transformers what the engine held, bit by bit."""
-    found = {}
+    found: dict[str, Any] = {"replays": {}}
     for seed in args.seeds:
         folder, began = folder_of(args, seed), time.perf_counter()
         model, _ = loaded(args)
         trajectory.replay(folder / "run.mezo", model)
         held, state = load_file(folder / "model.safetensors"), model.state_dict()
         equal = all(torch.equal(state[name], value) for name, value in held.items())
-        found[str(seed)] = {"equal": equal, "tensors": len(held)}
-        found[str(seed)] |= {"log_bytes": (folder / "run.mezo").stat().st_size}
-        found[str(seed)] |= {"seconds": time.perf_counter() - began}
+        found["replays"][str(seed)] = {
+            "equal": equal,
+            "tensors": len(held),
+            "log_bytes": (folder / "run.mezo").stat().st_size,
+            "seconds": time.perf_counter() - began,
+        }
     return found
 
 
@@ -314,6 +320,7 @@ def plot(args) -> None:
     figure.savefig(ROOT / "docs" / "engines.png", dpi=110)
 
 
+SETTINGS = ("steps", "num_samples", "batch", "lr", "eps", "dtype")
 COMMANDS = {"measure": measure, "train": train, "replay": replay}
 
 
@@ -326,7 +333,13 @@ def keep(args, found: dict[str, Any]) -> None:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     where = environment() | {"machine": device_name("cpu"), "vllm": check_version()}
     found |= {"load_average": load, "environment": where}
-    mine[args.dtype if args.what == "measure" else args.engine] = found
+    key = args.dtype if args.what == "measure" else args.engine
+    before = mine.get(key, {})
+    if all(before.get(name) == found[name] for name in SETTINGS if name in found):
+        for name in ("seeds", "replays"):
+            if name in found:
+                found[name] = before.get(name, {}) | found[name]
+    mine[key] = found
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(done, indent=1) + "\n")
 
