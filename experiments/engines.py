@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,8 @@ def keep(args, found: dict[str, Any]) -> None:
     found["dtype"] = args.dtype
     mine = mine.setdefault(args.model, {})
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    where = environment() | {"machine": device_name("cpu"), "vllm": check_version()}
+    where = environment() | {"machine": device_name("cpu")}
+    where |= {"vllm": check_version()} if find_spec("vllm") else {}  # a replay needs none
     found |= {"load_average": load, "environment": where}
     key = args.dtype if args.what == "measure" else args.engine
     before = mine.get(key, {})
