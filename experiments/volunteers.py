@@ -2,14 +2,11 @@
 
 python -m experiments.volunteers --data_dir DATA    # the cells that are missing; DATA/SST-2 is read
 python -m experiments.tables                        # the tables; --plots: docs/volunteers.png
-writes experiments/results/volunteers.json, cell by cell. --quick makes a twentieth of the steps
-with one seed, into another file: to see that it runs.
 
-The embedded causal model on SST-2, 512 examples a label, 600 forward passes of 16 examples and a
-rate that decays to 0, as in experiments/ablation.py. "one z": a step has one direction, and each of
-16 volunteers the losses of one example. "own z": a step has 8 directions, each volunteer its own
-and 16 examples. Estimates, bounds and updates are the library's: `Crowd` stands where several
-processes would join (mezo/distributed/processes.py).
+It writes experiments/results/volunteers.json; --quick tries one seed for a twentieth of the steps.
+The embedded causal model learns SST-2 from 512 examples a label in 600 forward passes of 16
+examples, as in experiments/ablation.py. "one z": a step has one direction, and each of 16
+volunteers the losses of one example. "own z": a step has 8 directions, each volunteer its own.
 """
 
 import argparse

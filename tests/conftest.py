@@ -18,6 +18,7 @@ LONG = [  # files of 10 to 50 s, the longest first; all others take less
     "demo/test_demo.py",
     "runs/test_methods.py",
     "test_estimators.py",
+    "test_foreign_fuzz.py",
     "noise/test_all.py",
     "docs/test_examples.py",
     "hub/test_hub.py",

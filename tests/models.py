@@ -1,6 +1,7 @@
 """Models small enough for a test: random weights of many architectures, nets that are a loss."""
 
 import pytest
+import reference
 import torch
 import transformers  # a class is imported when it is first asked for: that takes seconds
 from packaging.version import Version
@@ -62,6 +63,11 @@ def llama(seed=0, dropout=0.0):
 
 def weights(model):
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+
+
+def walked_home(before, eps, steps=1):
+    """The bound on what `steps` walks leave behind: 3 roundings each, of at most |p| + 6 eps."""
+    return steps * 3 * ROUNDING[before.dtype] * (before.abs() + 6 * eps)
 
 
 class Toy(torch.nn.Module):
@@ -204,3 +210,34 @@ class Line(torch.nn.Module):
     def forward(self, x, labels):
         out = self.line(x).squeeze(1)
         return {"loss": (out - labels).square().mean(), "logits": out}
+
+
+SIZES = {"a": 3, "b": 5}  # two tensors of a quadratic of 8 variables
+
+
+class Quadratic(torch.nn.Module):
+    """A loss of two tensors, of SIZES elements, whose gradient and curvature are known."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.hessian, self.b, self.value = reference.quadratic(8)
+        for name, size in SIZES.items():
+            setattr(self, name, torch.nn.Parameter(torch.ones(size, dtype=dtype)))
+        self.calls = 0
+
+    def forward(self):
+        self.calls += 1
+        return self.value(torch.cat([self.a.detach(), self.b_part()]).double())
+
+    def b_part(self):
+        return self._parameters["b"].detach()
+
+    def __setattr__(self, name, value):  # the tensor b and the parameter b
+        if name == "b" and not isinstance(value, torch.nn.Parameter):
+            name = "linear"
+        super().__setattr__(name, value)
+
+
+def gradient(model):
+    """The gradient of a `Quadratic` where all its elements are 1."""
+    return model.hessian @ torch.ones(8, dtype=torch.float64) + model.linear

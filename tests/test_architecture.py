@@ -116,3 +116,11 @@ def test_the_tree_is_the_tree():
 def test_the_package_has_few_files_at_its_root():
     """Algorithm 1 and what it stands on; whatever is of one kind of run has a folder."""
     assert len(list((ROOT / "mezo").glob("*.py"))) <= 18
+
+
+def test_no_file_of_code_is_longer_than_400_lines():
+    """What is longer is two things, which a reader has to tell apart."""
+    folders = ("mezo", "tests", "experiments", "benchmarks", "examples", "pretraining")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    lengths = {str(file.relative_to(ROOT)): file.read_text().count("\n") for file in files}
+    assert {file: length for file, length in lengths.items() if length > 400} == {}

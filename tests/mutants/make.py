@@ -20,7 +20,7 @@ TARGETS = {  # source -> the tests that must notice, the quickest first
     "mezo/layers.py": "tests/forms/test_updates.py tests/test_rules.py",
     "mezo/layer_norms.py": "tests/test_rules.py",
     "mezo/schedules.py": "tests/test_rules.py tests/test_estimators.py",
-    "mezo/mezo.py": "tests/test_mezo.py",
+    "mezo/mezo.py": "tests/test_mezo.py tests/test_optimizer.py",
     "mezo/objectives/metric_losses.py": "tests/objectives/test_metric_objectives.py",
     "mezo/objectives/masked.py": "tests/objectives/test_objectives.py",
     "mezo/objectives/causal.py": "tests/objectives/test_demonstrations.py "

@@ -19,9 +19,8 @@ from mezo.tasks import Example, custom_task
 SST2 = tasks.get("sst2")
 SENTENCES = ["a charming journey . ", "no wit , only labored gags and no wit ", "dull"]
 EXAMPLES = [Example({"sentence": s}, i % 2, f"row {i}") for i, s in enumerate(SENTENCES)]
-LONG = custom_task(  # candidates of several tokens, and of different numbers of them
-    "{sentence} It was", [" a terrible, awful, boring movie", " great"]
-)
+# Candidates of several tokens, and of different numbers of them.
+LONG = custom_task("{sentence} It was", [" a terrible, awful, boring movie", " great"])
 CAUSAL = ["opt", "llama", "gpt2", "qwen2"]
 PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # its own
 ROUNDING = 2.0**-24  # of float32
