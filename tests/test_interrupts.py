@@ -12,6 +12,7 @@ from models import Regression, weights
 
 import mezo
 from mezo import MeZO, trajectory
+from mezo.forms.reads import Reads
 from mezo.interrupts import held, released
 from mezo.rules import Adam
 
@@ -182,3 +183,20 @@ def test_a_signal_that_is_ignored_stays_ignored():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_guard_that_ctrl_c_kept_from_exiting_is_left_at_the_end_of_the_pass():
+    """torch's functions went on unseen: all later perturbations were, and every estimate was 0."""
+    model = Regression(torch.float32)
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation="low_rank")
+    for _ in range(2):
+        optimizer.step(model)  # the first pass is watched by a mode
+
+    def ended():
+        Reads.unseen().__enter__()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(ended)
+    assert torch._C._is_torch_function_enabled()
+    assert optimizer.estimate(model).projected_grad != 0

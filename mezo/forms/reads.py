@@ -65,8 +65,8 @@ class Watched(torch.nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            reads = Reads.innermost()
+        reads = Reads.innermost()
+        with Reads.unseen():
             if reads is None:  # another thread, or a copy that was made in a pass
                 return function(*args, **kwargs or {})
             return reads.handle(function, args, kwargs)
@@ -84,7 +84,8 @@ _WATCHED: dict[type, type] = {torch.nn.Parameter: Watched, torch.Tensor: Watched
 class Reads(TorchFunctionMode):
     """A context in which `call` handles every call of torch's functions that reads a parameter."""
 
-    _entered: ClassVar[threading.local] = threading.local()  # its `modes`: those around this thread
+    # Of this thread: its `modes`, those that are entered; its `guard`, the last of `unseen`.
+    _entered: ClassVar[threading.local] = threading.local()
 
     def __init__(self, perturbed: Any):
         super().__init__()
@@ -112,6 +113,7 @@ class Reads(TorchFunctionMode):
 
     def __exit__(self, *raised):
         self._entered.modes.pop()
+        self._see_again()
         if self._watched is None:
             self._settle(raised[0] is None)
             return super().__exit__(*raised)
@@ -119,6 +121,18 @@ class Reads(TorchFunctionMode):
             x.__class__ = kind
         self._watched = None
         return None
+
+    @classmethod
+    def unseen(cls) -> Any:
+        """Return a context in which torch's functions do not hand over `Watched` tensors."""
+        guard = cls._entered.guard = torch._C.DisableTorchFunctionSubclass()
+        return guard
+
+    def _see_again(self) -> None:
+        """Leave `unseen` if it was not left: a `with` that Ctrl-C ends may not exit."""
+        guard, self._entered.guard = getattr(self._entered, "guard", None), None
+        if guard is not None and not torch._C._is_torch_function_enabled():
+            guard.__exit__(None, None, None)
 
     def _settle(self, whole: bool) -> None:
         """After a pass in which the mode saw everything: may the next one do without it?"""
