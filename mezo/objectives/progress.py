@@ -89,7 +89,9 @@ class Loop:
         if self._losses:
             parts.append(f"loss {sum(self._losses) / len(self._losses):.4g}")
         made, spent = self._done - self._first, now - self._began
-        if made > 0 and spent > 0:
+        if made == 1 and self._done < self._total:  # it compiles, and looks: no measure of the rest
+            parts.append(f"{spent:.1f} s for the first")
+        elif made > 0 and spent > 0:
             pace = made / spent
             parts.append(f"{pace:.1f}/s" if pace >= 1 else f"{1 / pace:.1f} s each")
             rest = self._total - self._done
