@@ -227,9 +227,13 @@ class _State:
 
 
 def _digest(tensor: torch.Tensor) -> int:
-    """Return the sum of all elements' bits, which takes one pass over them and no copy."""
+    """Return the sum of all elements' bits, modulo their width: one pass over them, and no copy.
+
+    On a CPU, torch would copy them into 64 bits for a sum that is wider than they are.
+    """
     part = local(tensor).detach()
-    return int(part.view(_WORDS[part.element_size()]).sum()) if part.numel() else 0
+    word = _WORDS[part.element_size()]
+    return int(part.view(word).sum(dtype=word)) if part.numel() else 0
 
 
 class _Watching(TorchDispatchMode):

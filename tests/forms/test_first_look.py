@@ -15,6 +15,7 @@ from torch import nn
 from mezo import MeZO, trajectory
 from mezo.closures import Mean
 from mezo.errors import InputError
+from mezo.memory.measured import PeakMemory
 
 FORMS = pytest.mark.parametrize("form", ["in_place", "scratch", "low_rank"])
 X = torch.linspace(-1, 1, 48).view(8, 6)
@@ -361,6 +362,15 @@ def test_running_averages_that_a_pass_updates_are_told(form, mode, caplog):
     optimizer = MeZO(model.named_parameters(), seed=1, perturbation=form)
     optimizer.step(lambda: model(x).square().mean())
     assert caplog.text.count("updates running averages") == (mode == "train")
+
+
+def test_the_look_takes_no_memory_of_a_weights_size():
+    """A sum of bits in 64 bits copied a weight into twice its size, which the first step took."""
+    weight = nn.Parameter(torch.ones(2**25))  # 128 MiB; the measure is good to 20
+    optimizer = MeZO([("w", weight)], seed=1)
+    with PeakMemory() as peak:
+        optimizer.step(lambda: weight[0] ** 2)
+    assert peak.bytes < 64 * 2**20
 
 
 def test_a_failure_in_the_look_leaves_the_step_refused_as_one_in_an_estimate(tmp_path):
