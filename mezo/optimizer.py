@@ -54,8 +54,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     forms: ClassVar[Mapping[str, type[Direction]]]
     estimators: ClassVar[Mapping[str, Estimator]]
-    _known: Any = None
-    _options: Any = None  # of the groups when they were last planned, and looked at
+    _known: Any = None  # how parameters and settings were when the plan was made
+    _options: Any = None  # the groups' options when they were last checked
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import torch
 
 from mezo import noise
 from mezo.errors import InputError
-from mezo.forms.direction import Part, Row
+from mezo.forms.direction import Part, Row, replaced_by_pass
 from mezo.layers import PLAIN, TensorScale
 
 _SMALL = 2**16  # elements of a parameter; a larger one keeps the processor busy by itself
@@ -108,11 +108,7 @@ def _look(part: Part, memory: Sequence[torch.Tensor], versions: Sequence[int]) -
         for (name, tensor, _), own in zip(part.rows, memory, strict=True):
             if tensor.data_ptr() != own.data_ptr():
                 tensor.data = own
-                raise InputError(
-                    f"the forward pass replaces the trained parameter {name} (.data =, or "
-                    "module.to() with another dtype or device): convert the model before the "
-                    "first step"
-                )
+                raise replaced_by_pass(name)
     if [row.tensor._version for row in part.rows] != versions:
         for (name, tensor, _), before in zip(part.rows, versions, strict=True):
             if tensor._version != before:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from mezo.closures import Loss
+from mezo.errors import InputError
 from mezo.estimators import Estimate
 from mezo.layers import PLAIN, TensorScale
 from mezo.noise import NEAREST, Move, Rows
@@ -31,6 +32,14 @@ class Part(NamedTuple):
     rows: Rows  # of Row
     scale: TensorScale = PLAIN
     plain: bool = False  # whether its moves need no buffer and no factor: one launch makes them
+
+
+def replaced_by_pass(name: str) -> InputError:
+    """Return the error for a forward pass that puts another tensor in a parameter's place."""
+    return InputError(
+        f"the forward pass replaces the trained parameter {name} (.data =, or module.to() with "
+        "another dtype or device): convert the model before the first step"
+    )
 
 
 class Direction:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mezo.closures import Draws, Loss, number
 from mezo.errors import InputError
-from mezo.forms.direction import Direction, Row
+from mezo.forms.direction import Direction, Row, replaced_by_pass
 from mezo.forms.reads import eager, tensors
 from mezo.forms.rounding import HALF
 from mezo.interrupts import held
@@ -180,10 +180,7 @@ def _unchanged(rows: Sequence[Row]) -> Iterator[None]:
         replaced = [state.row.name for state in before if state.put_back_()]
         graded = [state.row.name for state in before if state.put_grad_back_()]
     if replaced:
-        raise InputError(
-            f"the forward pass replaces the trained parameter {replaced[0]} (.data =, or "
-            "module.to() with another dtype or device): convert the model before the first step"
-        )
+        raise replaced_by_pass(replaced[0])
     if graded:
         raise InputError(
             f"the closure calls backward(), which gives {graded[0]} a gradient that MeZO does not "

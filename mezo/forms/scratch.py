@@ -55,9 +55,8 @@ class Scratch(Direction):
             return
         copies = None if self.bundles is None else self.bundles.aside()
         if copies is not None:
-            self.read.update(
-                row.name for row in self.rows
-            )  # whatever reads them reads theta + eps z
+            # Whatever reads the parameters reads theta + eps z.
+            self.read.update(row.name for row in self.rows)
             table = partial(_walked, self.moves(sign))
             with perturbed_in_place(copies, table, self.distribution):
                 yield
@@ -157,15 +156,14 @@ class Moved(Reads):
 
     def _each(self, given: Iterable) -> list:
         """Return `perturbed` of each; most are no parameters, and a call for each takes long."""
-        rows, ready = self.rows, self._ready
-        return [
-            ready.pop(i)
-            if (i := id(x)) in ready
-            else self.perturbed(x)
-            if i in rows or type(x) in _NESTED
-            else x
-            for x in given
-        ]
+        rows, ready, found = self.rows, self._ready, []
+        for x in given:
+            if (i := id(x)) in ready:
+                x = ready.pop(i)
+            elif i in rows or type(x) in _NESTED:
+                x = self.perturbed(x)
+            found.append(x)
+        return found
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         """Return theta + eps z, in a tensor of its own."""
