@@ -136,7 +136,7 @@ class Command:
     def _refused(self, chatter: Chatter) -> InputError:
         self.close()
         return InputError(
-            f"reward command {self.__name__} wrote {str(chatter)!r:.200} beside its answer: it "
+            f"reward command {self.__name__} wrote {chatter}: it "
             "must write one line for each sample, and anything else to stderr"
         )
 

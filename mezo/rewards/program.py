@@ -27,7 +27,12 @@ class Lost(Exception):
 
 
 class Chatter(Exception):
-    """Raised if the program writes a line without being asked; the line is the message."""
+    """Raised if the program writes a line without being asked; the message quotes it."""
+
+    def __init__(self, line: bytes, answer: bytes | None = None):
+        """`answer` is the line that came with it and before it, where one did."""
+        told = "its answer" if answer is None else f"its answer {_text(answer)!r:.200}"
+        super().__init__(f"{_text(line)!r:.200} beside {told}")
 
 
 class Program:
@@ -53,8 +58,14 @@ class Program:
         self._questions: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._last_words = bytearray()
         streams = self._process.stdin, self._process.stdout, self._process.stderr
-        for work, stream in zip((self._write, self._read, self._listen), streams, strict=True):
-            threading.Thread(target=work, args=(stream,), daemon=True).start()
+        works = self._write, self._read, self._listen
+        threads = [
+            threading.Thread(target=work, args=(stream,), daemon=True)
+            for work, stream in zip(works, streams, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        self._listener = threads[-1]
 
     def ask(self, line: str, timeout: float) -> str:
         """Send a line and return the one that answers it.
@@ -67,7 +78,7 @@ class Program:
         program must be ended; otherwise a late answer would be taken for that of the next line.
         """
         if not self._answers.empty() and (early := self._answers.get()):
-            raise Chatter(_text(early.split(b"\n")[0]))
+            raise Chatter(early.split(b"\n")[0])
         self._questions.put(line.encode("utf-8", "replace") + b"\n")
         try:
             answer = self._answers.get(timeout=timeout)
@@ -77,7 +88,7 @@ class Program:
             raise Lost(self._reason())
         answer, _, beside = answer.partition(b"\n")
         if beside:
-            raise Chatter(_text(beside))
+            raise Chatter(beside, answer)
         if len(answer) > MAX_LINE:
             raise Lost(f"a line of more than {MAX_LINE:,} bytes")
         return _text(answer)
@@ -91,7 +102,7 @@ class Program:
         with contextlib.suppress(queue.Empty):
             line = self._answers.get(timeout=seconds)
             if line != _ENDED:
-                raise Chatter(_text(line.split(b"\n")[0]))
+                raise Chatter(line.split(b"\n")[0])
             self._answers.put(line)  # the next question is told
 
     def end(self) -> None:
@@ -108,6 +119,9 @@ class Program:
             code = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:
             return "it closed its output"
+        self._listener.join(
+            timeout=1.0
+        )  # what it said last; a process that it left may hold stderr
         lines = self._last_words.decode("utf-8", "replace").strip().splitlines()
         return f"it ended with code {code}" + (f": {lines[-1]}" if lines else "")
 
