@@ -65,9 +65,9 @@ def ablation(path: Path) -> None:
         "| | steps | lr | test loss | test accuracy, % | the paper's |\n|---|---|---|---|---|---|"
     )
     for name, row in found["rows"].items():
-        loss = f"{row['loss']:.3f} ± {row['loss_std']:.3f}"
+        loss = "-" if row["loss"] is None else f"{row['loss']:.3f} ± {row['loss_std']:.3f}"
         accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f}"
-        setting = f"{row['steps']} | {row['lr']:.1e}"
+        setting = f"{row['steps'] or '-'} | {row['lr']:.1e}"
         theirs = PAPER_ABLATION.get(name, "")
         print(f"| {name} | {setting} | {loss} | {accuracy} ({row['seeds']}) | {theirs} |")
 
