@@ -36,14 +36,18 @@ from mezo.tasks import Task
 
 SUMMARY = "compare.json"  # in output_dir
 CONFIG = "config.yaml"  # in a cell's folder
-GRIDS = ("none", "default", "table15", "table16")
+PAPERS = ("table15", "table16")
+GRIDS = ("none", "default", *PAPERS)
 _SAVED = "model*.safetensors* adapter_* *config.json *token*.json vocab.* merges.txt *.jinja"
 _SAVED += " training_args.bin README.md"  # by the Trainer with the weights
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare. `grid` is one of GRIDS, or a YAML file with a section for each method."""
+    """What to compare. `grid` is one of GRIDS, or a YAML file with a section for each method.
+
+    A section with `like: METHOD` makes a method of its own, which begins with that one's recipe.
+    """
 
     methods: Sequence[str] = recipes.DEFAULT
     seeds: Sequence[int] = (13, 21, 42)
@@ -159,22 +163,28 @@ def plan(
 
 
 def _grids(settings: Settings, parameters: int, task: Task, k: int | None) -> dict[str, Grid]:
-    methods, steps = recipes.check(settings.methods), settings.max_steps
+    steps = settings.max_steps
     if steps < 10:
         raise InputError(f"max_steps must be at least 10, got {steps}")
+    if settings.grid not in GRIDS and not Path(settings.grid).suffix:
+        raise InputError(f"grid must be {', '.join(GRIDS)} or a YAML file, got {settings.grid!r}")
+    own: Any = {}
+    if settings.grid not in GRIDS:
+        expected = "sections 'method:' with lines 'option: value'"
+        own = read_options(settings.grid, f"grid {settings.grid}", expected)
+    bases = recipes.begins_with(settings.grid, own)
+    methods = tuple(dict.fromkeys(settings.methods))
+    recipes.check(bases.get(method, method) for method in methods)
     adam = settings.adam_steps or max(10, steps // 10)
-    made = {method: recipes.recipe(method, parameters, steps, adam) for method in methods}
-    if settings.grid == "none":
-        return made
+    made = {
+        method: recipes.recipe(bases.get(method, method), parameters, steps, adam)
+        for method in methods
+    }
     if settings.grid == "default":
         return {method: recipes.searched(one) for method, one in made.items()}
-    if settings.grid in GRIDS:
+    if settings.grid in PAPERS:
         table = {method: recipes.of_paper(settings.grid, method, task, k) for method in methods}
         return {method: made[method] | (table[method] or {}) for method in methods}
-    if not Path(settings.grid).suffix:
-        raise InputError(f"grid must be {', '.join(GRIDS)} or a YAML file, got {settings.grid!r}")
-    expected = "sections 'method:' with lines 'option: value'"
-    own = read_options(settings.grid, f"grid {settings.grid}", expected)
     sections = recipes.of_file(settings.grid, own, methods)
     return {method: made[method] | sections.get(method, {}) for method in methods}
 

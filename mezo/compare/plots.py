@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mezo.compare import style
+from mezo.compare import recipes, style
 from mezo.evaluation.curve import Point
 from mezo.memory import sizes
 
@@ -72,7 +72,7 @@ def of_comparison(found: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 def label(method: str) -> str:
     """Return a method's name for readers: "Adam, LoRA", "MeZO, prefix"."""
-    if method in NAMES or method == "zero-shot":
+    if method in NAMES or method == "zero-shot" or not recipes.is_known(method):
         return NAMES.get(method, method)
     trained, _, part = method.partition("-") if method.startswith("mezo") else ("Adam", "", method)
     part = part.replace("_", " ").replace("lora", "LoRA").replace("ft-check", "all weights, check")

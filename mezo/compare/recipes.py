@@ -9,6 +9,7 @@
 Learning rates fall with the number N of the model's weights: rates.py.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -20,6 +21,7 @@ from mezo.runs import rates
 from mezo.tasks import Task
 
 UNTRAINED = ("zero-shot", "icl", "lp")
+LIKE = "like"  # in a section of a grid file: the method whose recipe it begins with
 CALIBRATED = "calibrated"  # zero-shot, less the scores of an empty example
 SELECTED = ("head", "biases", "norms", "biases_and_norms")  # by --trainable
 PARTS = (*SELECTED, "lora", "prefix", "prompt")
@@ -73,6 +75,15 @@ def _known_to_peft(method: str, part: str) -> None:
     near = get_close_matches(method, [*KNOWN, *others, *(f"mezo-{one}" for one in others)], n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KNOWN)}, and peft's methods"
     raise InputError(f"method {method!r} is unknown; {hint}")
+
+
+def is_known(method: str) -> bool:
+    """Return whether a method has a recipe here: others are named in a grid file."""
+    try:
+        parts_of(method)
+    except InputError:
+        return False
+    return True
 
 
 def recipe(method: str, parameters: int, steps: int, adam_steps: int) -> Grid:
@@ -147,18 +158,39 @@ def check(methods: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
+def begins_with(path: str, given: Any) -> dict[str, str]:
+    """Return the known method that each section of a grid file begins with: its own, or `like`.
+
+    Raises InputError if the file is malformed or `like` names no known method.
+    """
+    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
+        raise InputError(f"grid {path}: expected sections 'method:' with lines 'option: value'")
+    known = {str(method): str(section.get(LIKE, method)) for method, section in given.items()}
+    for method, base in known.items():
+        if LIKE in given[method] and not re.fullmatch(r"\w[\w.-]*", method):
+            raise InputError(f"grid {path}: {method!r} cannot be the name of a folder")
+        if base != method and is_known(method):
+            raise InputError(f"grid {path}: {method} is a method already: it cannot be like {base}")
+        if not is_known(base):
+            add = "" if LIKE in given[method] else f"; if it is your own, add a line '{LIKE}: mezo'"
+            raise InputError(f"grid {path}: {method}: method {base!r} is unknown{add}")
+    return known
+
+
 def of_file(path: str, given: Any, methods: Iterable[str]) -> dict[str, Grid]:
     """Return the sections of a YAML file by method: options of mezo train, with lists as axes."""
     from mezo.compare.grids import values_of
 
-    if not isinstance(given, dict) or not all(isinstance(one, dict) for one in given.values()):
-        raise InputError(f"grid {path}: expected sections 'method:' with lines 'option: value'")
     for method in given:
         if method not in methods:
             raise InputError(
                 f"grid {path}: {method} is not one of the methods {', '.join(methods)}"
             )
     return {
-        method: {option: values_of(path, str(option), value) for option, value in section.items()}
+        method: {
+            option: values_of(path, str(option), value)
+            for option, value in section.items()
+            if option != LIKE
+        }
         for method, section in given.items()
     }

@@ -244,6 +244,30 @@ def test_mistakes_are_one_line(place, tmp_path, capsys):
     assert "ft is not one of the methods mezo" in said("--grid", tmp_path / "g.yaml")
     (tmp_path / "g.yaml").write_text("mezo: {learning_rat: 1}")
     assert "did you mean learning_rate?" in said("--grid", tmp_path / "g.yaml")
+    (tmp_path / "g.yaml").write_text("mine: {rule: sign}")
+    assert "add a line 'like: mezo'" in said("--grid", tmp_path / "g.yaml", methods=("mine",))
+    (tmp_path / "g.yaml").write_text("mine: {like: mezzo}")
+    assert "mine: method 'mezzo' is unknown" in said("--grid", tmp_path / "g.yaml")
+    (tmp_path / "g.yaml").write_text("ft: {like: mezo}")
+    assert "ft is a method already" in said("--grid", tmp_path / "g.yaml")
+    (tmp_path / "g.yaml").write_text("../x: {like: mezo}")
+    assert "'../x' cannot be the name of a folder" in said("--grid", tmp_path / "g.yaml")
+
+
+def test_a_section_of_a_grid_file_may_be_a_method_of_its_own(tmp_path):
+    """It begins with the recipe of a known method, and has its own name in tables and plots."""
+    grid = tmp_path / "table.yaml"
+    grid.write_text("signs: {like: lozo, rule: sign, learning_rate: 1e-4}")
+    settings = Settings(methods=("mezo", "signs"), seeds=(1,), grid=str(grid))
+    data = DataArguments(task="opinions", num_train=8, num_test=8)
+    mezo, signs = compare.plan(
+        ModelArguments(), data, TrainArguments(output_dir=str(tmp_path)), settings, 10**7
+    )
+    assert (mezo.args.rule, mezo.args.perturbation) == ("sgd", None)
+    assert (signs.args.rule, signs.args.perturbation) == ("sign", "low_rank")
+    assert (signs.args.learning_rate, signs.args.rank) == (1e-4, 2)
+    assert signs.folder == tmp_path / "signs" / "seed-1"
+    assert report.label("signs") == "signs"
 
 
 def test_what_was_done_otherwise_is_not_mixed_in(place, done, capsys):

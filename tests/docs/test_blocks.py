@@ -207,16 +207,21 @@ def test_the_consoles_of_the_tasks_page_show_what_is_printed(capsys):
 
 
 def test_the_yaml_of_the_comparison_page_is_what_its_readers_take(tmp_path, monkeypatch):
-    from dataclasses import fields
-
-    from mezo.compare.recipes import parts_of
+    from mezo.compare.compare import Settings, plan
+    from mezo.models.arguments import ModelArguments
+    from mezo.rules import RULES, rule_class
     from mezo.runs.arguments import TrainArguments
+    from mezo.runs.data_arguments import DataArguments
 
-    grid, films = blocks("yaml")["docs/compare.md"]
-    options = {f.name for f in fields(TrainArguments)}
-    for method, section in yaml.safe_load(grid).items():
-        parts_of(method)  # or InputError
-        assert section.keys() <= options
+    *grids, films = blocks("yaml")["docs/compare.md"]
+    args, path = TrainArguments(output_dir=str(tmp_path / "out")), tmp_path / "grid.yaml"
+    for grid in grids:
+        path.write_text(grid)
+        settings = Settings(methods=list(yaml.safe_load(grid)), seeds=(1,), grid=str(path))
+        cells = plan(ModelArguments(), DataArguments(), args, settings, 10**7)
+        assert {cell.method for cell in cells} == set(settings.methods)
+        for cell in cells:
+            assert cell.args.rule in RULES or rule_class(cell.args.rule)  # or InputError
     monkeypatch.chdir(tmp_path)
     Path("films.yaml").write_text(films)
     assert tasks.get("films.yaml").candidates == (" terrible", " great")
