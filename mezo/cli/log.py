@@ -74,6 +74,7 @@ def _summary(file: str, log: "Log") -> dict[str, Any]:
     found["parameters"] = sum(math.prod(entry["shape"]) for entry in header["tensors"])
     found |= {"start": log.start} if log.start else {}
     found |= {"steps": len(steps), "refused": sum(s.refused for s in log.segments)}
+    found["digests"] = ", ".join(map(str, log.digests)) or "none"
     if header.get("losses") is False:
         found["losses"] = "left out"
     elif steps:

@@ -34,10 +34,12 @@ HELP = page(
 def main(argv: list[str]) -> None:
     if helped("mezo replay", argv, (ModelArguments,), HELP):
         return
+    from mezo import trajectory
     from mezo.objectives.progress import Progress
     from mezo.rules import rule_class
     from mezo.runs import rebuild as adapter
     from mezo.runs import task as run
+    from mezo.trajectory.fingerprints import Comparison
 
     options: dict[str, Any] = {name: {"required": True} for name in ("log", "output_dir")}
     options |= {"json": JSON}
@@ -60,4 +62,6 @@ def main(argv: list[str]) -> None:
         how["progress"] = Progress(say)
         result = replay(model, own.log, own.output_dir, own.until, **how)
     print_result(result, own.json)
+    if line := Comparison(own.log, trajectory.read(own.log), own.until).told():
+        say(line)
     say(f"next: mezo eval --model {shlex.quote(own.output_dir)} --task ...")

@@ -91,9 +91,8 @@ def digest(optimizer: MeZO, writer: trajectory.Writer | None) -> None:
         writer.digest()
         return
     tensors = [p for _, p, _ in optimizer.trained()]
-    if any(map(is_sharded, tensors)) and trajectory.writer.is_readable(optimizer):
-        optimizer.write()
-        trajectory.fingerprints.digests_of(tensors)
+    if any(map(is_sharded, tensors)) and not optimizer.directions:
+        trajectory.fingerprints.digests_of(p for _, p in optimizer.weights.as_written(optimizer))
 
 
 def writer_of(

@@ -17,7 +17,7 @@ would spoil a run silently, and are handled here:
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class Sharded(Weights):
         if isinstance(perturbed, Scratch):
             perturbed.placed = self
         return perturbed
+
+    def as_written(self, optimizer: ZerothOrderOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
+        self.reshard()
+        return super().as_written(optimizer)
 
     def write_(self, optimizer: ZerothOrderOptimizer) -> None:
         super().write_(optimizer)

@@ -93,6 +93,10 @@ class RemoteWeights(Weights):
     def end_step_(self, optimizer: Any) -> None:
         pass
 
+    def as_written(self, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        self.write_(optimizer)
+        return super().as_written(optimizer)
+
     @torch.no_grad()
     def write_(self, optimizer: Any) -> None:
         """Copy the engine's weights into the optimizer's parameters."""

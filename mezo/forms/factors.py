@@ -109,6 +109,17 @@ def write_(tensor: torch.Tensor, name: str, step: int, settings: Settings, state
     state.pop("decay", None)
 
 
+def as_written(
+    tensor: torch.Tensor, name: str, step: int, settings: Settings, state: State
+) -> torch.Tensor:
+    """Return what `write_` would make of a weight, as a copy, or the weight if nothing is due."""
+    if "low_rank" not in state:
+        return tensor
+    copy = tensor.detach().to(state["low_rank"].device, copy=True)
+    write_(copy, name, step, settings, dict(state))
+    return copy
+
+
 def write_now_(
     trained: Iterable[tuple], settings: Settings, states: States, memory: Memory
 ) -> None:

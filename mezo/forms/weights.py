@@ -1,7 +1,9 @@
 """The weights of a model that is resident and whole; Offload and Sharded are the alternatives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
+
+import torch
 
 from mezo import noise
 from mezo.forms import factors
@@ -47,6 +49,13 @@ class Weights:
     def queue(self, optimizer: Any, p, name: str, program: Any) -> bool:
         """Return whether the moves of a replay were queued; if not, the caller makes them."""
         return False
+
+    def as_written(self, optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and value of every trained weight, as `write_` would leave it; write none."""
+        settings = optimizer.settings
+        for name, p, _ in optimizer.trained():
+            state = optimizer.state.get(p, {})
+            yield name, factors.as_written(p, name, settings["step"] - 1, settings, state)
 
     def write_(self, optimizer: Any) -> None:
         """Write pending low-rank updates to the weights."""

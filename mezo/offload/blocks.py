@@ -121,6 +121,11 @@ class BlockCache:
     def update(self, p: torch.Tensor, *actions: Action) -> None:
         self._waiting[id(p)].append(actions)
 
+    @property
+    def waits(self) -> bool:
+        """Whether there are updates that the weights at home do not have."""
+        return any(self._waiting.values())
+
     def need(self, block: Block) -> Loaded:
         """Return the block with all its updates made, evict others, and prefetch the next one.
 

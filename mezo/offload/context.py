@@ -175,6 +175,8 @@ class Offload:
         with self._stack:
             if self.optimizer is not None:
                 self.optimizer.write()
+                if not self.write_every and self.blocks.waits:
+                    self.optimizer.guards.append(_refuse_lost)
             self.flush()
 
     def take(self, optimizer: MeZO) -> None:
@@ -281,6 +283,18 @@ class Offload:
             self._summed[id(p)] = [*before, *(Move(*row) for x in rest for row in x.tolist())]
         return True
 
+    def as_written(self, optimizer: MeZO) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of one tensor after another; with write_every=0 each is copied on the device."""
+        self.flush()
+        settings = optimizer.settings
+        for name, p, _ in optimizer.trained():
+            here: torch.Tensor = p
+            if not self.write_every:
+                with self.reading():
+                    here = torch.clone(p).detach()
+            state = optimizer.state.get(p, {})
+            yield name, factors.as_written(here, name, settings["step"] - 1, settings, state)
+
     def write_(self, optimizer: MeZO) -> None:
         group = optimizer.param_groups[0]
         trained = {id(p): p for _, p, _ in optimizer.trained()}
@@ -339,6 +353,14 @@ class Offload:
     def _given_up(self, block: Block) -> None:
         if self._homes is not None:
             self._homes.give_up([p for _, p in block.named])
+
+
+def _refuse_lost() -> None:
+    """Raise InputError: the weights of the next step would be the base model's."""
+    raise InputError(
+        "offload with write_every=0 was left, and the updates of the run are in its log alone: "
+        "make all steps within one context, or go on from the weights that a replay makes"
+    )
 
 
 def _check_parameter(name: str, p: torch.Tensor) -> None:

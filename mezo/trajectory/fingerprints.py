@@ -17,7 +17,7 @@ from mezo.compatibility import unpacked
 from mezo.errors import InputError
 from mezo.noise.sharded import is_sharded
 from mezo.trajectory.format import Log
-from mezo.trajectory.header import DIGESTS, DIGITS
+from mezo.trajectory.header import DIGITS
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
@@ -70,13 +70,9 @@ class Comparison:
 
     def __init__(self, path: str | Path, log: Log, until: int | None = None):
         """`until` is the step before which the replay ends; None is the log's end."""
-        end = log.end if until is None else until
+        self._end = end = log.end if until is None else until
         self._path, self._start = path, log.start
-        self._digests = {
-            segment.start: segment.header[DIGESTS]
-            for segment in log.segments
-            if DIGESTS in segment.header and segment.start <= end
-        }
+        self._digests = {step: digests for step, digests in log.digests.items() if step <= end}
         self.steps = sorted(self._digests)
         self._places = {entry["name"]: i for i, entry in enumerate(log.header["tensors"])}
         self._same: dict[int, list[int]] = {}  # by place: the steps at which a tensor was the run's
@@ -88,6 +84,16 @@ class Comparison:
         digits = self._digests[step][place * DIGITS : (place + 1) * DIGITS]
         kept = self._same if fingerprint(tensor)[:DIGITS] == digits else self._other
         kept.setdefault(place, []).append(step)
+
+    def told(self) -> str:
+        """Return a line on what the log has no digests of, or "" if they reach to the end."""
+        if self._end in self.steps or self._end == self._start:
+            return ""
+        last = f"after step {self.steps[-1]}" if self.steps else "of any step"
+        return (
+            f"{self._path}: the log has no digests of the weights {last}, and cannot show whether "
+            "something besides the optimizer wrote to them"
+        )
 
     def finish(self) -> None:
         """Raise InputError if a tensor, when last compared, was not what the run had."""

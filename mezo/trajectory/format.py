@@ -23,7 +23,7 @@ from typing import Any, overload
 import numpy as np
 
 from mezo.record import Record
-from mezo.trajectory.header import FORMAT, text_of
+from mezo.trajectory.header import DIGESTS, FORMAT, text_of
 
 __all__ = ["COMPACT", "FORMAT", "MAGIC", "Log", "Segment", "Step", "Steps", "checksum", "encode"]
 __all__ += ["frame", "layout"]
@@ -126,6 +126,12 @@ class Log:
     def end(self) -> int:
         """One more than the number of the last step."""
         return self.segments[-1].end
+
+    @property
+    def digests(self) -> dict[int, str]:
+        """The digests of the weights, by the step before which they were taken."""
+        headers = (segment.header for segment in self.segments)
+        return {header["start"]: header[DIGESTS] for header in headers if DIGESTS in header}
 
     @cached_property
     def steps(self) -> Steps:

@@ -11,7 +11,7 @@ import torch
 from mezo import noise, rules
 from mezo.errors import InputError
 from mezo.estimators import sides_of
-from mezo.forms.factors import is_factored, restart_, write_
+from mezo.forms.factors import as_written, is_factored, restart_, write_
 from mezo.forms.factors import update_ as move_
 from mezo.forms.rounding import ROUNDINGS
 from mezo.forms.updates import Update, update_
@@ -186,7 +186,7 @@ def make_(
         elif isinstance(action, Look):
             move()
             if look is not None:
-                look(name, action.step, tensor)
+                look(name, action.step, as_written(tensor, name, action.step - 1, header, state))
         elif factored:
             move()
             write_(tensor, name, action.step, header, state)

@@ -5,6 +5,7 @@ the log does not say what they were before. To get the weights of step N, replay
 until N, at the cost of the additions of N steps.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def replay(
         if progress is not None:
             progress(done, len(entries))
     comparison.finish()
+    if verify and (line := comparison.told()):
+        logging.getLogger("mezo").info("%s", line)
     return model
 
 

@@ -188,19 +188,18 @@ class Writer:
 
         MeZOTrainer does so at checkpoints and at the end, and leaving a `with` statement does. It
         takes as long as reading all weights once; sharded weights are read by all processes
-        together, by elastic.digest. Nothing is noted while the weights are not the log's: before
-        `MeZO.write`, for low-rank updates; between estimate() and step(); after layers were
-        frozen, which the next step refuses; with offload and write_every=0.
+        together, by elastic.digest. Low-rank updates count as written, though none is written.
+        Nothing is noted while the weights are not the log's: between estimate() and step(); after
+        layers were frozen, which the next step refuses; once offload with write_every=0 is left.
         """
         self._check_model()
-        if self._digested == self._step or self._pending or self._unwritten:
+        if self._digested == self._step or self._pending:
             return
-        if not is_readable(self.optimizer):
+        if self.optimizer.directions or constants(self.optimizer) != self._constants:
             return
-        if constants(self.optimizer) != self._constants:  # the next step would refuse it
+        if self._unwritten and self.optimizer.weights.here:  # offload was left
             return
-        self.optimizer.write()
-        digests = digests_of(p for _, p, _ in self.optimizer.trained())
+        digests = digests_of(p for _, p in self.optimizer.weights.as_written(self.optimizer))
         with held():
             self._put(self._segment({}, self._settings, digests), self._settings, self._step)
         self._digested = self._step
@@ -347,13 +346,6 @@ def _check_names(names: set[str], model: torch.nn.Module) -> None:
         )
 
 
-def is_readable(optimizer: MeZO) -> bool:
-    """Return whether the weights are what the log says, once queued moves are made."""
-    summed = any("low_rank" in state for state in optimizer.state.values())
-    kept = getattr(optimizer.weights, "write_every", 1)  # of Offload
-    return bool(kept) and not summed and not optimizer.directions
-
-
 def _end_of(path: str | Path, optimizer: MeZO) -> tuple[int, dict[str, Any], str | None]:
     """Return the byte at which the records of the steps before the optimizer's end.
 
@@ -373,15 +365,14 @@ def _end_of(path: str | Path, optimizer: MeZO) -> tuple[int, dict[str, Any], str
 
 def _digests_at(path: str | Path, log: Log, step: int, optimizer: MeZO) -> str | None:
     """Return the log's digests of the weights at a step if they are here and can be compared."""
-    had = [s.header[DIGESTS] for s in log.segments if s.start == step and DIGESTS in s.header]
+    had = log.digests.get(step)
     sharded = any(is_sharded(p) for _, p, _ in optimizer.trained())  # others would have to help
-    if not had or sharded or not is_readable(optimizer):
+    if had is None or sharded or optimizer.directions:
         return None
-    optimizer.write()  # moves that offload has queued
-    name = first_difference(had[-1], ((name, p) for name, p, _ in optimizer.trained()))
+    name = first_difference(had, optimizer.weights.as_written(optimizer))
     if name is not None:
         raise InputError(
             f"{path}: {name} is not what it was when the run had made {step} steps: resume from "
             "the weights of that run, another checkpoint for example, or begin another log"
         )
-    return had[-1]
+    return had

@@ -101,27 +101,64 @@ def test_an_undisturbed_run_replays_and_every_digest_is_compared(
     assert looked == [(name, at) for name, _ in model.named_parameters() for at in (2, 4, 6)]
 
 
-def test_low_rank_updates_that_are_not_written_have_no_digest(tmp_path):
-    """The matrices are not yet what the log makes of them; leaving the log must not write them."""
-    path, seen = tmp_path / "run.mezo", []
-    model = Regression(torch.float32)
-    optimizer = MeZO(model.named_parameters(), seed=1, perturbation="low_rank", interval=4)
-    with trajectory.record(optimizer, path, model=model) as writer:
-        for _ in range(3):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_updates_that_are_not_written_are_digested_as_if_they_were(dtype, tmp_path):
+    """Within an interval the matrices lag behind; looking at them must not write the updates."""
+    path, model = tmp_path / "run.mezo", Regression(dtype)
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation="low_rank", interval=4)
+    plain = run_low_rank(tmp_path / "plain.mezo", Regression(dtype))
+    for resume in (False, True):
+        with trajectory.record(optimizer, path, model=model, resume=resume) as writer:
             optimizer.step(model)
-        before = weights(model).clone()
-        writer.digest()
-        seen.append(torch.equal(weights(model), before))
-    assert seen == [True]
-    assert digested(path) == []
-    with trajectory.record(optimizer, path, model=model, resume=True) as writer:
-        optimizer.write()
-        writer.digest()
+            before = weights(model).clone()
+            writer.digest()
+            assert torch.equal(weights(model), before)
+            optimizer.step(model)
+            optimizer.step(model)
+    assert digested(path) == [1, 3, 4, 6]
+    optimizer.write()
+    assert torch.equal(weights(trajectory.replay(path, Regression(dtype))), weights(model))
+    assert torch.equal(weights(plain), weights(model))
+
+
+def run_low_rank(path, model):
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation="low_rank", interval=4)
+    with trajectory.record(optimizer, path, model=model):
+        for _ in range(6):
+            optimizer.step(model)
+    optimizer.write()
+    return model
+
+
+def test_a_write_between_low_rank_steps_is_named_though_no_sum_was_written(tmp_path):
+    """A run that ends within its first interval had no digest at all."""
+    model, log = Regression(torch.float32), tmp_path / "run.mezo"
+    optimizer = MeZO(model.named_parameters(), lr=1e-2, seed=1, perturbation="low_rank")
+    with trajectory.record(optimizer, log, model=model):
         optimizer.step(model)
-        optimizer.write()
-    assert digested(path) == [3, 4]
-    again = trajectory.replay(path, Regression(torch.float32))
-    assert torch.equal(weights(again), weights(model))
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.dim() == 2).data.view(-1)[-2] += 1e-3
+        optimizer.step(model)
+    with pytest.raises(InputError, match=r"wrote to .* between steps 0 and 2 of the run"):
+        trajectory.replay(log, Regression(torch.float32))
+
+
+def test_a_replay_says_where_its_log_has_no_digests(tmp_path, caplog):
+    """A killed run has none at its end, and nothing shows what else wrote to its weights."""
+    log, model = tmp_path / "run.mezo", Regression(torch.float32)
+    optimizer = MeZO(model.named_parameters(), seed=1)
+    writer = trajectory.record(optimizer, log, model=model)
+    optimizer.step(model)
+    writer.close()
+    with caplog.at_level("INFO", "mezo"):
+        trajectory.replay(log, Regression(torch.float32))
+    assert "the log has no digests of the weights of any step" in caplog.text
+    with trajectory.record(optimizer, log, resume=True):
+        optimizer.step(model)
+    caplog.clear()
+    with caplog.at_level("INFO", "mezo"):
+        trajectory.replay(log, Regression(torch.float32))
+    assert not caplog.text
 
 
 def test_a_resumed_log_keeps_the_digest_and_refuses_other_weights(tmp_path):
