@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from mezo.errors import InputError
 from mezo.forms.rounding import HALF, ROUNDINGS
@@ -15,7 +16,7 @@ from mezo.rules import Rule, options, rule_of
 def check_group(
     group: dict[str, Any], first: dict[str, Any], rule: Rule, estimators: Collection[str]
 ) -> None:
-    """Raise InputError if a parameter group of MeZO, or a tensor in it, cannot be trained as asked.
+    """Raise InputError if the options of a parameter group of MeZO are not accepted.
 
     Args:
         group: The parameter group.
@@ -28,10 +29,6 @@ def check_group(
         if first[option.name] != group[option.name]:
             values = f"{first[option.name]} and {group[option.name]}"
             raise InputError(f"{option.name} is one for all parameter groups, got {values}")
-    names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
-    for name, tensor in zip(names, group["params"], strict=True):
-        if tensor.requires_grad:
-            _check_tensor(name, tensor)
 
 
 def check_changed_(
@@ -84,16 +81,33 @@ def _check_together(group: dict, rule: Rule) -> None:
         raise InputError(f"shaping {group['shaping']} and rule {name} both scale the step")
 
 
+def check_tensors(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise InputError if a tensor that has requires_grad, at first or later, cannot be trained."""
+    for group in groups:
+        names = group.get("param_names") or [f"number {i}" for i in range(len(group["params"]))]
+        for name, tensor in zip(names, group["params"], strict=True):
+            if tensor.requires_grad:
+                _check_tensor(name, tensor)
+
+
 def _check_tensor(name: str, tensor: torch.Tensor) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
+    if is_lazy(tensor):
+        raise InputError(
+            f"parameter {name} has no shape yet (a lazy module): call the model once before the "
+            "optimizer is made"
+        )
     check_loaded([(name, tensor)])
     if type(tensor) not in (torch.nn.Parameter, torch.Tensor) and not is_sharded(tensor):
         raise InputError(
             f"parameter {name} is a {type(tensor).__name__}: quantised weights "
             "cannot be perturbed in place; train an adapter (LoRA, prefix) on top of them"
         )
-    if tensor.layout != torch.strided:
-        raise InputError(f"parameter {name} is sparse ({tensor.layout}); only dense ones are tuned")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
+        raise InputError(f"parameter {name} is {kind}; only dense ones are tuned")
+    if tensor.is_neg() or tensor.is_conj():
+        raise InputError(f"parameter {name} is a negated view: train a .clone() of it")
     if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise InputError(
             f"parameter {name} is expanded: several of its elements are one number in memory; "
@@ -113,10 +127,10 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]]) -> None:
             )
 
 
-def check_storage(named: list[tuple[str, torch.Tensor]]) -> None:
+def check_storage(trained: Iterable[tuple[str, torch.Tensor, Any]]) -> None:
     """InputError if two parameters share elements in memory: each walk would move these twice."""
     storages: dict[tuple, list[tuple[int, int, str, torch.Tensor]]] = {}  # first byte, end, ...
-    for name, tensor in ((name, local(p)) for name, p in named):
+    for name, tensor in ((name, local(p)) for name, p, _ in trained):
         if tensor.numel():
             place = (tensor.device, tensor.untyped_storage().data_ptr())
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

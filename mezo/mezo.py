@@ -73,7 +73,7 @@ class MeZO(ZerothOrderOptimizer):
     """Fine-tune with forward passes alone: `optimizer.step(lambda: model(**batch).loss)`.
 
     Options: optimizer.py. Call `model.eval()` first: dropout drowns the difference of losses. Not
-    for training from scratch (Section 4). The first step calls the closure twice more, to compare.
+    for training from scratch (Section 4). Steps 0, 64, 128, 256, ... call the closure twice more.
     """
 
     forms: ClassVar = {"in_place": InPlace, "scratch": FullRank, "low_rank": LowRank}

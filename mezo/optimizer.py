@@ -26,7 +26,7 @@ from mezo.forms.first_look import look_once
 from mezo.forms.plan import Trained, planned
 from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
-from mezo.guards import check_changed_, check_group, check_storage
+from mezo.guards import check_changed_, check_group, check_storage, check_tensors
 from mezo.interrupts import held
 from mezo.layers import check_layers
 from mezo.noise.sharded import is_sharded
@@ -123,7 +123,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.processes: Any = OneProcess()
         self.weights: Any = Weights()
         super().__init__(params, table.defaults() | given | {"step": 0})
-        check_layers(given["layers"], self.form, {name for name, _, _ in self.trained()})
+        self._look_at_options()
 
     def _named(self, estimator: Any) -> str:
         """An estimator's name; one of the user's is kept under it."""
@@ -156,7 +156,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         rule = rules.rule_of(self.settings["rule"], self.rules)
         check_group(param_group, self.settings, rule, self.measures)
         self._known = None
-        check_storage([(name, p) for name, p, _ in self.trained()])
+        self.trained()
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, with what the run remembers in the first parameter group."""
@@ -210,10 +210,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             first = self.param_groups[0]
             known = [first[option] for option in _PLANNED]
             known += [first["estimator"], {**first["rule"]}]
-            for x in itertools.chain(*[group["params"] for group in self.param_groups]):
-                known.append((id(x), x.requires_grad, x.dtype, x.numel(), x.is_contiguous()))
+            try:
+                for x in itertools.chain(*[group["params"] for group in self.param_groups]):
+                    shape = x.requires_grad and (x.dtype, x.numel(), x.is_contiguous())
+                    known.append((id(x), shape))
+            except (RuntimeError, ValueError):  # of a sparse or lazy one, which the check names
+                known.append(None)
             if known != self._known:
-                self.plan, self._known = planned(self), known
+                check_tensors(self.param_groups)
+                plan = planned(self)
+                check_storage(plan.trained)
+                self.plan, self._known = plan, known
         return self.plan.trained
 
     def direction(self, probe: int, closure: Loss | None = None) -> Direction:
@@ -229,7 +236,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             made = self.plan.new(probe) if here else self.weights.direction(self, probe)
             made.bundles = self.plan.bundles if here else None
             self.directions[probe] = made
-        if self.watch.looks and closure is not None:  # before anything moves
+        watch, step = self.watch, self.param_groups[0]["step"]
+        if (watch.looks or step == watch.again) and closure is not None:  # before anything moves
             look_once(self, closure, self.directions[probe])
         return self.directions[probe]
 
@@ -243,6 +251,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _look_at_options(self) -> None:
         """A schedule, or the user, has changed options: they are checked before anything moves."""
         check_changed_(self.param_groups, self.rules, self.measures)
+        check_layers(self.settings["layers"], self.form, {name for name, _, _ in self.trained()})
         self._options = [*map(_OPTIONS, self.param_groups)]
 
     def is_idle(self) -> bool:

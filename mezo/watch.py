@@ -38,9 +38,11 @@ class Watch:
     """Looks at every step, says once what will not work, and stops what has stopped learning.
 
     Attributes:
-        looks: Whether the closure is to be looked at before the first estimate, which takes two
+        looks: Whether the closure is to be looked at before the next estimate, which takes two
             more calls (forms/first_look.py). Set it to False for a closure that is costly, or that
             counts its calls.
+        again: The step before which it is to be looked at once more; negative if at none.
+        told: What was said of the closure, so that no line is said twice.
         repeats: Whether the closure gave the same loss twice at the same weights.
         refused: How many updates in a row were refused.
         tied: Whether a warning said that the two losses of most first steps were equal.
@@ -48,12 +50,22 @@ class Watch:
 
     def __init__(self) -> None:
         self.looks = self.repeats = True
+        self.again = -1
+        self.told: set[str] = set()
         self.tied = False
         self.refused = 0
         self.unit: float | None = None  # of the last place of the weights, once it is known
         self.looking = True  # at every step; else at those that are refused alone
         self._sizes: list[float] = []  # of the first projected gradients
         self._log = logging.getLogger("mezo")
+
+    def look_again(self, optimizer: Any) -> None:
+        """Have the next estimate look at the closure, if the first did: the model is in train mode.
+
+        Not in several processes, which must make the same number of forward passes.
+        """
+        if self.again > 0 and getattr(optimizer.processes, "size", 1) == 1:
+            self.looks = True
 
     def first(self, closure: Loss, perturbed: Direction) -> None:
         """After the first estimate: is everything read perturbed, and is eps z representable?"""

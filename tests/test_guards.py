@@ -49,6 +49,50 @@ def test_tensors_that_cannot_be_trained_are_refused_by_name():
     MeZO([("w", torch.nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False))])
 
 
+def test_a_lazy_module_is_told_to_be_called_first():
+    """It was said to be quantised, or ended in torch's own error."""
+    with pytest.raises(InputError, match="parameter weight has no shape yet"):
+        MeZO(torch.nn.LazyLinear(3).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [(torch.eye(3).to_sparse(), "sparse"), (torch.zeros(1, 3).expand(3, 3), "expanded")],
+)
+def test_a_frozen_tensor_that_cannot_be_trained_is_refused_once_it_is_not_frozen(values, told):
+    """Only what had requires_grad at first was looked at; a sparse one ended in a traceback."""
+    w, b = torch.nn.Parameter(values, requires_grad=False), torch.nn.Parameter(torch.ones(3))
+    optimizer = MeZO([("w", w), ("b", b)], seed=1)
+    optimizer.step(lambda: (w @ b).sum())
+    w.requires_grad_(True)
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"parameter w is {told}"):
+            optimizer.step(lambda: (w @ b).sum())
+
+
+@pytest.mark.parametrize(
+    ("layers", "told"),
+    [
+        (3, "layers must be a dict with numbers by name, .* got 3"),
+        ({"scales": 2.0}, "layers must be a dict with numbers by name"),
+        ({"scales": {"last": "2"}}, "layers must be a dict with numbers by name"),
+        ({"scale": {}}, "layers has scales, modified and thresholds, not scale"),
+        ({"scales": {"other": 2.0}}, "layers: scales names other, which is not trained"),
+    ],
+)
+def test_layers_of_a_group_are_checked_as_those_of_the_optimizer(layers, told):
+    """A number was an AttributeError, and an unknown name was ignored."""
+    model = Regression()
+    group = {"params": list(model.named_parameters())}
+    optimizer = MeZO([group], seed=1)
+    optimizer.step(model)
+    optimizer.param_groups[0]["layers"] = layers
+    with pytest.raises(InputError, match=told):
+        optimizer.step(model)
+    with pytest.raises(InputError, match=told):
+        MeZO([group | {"layers": layers}], seed=1)
+
+
 def test_two_parameters_on_one_memory_are_refused():
     """Each walk would move it twice (tied weights are one parameter, and fine)."""
     w = torch.zeros(3)

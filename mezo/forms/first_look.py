@@ -25,6 +25,7 @@ from mezo.forms.rounding import HALF
 from mezo.interrupts import held
 from mezo.noise.sharded import is_sharded, local
 
+AGAIN = 64  # the step before which a closure is looked at the second time, at the earliest
 _CLOSE = 4  # units in the last place by which two losses of one point may differ
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size: to add up bits
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -32,7 +33,9 @@ _LOG = logging.getLogger("mezo")
 
 
 def look_once(optimizer: Any, closure: Loss, direction: Direction) -> None:
-    """Look at the closure; `optimizer.watch.looks` is False from then on.
+    """Look at the closure, and note in `optimizer.watch` at which step to look again.
+
+    What was well at first may change: a model that an evaluation leaves in train mode, for example.
 
     An offloaded model is not looked at, since each call would read all of its weights, and neither
     is a closure with an attribute `looks` that is False, as `mezo.rewards.closure` has it.
@@ -43,14 +46,16 @@ def look_once(optimizer: Any, closure: Loss, direction: Direction) -> None:
     Raises InputError as `look` does, and whatever the closure raises.
     """
     watch = optimizer.watch
-    watch.looks = False
+    watch.looks, watch.again = False, -1
     costly = not getattr(closure.closure, "looks", True)
     if costly or type(direction).at is Direction.at:  # offloaded
         return
     try:
-        watch.repeats = look(closure, direction)
+        watch.repeats = look(closure, direction, watch.told)
+        if watch.repeats:  # or it has been told
+            watch.again = max(AGAIN, 2 * optimizer.settings["step"])
     except BaseException as error:
-        watch.looks = True
+        watch.looks = True  # at the next estimate
         if isinstance(error, InputError) and getattr(optimizer.processes, "size", 1) == 1:
             optimizer.directions.clear()
         else:
@@ -58,7 +63,7 @@ def look_once(optimizer: Any, closure: Loss, direction: Direction) -> None:
         raise
 
 
-def look(closure: Loss, direction: Direction) -> bool:
+def look(closure: Loss, direction: Direction, told: set[str]) -> bool:
     """Call the closure twice at theta, and warn if its losses differ; returns whether they do not.
 
     Raises InputError if the closure writes to a trained weight, replaces one or calls `backward`.
@@ -78,19 +83,21 @@ def look(closure: Loss, direction: Direction) -> bool:
         with home(), seen[1]:
             second, *_ = _called(loss)
         if kept:
-            _LOG.warning(
+            _warn(
+                told,
                 "the closure turns gradients on (torch.enable_grad), and keeps every activation of "
-                "the forward pass for a backward pass that MeZO never makes: leave it out"
+                "the forward pass for a backward pass that MeZO never makes: leave it out",
             )
         half = any(row.tensor.dtype in HALF for row in rows)
         if seen[0].averages:
-            _LOG.warning(
+            _warn(
+                told,
                 "the forward pass updates running averages, as BatchNorm does in train mode: they "
-                "are no trained weights, and the run log does not rebuild them; call model.eval()"
+                "are no trained weights, and the run log does not rebuild them; call model.eval()",
             )
         is_close = partial(_is_close, first, dtype=dtype, loose=half and not drew)
         if not is_close(second):
-            _LOG.warning("%s", _told(first, second, drew, closure.draws is not None))
+            _warn(told, _told(first, second, drew, closure.draws is not None))
             return False
         if drew:
             return True
@@ -99,7 +106,7 @@ def look(closure: Loss, direction: Direction) -> bool:
             with home(), other:
                 third, *_ = _called(loss)
             if not is_close(third):
-                _warn_of_padding(seen[0].padding)
+                _warn_of_padding(seen[0].padding, told)
     return True
 
 
@@ -112,13 +119,20 @@ def _check_read(first: "Seen", second: "Seen") -> None:
         )
 
 
-def _warn_of_padding(padding: Mapping[str, int]) -> None:
+def _warn(told: set[str], line: str) -> None:
+    """Log a warning that was not told before."""
+    if line not in told:
+        told.add(line)
+        _LOG.warning("%s", line)
+
+
+def _warn_of_padding(padding: Mapping[str, int], told: set[str]) -> None:
     for name, index in padding.items():
-        _LOG.warning(
-            "the loss depends on row %d of %s (padding_idx), which back-propagation would leave as "
-            "it is: here it is perturbed and updated like every other row; mask the padding, or "
-            "make the embedding without padding_idx",
-            *(index, name),
+        _warn(
+            told,
+            f"the loss depends on row {index} of {name} (padding_idx), which back-propagation "
+            "would leave as it is: here it is perturbed and updated like every other row; mask the "
+            "padding, or make the embedding without padding_idx",
         )
 
 

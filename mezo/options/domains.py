@@ -5,7 +5,7 @@ positive.problem("eps", -1.0)      "eps must be positive, got -1.0"
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,16 @@ def name_of(*choices: str, optional: bool = False, own: bool = False) -> Domain:
     return Domain(told, good, lambda x: isinstance(x, str), told, choices, optional)
 
 
+def _are_layers(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    tables = [value.get(name, {}) for name in ("scales", "thresholds")]
+    numbers = (x for table in tables if isinstance(table, Mapping) for x in table.values())
+    return all(isinstance(table, Mapping) for table in tables) and all(map(_is_number, numbers))
+
+
 ANY = Domain("anything", lambda value: True)
+LAYERS = Domain("a dict with numbers by name, as mezo.layers makes it", _are_layers, optional=True)
 FLAG = Domain("True or False", lambda value: value in (True, False))
 POSITIVE = number("positive", lambda x: x > 0)
 POSITIVE_OR_NONE = number("positive", lambda x: x > 0, optional=True)

@@ -16,6 +16,7 @@ from mezo.options.domains import (
     ANY,
     FLAG,
     FRACTION_OR_NONE,
+    LAYERS,
     NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_OR_NONE,
@@ -228,6 +229,7 @@ OPTIONS: tuple[Option, ...] = (
         "layers",
         None,
         "Scales of the perturbation per tensor (Definitions 6 and 7), or a mask.",
+        LAYERS,
         logged=Logged.UNLESS_DEFAULT,
         keys=(Key("modified", name_of(*MODIFIED)),),  # scales and thresholds are the tensors' own
         source=Source.NONE,

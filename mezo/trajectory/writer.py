@@ -59,6 +59,7 @@ class Writer:
         `digests` are those of the weights as they are, if the file had them after byte `end`.
         """
         self._model = model
+        self._trains = model is not None and model.training  # mode, as the last step had it
         self.optimizer, self.path, self._file = optimizer, path, file
         self._end = end  # all before it is in the file, and whole
         self._pending = b""  # segments and records that follow it
@@ -113,6 +114,10 @@ class Writer:
     def _check_constants(self) -> None:
         """Raise InputError, before a step, if a setting that must be constant has changed."""
         self._check_writes()
+        if self._model is not None and self._model.training != self._trains:
+            self._trains = self._model.training
+            if self._trains:
+                self.optimizer.watch.look_again(self.optimizer)
         settings = self.optimizer.settings
         same = all(settings[key] == value for key, value in self._known.items())
         if same and self.optimizer.trained() is self._trained:

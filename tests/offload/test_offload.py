@@ -135,32 +135,6 @@ def test_a_read_only_base_is_never_written(tmp_path):
     assert same(trajectory.replay(tmp_path / "run.mezo", away), model)
 
 
-@pytest.mark.parametrize("form", ["in_place", "low_rank"])
-def test_the_log_of_weights_that_are_never_written_has_the_same_digests(form, tmp_path):
-    """The weights exist on the device alone, block by block; other writers must be found there."""
-    digests = []
-    for name, how in (("here", None), ("away", {"device": "cpu", "write_every": 0})):
-        model = made("opt")
-        optimizer = MeZO(model.named_parameters(), lr=1e-2, perturbation=form, seed=3, interval=2)
-        around = contextlib.nullcontext() if how is None else Offload(model, optimizer, **how)
-        with around, trajectory.record(optimizer, tmp_path / name):
-            for _ in range(3):
-                optimizer.step(loss_of(model))
-        digests.append(trajectory.read(tmp_path / name).digests)
-    assert digests[0].keys() == {3}
-    assert digests[0] == digests[1]
-
-
-def test_a_step_after_weights_that_were_never_written_is_refused():
-    """Outside the context the model has its base weights, from which the log's run cannot go on."""
-    model = made("opt")
-    optimizer = MeZO(model.named_parameters(), seed=3)
-    with offload(model, optimizer, device="cpu", write_every=0):
-        optimizer.step(loss_of(model))
-    with pytest.raises(InputError, match="the updates of the run are in its log alone"):
-        optimizer.step(loss_of(model))
-
-
 def test_a_call_of_the_model_sees_every_update():
     model, away = made("opt"), made("opt")
     optimizer, other = (MeZO(m.named_parameters(), lr=1e-1, seed=3) for m in (model, away))
