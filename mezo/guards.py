@@ -1,6 +1,8 @@
 """Refuse options and tensors when an optimizer is built, in a sentence that names the culprit."""
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -8,12 +10,15 @@ from torch.nn.parameter import is_lazy
 
 from mezo.errors import InputError
 from mezo.forms.rounding import HALF, ROUNDINGS
+from mezo.noise.definition import canonical_name
 from mezo.noise.sharded import is_sharded, local
 from mezo.options.table import ARGUMENTS, SHARED
 from mezo.rules import Rule, options, rule_of
 
+_KEPT = ("params", "param_names", "step", "name", "initial_lr")  # what groups may have, too
 
-def check_group(
+
+def check_group_(
     group: dict[str, Any], first: dict[str, Any], rule: Rule, estimators: Collection[str]
 ) -> None:
     """Raise InputError if the options of a parameter group of MeZO are not accepted.
@@ -24,30 +29,56 @@ def check_group(
         rule: The rule that the group names.
         estimators: The names of the estimators that the optimizer knows.
     """
-    _check_options(group, rule, estimators)
+    _check_options_(group, rule, estimators)
     for option in SHARED:
         if first[option.name] != group[option.name]:
             values = f"{first[option.name]} and {group[option.name]}"
             raise InputError(f"{option.name} is one for all parameter groups, got {values}")
 
 
+def warn_of_unknown(group: dict[str, Any]) -> None:
+    """Warn of keys that are no options of MeZO, as misspelt ones are, and so change nothing."""
+    known = [option.name for option in ARGUMENTS]
+    for key in group.keys() - {*known, *_KEPT}:
+        near = get_close_matches(key, known, n=1)
+        near = ["lr"] if "rate" in key else near
+        logging.getLogger("mezo").warning(
+            "a parameter group has %s, which is no option of MeZO and changes nothing%s",
+            *(key, f"; did you mean {near[0]}?" if near else ""),
+        )
+
+
 def check_changed_(
-    groups: Iterable[dict[str, Any]], known: Mapping[str, type[Rule]], estimators: Collection[str]
+    groups: list[dict[str, Any]],
+    before: list[tuple] | None,
+    known: Mapping[str, type[Rule]],
+    estimators: Collection[str],
 ) -> None:
     """Raise InputError if the options of parameter groups are not what an optimizer accepts.
 
     A schedule, or the user, may write anything into them between two steps. A rule that was given
-    by its name, or as a value, is replaced by the dict that groups hold.
+    by its name, or as a value, is replaced by the dict that groups hold. `before` are the values of
+    ARGUMENTS by group when they were last checked: options that are one for all groups may change
+    in the first alone, but not in another alone.
     """
-    for group in groups:
+    for i, group in enumerate(groups):
         if not isinstance(group["rule"], dict):
             group["rule"] = options(group["rule"], known)
-        _check_options(group, rule_of(group["rule"], known), estimators)
+        _check_options_(group, rule_of(group["rule"], known), estimators)
+        had = before[i] if before and i < len(before) else ()
+        for option, value in zip(ARGUMENTS, had, strict=False):
+            here, first = group[option.name], groups[0][option.name]
+            if option in SHARED and here not in (value, first):
+                raise InputError(
+                    f"{option.name} is one for all parameter groups, and the first one's counts: "
+                    f"set it there, which has {first}, and not in another alone, to {here}"
+                )
 
 
-def _check_options(group: dict[str, Any], rule: Rule, estimators: Collection[str]) -> None:
+def _check_options_(group: dict[str, Any], rule: Rule, estimators: Collection[str]) -> None:
     for option in ARGUMENTS:
         option.check(group[option.name])
+        group[option.name] = option.domain.plain(group[option.name])
     if group["estimator"] not in estimators:
         told = ", ".join(estimators)
         raise InputError(f"estimator must be one of {told}, got {group['estimator']!r}")
@@ -79,6 +110,27 @@ def _check_together(group: dict, rule: Rule) -> None:
             )
     if group["shaping"] and rule.replayed != rule:
         raise InputError(f"shaping {group['shaping']} and rule {name} both scale the step")
+
+
+def check_state(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise InputError if a state that is to be loaded is not one of these parameters' optimizer.
+
+    torch gives buffers to parameters by their order alone, and z is keyed by the names that are
+    loaded: in another order, each would be another's.
+    """
+    saved = state["param_groups"]
+    if any("seed" not in group for group in saved):
+        raise InputError(
+            "the state is of another optimizer than MeZO: its parameter groups have no seed"
+        )
+    for had, here in zip(saved, groups, strict=False):
+        names, known = (list(map(canonical_name, g.get("param_names") or ())) for g in (had, here))
+        if names != known and sorted(names) == sorted(known):
+            i = next(i for i, name in enumerate(names) if name != known[i])
+            raise InputError(
+                f"the state has the parameters in another order: {names[i]} where {known[i]} is "
+                "here; make the optimizer of the same list as the one that was saved"
+            )
 
 
 def check_tensors(groups: Iterable[dict[str, Any]]) -> None:
@@ -125,6 +177,18 @@ def check_loaded(named: Iterable[tuple[str, torch.Tensor]]) -> None:
                 f"parameter {name} is on the meta device (offloaded or not loaded): a perturbation "
                 "would be lost; load the model by mezo.offload.load_offloaded, or onto a device"
             )
+
+
+def check_names(trained: Iterable[tuple[str, torch.Tensor, Any]]) -> None:
+    """InputError if two parameters have one name: they would be perturbed by the same z."""
+    seen: set[str] = set()
+    for name, _, _ in trained:
+        if name in seen:
+            raise InputError(
+                f"two parameters have the name {name}, by which z is drawn: give each its own, as "
+                "named_parameters() of the model that holds both does"
+            )
+        seen.add(name)
 
 
 def check_storage(trained: Iterable[tuple[str, torch.Tensor, Any]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import distributed as dist
 
-from mezo import estimators, noise, rules
+from mezo import estimators, guards, noise, rules
 from mezo.closures import Closure, Loss
 from mezo.errors import InputError
 from mezo.estimators import FAILED, Combined, Estimate, Estimator, combined
@@ -26,7 +26,6 @@ from mezo.forms.first_look import look_once
 from mezo.forms.plan import Trained, planned
 from mezo.forms.updates import Update
 from mezo.forms.weights import Weights
-from mezo.guards import check_changed_, check_group, check_storage, check_tensors
 from mezo.interrupts import held
 from mezo.layers import check_layers
 from mezo.noise.sharded import is_sharded
@@ -152,9 +151,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self._thread = threading.Lock()
 
     def add_param_group(self, param_group: dict) -> None:
+        guards.warn_of_unknown(param_group)
         super().add_param_group(param_group)
         rule = rules.rule_of(self.settings["rule"], self.rules)
-        check_group(param_group, self.settings, rule, self.measures)
+        guards.check_group_(param_group, self.settings, rule, self.measures)
         self._known = None
         self.trained()
 
@@ -165,6 +165,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict) -> None:
+        guards.check_state(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
         rounding.keep_dtypes(self, state_dict)
         for group in self.param_groups:
@@ -217,9 +218,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             except (RuntimeError, ValueError):  # of a sparse or lazy one, which the check names
                 known.append(None)
             if known != self._known:
-                check_tensors(self.param_groups)
+                guards.check_tensors(self.param_groups)
                 plan = planned(self)
-                check_storage(plan.trained)
+                guards.check_names(plan.trained)
+                guards.check_storage(plan.trained)
                 self.plan, self._known = plan, known
         return self.plan.trained
 
@@ -250,7 +252,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _look_at_options(self) -> None:
         """A schedule, or the user, has changed options: they are checked before anything moves."""
-        check_changed_(self.param_groups, self.rules, self.measures)
+        guards.check_changed_(self.param_groups, self._options, self.rules, self.measures)
         check_layers(self.settings["layers"], self.form, {name for name, _, _ in self.trained()})
         self._options = [*map(_OPTIONS, self.param_groups)]
 

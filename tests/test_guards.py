@@ -288,3 +288,83 @@ def test_a_rule_may_be_put_into_a_group_as_a_name_or_a_value():
         optimizer.step(model)
         found.append(weights(model))
     assert torch.equal(*found)
+
+
+def test_two_parameters_of_one_name_are_refused():
+    """They would be perturbed by the same z, and a log could not tell them apart."""
+    one, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    for params in ([("w", one), ("w", other)], [{"params": [("w", p)]} for p in (one, other)]):
+        with pytest.raises(InputError, match="two parameters have the name w"):
+            MeZO(params)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"), [("learning_rate", "mean lr"), ("epsilon", "mean eps"), ("betas", "nothing")]
+)
+def test_a_key_of_a_group_that_is_no_option_is_named(key, told, caplog):
+    """It was kept and ignored: a whole run at the default rate."""
+    MeZO([{"params": list(Regression().named_parameters()), key: 0.1, "name": "all"}])
+    assert len(caplog.records) == 1
+    assert key in caplog.text
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("eps", 0.5), ("num_samples", 3), ("seed", 5)])
+def test_a_later_group_cannot_change_alone_what_is_one_for_all(name, value):
+    """The first group's value counts, and the other was ignored."""
+    model = Regression()
+    params = list(model.named_parameters())
+    optimizer = MeZO([{"params": params[:1]}, {"params": params[1:]}], seed=1)
+    optimizer.step(model)
+    optimizer.param_groups[0]["eps"] = 2e-3  # as a schedule that knows of one group does
+    optimizer.step(model)
+    optimizer.param_groups[1][name] = value
+    with pytest.raises(InputError, match=f"{name} is one for all parameter groups"):
+        optimizer.step(model)
+    optimizer.param_groups[0][name] = value
+    optimizer.step(model)
+
+
+@pytest.mark.parametrize("made", [np.int64, torch.tensor])
+def test_whole_numbers_of_numpy_and_torch_are_pythons_own(made, tmp_path):
+    """A seed of numpy ended in an AttributeError, one of torch in an OverflowError."""
+    model, again = Regression(), Regression()
+    optimizer = MeZO(model.named_parameters(), seed=made(3), num_samples=made(2))
+    with trajectory.record(optimizer, tmp_path / "run.mezo", model=model):
+        optimizer.step(model)
+    trajectory.replay(tmp_path / "run.mezo", again)
+    assert type(optimizer.settings["seed"]) is int
+    assert torch.equal(weights(model), weights(again))
+    with pytest.raises(InputError, match="rank must be a whole number"):
+        MeZO(model.named_parameters(), rank=made(3) / 2)
+
+
+def test_a_state_of_another_order_or_another_optimizer_is_refused():
+    """torch gives buffers by order, and the loaded names would draw each parameter another's z."""
+    model = Regression()
+    params = list(model.named_parameters())
+    saved = MeZO(params[::-1], seed=1).state_dict()
+    with pytest.raises(InputError, match="the state has the parameters in another order"):
+        MeZO(params, seed=1).load_state_dict(saved)
+    with pytest.raises(InputError, match="the state is of another optimizer than MeZO"):
+        MeZO(params, seed=1).load_state_dict(torch.optim.Adam(params).state_dict())
+
+
+def test_a_closure_that_reads_no_trained_parameter_is_told(caplog):
+    """A copy of the model was evaluated, and nothing was learned without a word."""
+    model, copy = Regression(), Regression()
+    MeZO(model.named_parameters(), seed=1).step(copy)
+    assert "reads none of the trained parameters" in caplog.text
+
+
+@pytest.mark.parametrize("until", [1.5, "1", True])
+def test_a_replay_until_what_is_no_whole_number_is_refused(until, tmp_path):
+    """A fraction or a text was torch's or Python's own error, and True was step 1."""
+    model = Regression()
+    optimizer = MeZO(model.named_parameters(), seed=1)
+    with trajectory.record(optimizer, tmp_path / "run.mezo") as writer:
+        optimizer.step(model)
+    with pytest.raises(InputError, match="until must be from 0 to 1, got"):
+        trajectory.replay(tmp_path / "run.mezo", Regression(), until=until)
+    with pytest.raises(InputError, match="the log is closed"):
+        writer.digest()

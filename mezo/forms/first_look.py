@@ -95,6 +95,12 @@ def look(closure: Loss, direction: Direction, told: set[str]) -> bool:
                 "the forward pass updates running averages, as BatchNorm does in train mode: they "
                 "are no trained weights, and the run log does not rebuild them; call model.eval()",
             )
+        if not seen[0].read and not any(is_sharded(row.tensor) for row in rows):
+            _warn(
+                told,
+                "the closure reads none of the trained parameters, so that nothing is learned: it "
+                "may use a copy of the model, or what was computed before the step",
+            )
         is_close = partial(_is_close, first, dtype=dtype, loose=half and not drew)
         if not is_close(second):
             _warn(told, _told(first, second, drew, closure.draws is not None))

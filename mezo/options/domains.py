@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 _OF_A_USER = re.compile(r"[\w.]+:[\w.<>]+")  # "module:Name", a rule or an estimator of the user
@@ -23,6 +24,7 @@ class Domain:
         type_told: What that type is, as `told`.
         choices: The names that belong to the domain, if it is one of names.
         optional: Whether None belongs to the domain, too.
+        plain: Makes Python's own number, which a log can hold, of a value of the domain.
     """
 
     told: str
@@ -31,6 +33,7 @@ class Domain:
     type_told: str = ""
     choices: tuple[str, ...] = ()
     optional: bool = False
+    plain: Callable[[Any], Any] = lambda value: value
 
     def __contains__(self, value: Any) -> bool:
         if value is None and self.optional:
@@ -53,7 +56,11 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    """Return whether a value is a whole number, of Python, numpy, or torch."""
+    try:
+        return index(value) == value and not isinstance(value, bool)
+    except TypeError:
+        return False
 
 
 def number(told: str, holds: Callable[[float], bool], optional: bool = False) -> Domain:
@@ -69,10 +76,10 @@ def whole(least: int, end: int | None = None, told: str = "") -> Domain:
     """Return a domain of whole numbers from `least` on, below `end` if there is one."""
 
     def good(value: Any) -> bool:
-        return least <= value and (end is None or value < end)
+        return least <= index(value) and (end is None or index(value) < end)
 
     told = told or (f"at least {least}" if end is None else f"from {least} to {end - 1}")
-    return Domain(told, good, _is_whole, "a whole number")
+    return Domain(told, good, _is_whole, "a whole number", plain=index)
 
 
 def name_of(*choices: str, optional: bool = False, own: bool = False) -> Domain:

@@ -90,10 +90,10 @@ def steps_until(path: str | Path, log: Log, until: int | None) -> list[Step]:
     Raises InputError if `until` is outside the log, or if the log lacks steps that the rule or the
     rounding needs.
     """
-    if until is not None and not log.start <= until <= log.end:
+    if until is not None and (type(until) is not int or not log.start <= until <= log.end):
         raise InputError(
             f"{path} has {len(log.steps)} steps, until must be from {log.start} to {log.end}, "
-            f"got {until}"
+            f"got {until!r}"
         )
     steps = log.steps[: None if until is None else until - log.start]
     if steps and log.start and (kept := kept_by(log.header)):

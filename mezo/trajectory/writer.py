@@ -197,6 +197,8 @@ class Writer:
         Nothing is noted while the weights are not the log's: between estimate() and step(); after
         layers were frozen, which the next step refuses; once offload with write_every=0 is left.
         """
+        if self._file.closed:
+            raise InputError(f"{self.path}: the log is closed")
         self._check_model()
         if self._digested == self._step or self._pending:
             return

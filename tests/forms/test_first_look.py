@@ -112,9 +112,10 @@ def test_a_few_roundings_of_the_losss_own_dtype_are_no_noise(caplog):
             caplog.clear()
             unit, calls, p = torch.finfo(dtype).eps, [0], nn.Parameter(torch.ones(1))
 
-            def closure(calls=calls, units=units, unit=unit, dtype=dtype):
+            def closure(calls=calls, units=units, unit=unit, dtype=dtype, p=p):
                 calls[0] += 1
-                return torch.tensor(1 + units * unit * (calls[0] == 2), dtype=dtype)
+                loss = torch.tensor(1 + units * unit * (calls[0] == 2), dtype=dtype)
+                return loss + 0 * p.to(dtype).sum()
 
             optimizer = MeZO([("p", p)], lr=0.0, seed=1)
             optimizer.step(closure)
