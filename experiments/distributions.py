@@ -27,7 +27,8 @@ OUTPUT = Path(__file__).parent / "results" / "distributions.json"
 def run(model_name: str, distribution: str, seed: int, steps: int) -> dict:
     model, form, splits = load(model_name)
     recipe = SETTINGS[model_name].recipes["MeZO, all weights"]
-    recipe = replace(recipe, distribution=distribution, steps=steps)
+    options = recipe.options | {"distribution": distribution}
+    recipe = replace(recipe, options=options, steps=steps)
     where = {"seed": seed, "held_out": splits["dev"], "evaluations": 2}
     last = tune(model, form, splits["train"], recipe, **where).points[-1]
     cell = {"model": model_name, "distribution": distribution, "seed": seed, "steps": steps}

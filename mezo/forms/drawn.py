@@ -2,11 +2,12 @@
 
 U and the z of vectors are drawn once for a step and V once for an interval; the sums A of all
 matrices are moved together. The bits are those of `factors.update_` and of `noise.apply_` for each.
+U, z and A + sign U lie in memory that stays where it is, so that the views of them are made once.
 """
 
 from collections.abc import Mapping, Sequence
 from operator import is_not
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,31 +21,53 @@ from mezo.noise import Move
 Named = dict[str, torch.Tensor]
 
 
-class Drawn:
-    """The factors of a model's matrices, and the z of its vectors that have no 16 bits.
+class Product(NamedTuple):
+    """What x W' + (x V) L' takes, all in the dtype of W."""
 
-    It holds V, and a zero in the shape of all that a step draws.
-    """
+    name: str
+    device: str  # the type
+    shape: tuple[int, int]  # of W', (n, m)
+    right: torch.Tensor  # V / sqrt(rank), (n, rank)
+    left: torch.Tensor  # L', (rank, m): of the sign that was asked for last
+    matrix: torch.Tensor  # W', (n, m)
+
+
+class Drawn:
+    """The factors of a model's matrices, and the z of its vectors that have no 16 bits."""
 
     def __init__(self, rows: Sequence[Row], settings: Mapping[str, Any]):
         self.settings = settings
         self.matrices = [row for row in rows if row.tensor.dim() == 2]
-        vectors = [r for r in rows if r.tensor.dim() < 2 and r.tensor.dtype not in HALF]
-        zeros = [
-            Row(r.name, zeros_for(r.tensor, len(r.tensor), settings), key_of(r.name, "U", settings))
-            for r in self.matrices
-        ]
-        zeros += [r._replace(tensor=torch.zeros_like(r.tensor).detach()) for r in vectors]
-        self.vectors, self.zeros = vectors, noise.Rows(zeros)
+        self.vectors = [r for r in rows if r.tensor.dim() < 2 and r.tensor.dtype not in HALF]
+        # They outlive the pass, which may be one in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            like = [zeros_for(row.tensor, len(row.tensor), settings) for row in self.matrices]
+            self._u_memory, self._u = _joined(like)
+            self._left_memory, self._left = _joined(like)
+            self._z_memory, self._z = _joined([r.tensor.detach() for r in self.vectors])
+        keys = [key_of(row.name, "U", settings) for row in self.matrices]
+        drawn = zip([*self.matrices, *self.vectors], [*self._u, *self._z], strict=True)
+        self._rows = noise.Rows(
+            Row(row.name, x, keys[i] if i < len(keys) else row.key)
+            for i, (row, x) in enumerate(drawn)
+        )
+        self._holds: Move | None = None  # whose U and z were drawn last
         self.first: int | None = None  # the step that began the interval of V
         self.right: Named = {}
+        self._known: tuple = ()  # for which `_products` were made
+        self._products: dict[int, Product] = {}
+        self._casts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._parts: dict[int, tuple] = {}  # by the id of the rows that `add_` was given
 
-    def of_step(self, move: Move) -> Named:
-        """Return U and z of a direction, times the move's coefficient, by name."""
-        how = {"distribution": self.settings["distribution"]}
-        made = noise.moved_all(self.zeros, noise.table([move]), **how)
-        return {row.name: x for row, x in zip(self.zeros, made, strict=True)}
+    def draw_(self, move: Move) -> None:
+        """Draw U and z of a direction, times the move's coefficient, unless they are there."""
+        if self._holds == move:
+            return
+        self._holds = None
+        for memory in (*self._u_memory, *self._z_memory):
+            memory.zero_()
+        noise.apply_all_(self._rows, [move], distribution=self.settings["distribution"])
+        self._holds = move
 
     def of_interval(self, step: int) -> Named:
         """Return V / sqrt(rank) of the interval that contains the step, by name."""
@@ -56,26 +79,52 @@ class Drawn:
             self.right, self.first = drawn, first
         return self.right
 
-    def lefts(self, u: Named, states: States, signs: Sequence[int]) -> Named:
+    def lefts(self, states: States, signs: Sequence[int]) -> Named:
         """Return A + sign U for each sign, (signs, m, rank), by name."""
-        kept: list[Any] = [states.get(row.tensor, {}).get("low_rank") for row in self.matrices]
-        names = [row.name for row in self.matrices]
-        if any(a is None for a in kept):
-            each = [_added(a, u[name], signs) for a, name in zip(kept, names, strict=True)]
-        else:
-            us = [u[name] for name in names]
-            by_sign = [torch._foreach_add(kept, us, alpha=sign) for sign in signs]
-            each = [list(one) for one in zip(*by_sign, strict=True)]
-        found = [one[0].unsqueeze(0) if len(one) == 1 else torch.stack(one) for one in each]
-        return dict(zip(names, found, strict=True))
+        kept = [states.get(row.tensor, {}).get("low_rank") for row in self.matrices]
+        triples = zip(self.matrices, kept, self._u, strict=True)
+        return {row.name: torch.stack(_added(a, u, signs)) for row, a, u in triples}
 
-    def shifted(self, z: Named, sign: int) -> Named:
-        """Return theta + sign z of all vectors, by name."""
-        thetas = [row.tensor.detach() for row in self.vectors]
-        if not thetas:
+    def products(self, step: int, states: States, sign: int) -> dict[int, Product]:
+        """Return what products with each matrix take, by the matrix's id; a next call changes it.
+
+        A matrix that is empty is left out.
+        """
+        for u, left in zip(self._u_memory, self._left_memory, strict=True):
+            torch.mul(u, sign, out=left)
+        kept = [states.get(row.tensor, {}).get("low_rank") for row in self.matrices]
+        pairs = [(left, a) for left, a in zip(self._left, kept, strict=True) if a is not None]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        self._look(step)
+        for cast, left in self._casts:
+            cast.copy_(left)
+        return self._products
+
+    def _look(self, step: int) -> None:
+        """Make views anew where the weights lie elsewhere, or V is another one."""
+        rights = self.of_interval(step)
+        known = self.first, [row.tensor.data_ptr() for row in self.matrices]
+        if self._known == known:
+            return
+        self._products, self._casts = {}, []
+        for (name, tensor, _), left in zip(self.matrices, self._left, strict=True):
+            dtype, right, own = tensor.dtype, rights[name], left
+            if dtype != left.dtype:
+                right, own = right.to(dtype), left.to(dtype)
+                self._casts.append((own, left))
+            if tensor.numel():
+                w, device = tensor.detach().t(), tensor.device.type
+                self._products[id(tensor)] = Product(name, device, (*w.shape,), right, own.t(), w)
+        self._known = known
+
+    def shifted(self, sign: int) -> dict[int, torch.Tensor]:
+        """Return theta + sign z of all vectors, by the vector's id."""
+        if not self.vectors:
             return {}
-        found = torch._foreach_add(thetas, [z[row.name] for row in self.vectors], alpha=sign)
-        return {row.name: x for row, x in zip(self.vectors, found, strict=True)}
+        thetas = [row.tensor.detach() for row in self.vectors]
+        found = torch._foreach_add(thetas, self._z, alpha=sign)
+        return {id(row.tensor): x for row, x in zip(self.vectors, found, strict=True)}
 
     def add_(self, rows: noise.Rows, moves: np.ndarray, states: States) -> None:
         """Apply the moves of steps to these tensors: to the sums A of the matrices among them.
@@ -103,6 +152,21 @@ class Drawn:
         if any(scale != 1 for scale in scales):
             for row in matrices:
                 decay_(states[row.tensor], scales)
+
+
+def _joined(like: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return zeros, one tensor for each dtype and device, and views of them in the given shapes."""
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for x in like:
+        kinds.setdefault((x.dtype, x.device), []).append(x)
+    memory, views = [], {}
+    for (dtype, device), of in kinds.items():
+        line = 64 // dtype.itemsize  # where torch would let a tensor begin
+        sizes = [-(-x.numel() // line) * line for x in of]
+        memory.append(torch.zeros(sum(sizes), dtype=dtype, device=device))
+        for x, part in zip(of, memory[-1].split(sizes), strict=True):
+            views[id(x)] = part[: x.numel()].view(x.shape)
+    return memory, [views[id(x)] for x in like]
 
 
 def _added(a: torch.Tensor | None, u: torch.Tensor, signs: Sequence[int]) -> list[torch.Tensor]:

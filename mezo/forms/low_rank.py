@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from mezo import noise
-from mezo.forms.drawn import Drawn
+from mezo.forms.drawn import Drawn, Product
 from mezo.forms.factors import (
     key_of,
     parts_of,
@@ -31,6 +31,7 @@ from mezo.forms.factors import (
     zeros_for,
 )
 from mezo.forms.one_pass import together
+from mezo.forms.one_sign import OneSign
 from mezo.forms.products import Factors, Products
 from mezo.forms.reads import eager
 from mezo.forms.rounding import HALF
@@ -54,12 +55,11 @@ class LowRank(Scratch):
         self.dtypes: set[torch.dtype] = set()  # dtypes in which products were computed
         self._made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # V / sqrt(rank) and eps U
         self._shifts: dict[tuple[int, int], torch.Tensor] = {}  # eps z of vectors
-        self._made_u: dict[str, torch.Tensor] = {}  # eps U and eps z of all, if drawn together
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
         """Return a context for `sign`; with 0, products still include the accumulated updates."""
-        with eager(), self._products(0, sign):
+        with eager(), OneSign(self, [_Half(self, sign)], [sign], 0):
             yield
 
     @contextmanager
@@ -69,7 +69,8 @@ class LowRank(Scratch):
         The forward pass takes 2 batch_size rows. Raises Unpaired if a parameter is read and a row
         cannot be assigned to a half.
         """
-        with eager(), self._products(2 * batch_size, +1, -1):
+        signs = (+1, -1)
+        with eager(), Products(self, [_Half(self, s) for s in signs], signs, 2 * batch_size):
             yield
 
     def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
@@ -86,10 +87,6 @@ class LowRank(Scratch):
         """Draw the factors anew when they are next used; a captured pass draws its own."""
         self._made.clear()
         self._shifts.clear()
-        self._made_u = {}
-
-    def _products(self, batch: int, *signs: int) -> Products:
-        return Products(self, [_Half(self, sign) for sign in signs], signs, batch)
 
     def factors(self, name: str, tensor: torch.Tensor, signs: Sequence[int]) -> Factors:
         """Return V / sqrt(rank) and, for each sign, A + sign eps U; both are drawn only once."""
@@ -108,13 +105,18 @@ class LowRank(Scratch):
         """Return `factors` of all matrices, drawn in one launch; none where each is drawn alone."""
         if (drawn := self._together()) is None:
             return {}
-        right, left = drawn.of_interval(self.step), drawn.lefts(self._made_u, self.states, signs)
+        right, left = drawn.of_interval(self.step), drawn.lefts(self.states, signs)
         return {name: (right[name], left[name]) for name in left}
 
-    def all_vectors(self, sign: int) -> dict[str, torch.Tensor]:
-        """Return `vector` of all vectors, by name; none where each is drawn alone."""
+    def products(self, sign: int) -> dict[int, Product]:
+        """Return the same for products at one sign, by the matrix's id."""
         drawn = self._together()
-        return {} if drawn is None else drawn.shifted(self._made_u, sign)
+        return {} if drawn is None else drawn.products(self.step, self.states, sign)
+
+    def vectors(self, sign: int) -> dict[int, torch.Tensor]:
+        """Return `vector` of all vectors, by the vector's id; none where each is drawn alone."""
+        drawn = self._together()
+        return {} if drawn is None else drawn.shifted(sign)
 
     def _together(self) -> Drawn | None:
         """Return what draws for all tensors at once, where they stay in place during a pass."""
@@ -122,8 +124,7 @@ class LowRank(Scratch):
             return None
         if self.bundles.drawn is None:
             self.bundles.drawn = Drawn(self.rows, self.settings)
-        if not self._made_u:
-            self._made_u = self.bundles.drawn.of_step(self.move(self.eps))
+        self.bundles.drawn.draw_(self.move(self.eps))
         return self.bundles.drawn
 
     def vector(self, tensor: torch.Tensor, key: tuple[int, int], sign: int) -> torch.Tensor:
@@ -144,11 +145,15 @@ class _Half(Moved):
     def __init__(self, of: LowRank, sign: int):
         super().__init__(of, of.moves(sign))
         self.of, self.sign = of, sign
-        self._vectors: dict[str, torch.Tensor] | None = None  # those not yet read in this pass
+        self._made: set[int] | None = None  # the ids of vectors that were made ready for this pass
 
     def forget(self) -> None:
         super().forget()
-        self._vectors = None
+        self._made = None
+
+    def settle(self) -> None:
+        """After the pass: note which of the vectors that were made ready it has read."""
+        self.read.update([self.rows[i][0] for i in (self._made or set()) - self._ready.keys()])
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
         if key is None:  # computed from parameters that are already perturbed
@@ -159,11 +164,10 @@ class _Half(Moved):
         if tensor.dtype in HALF:
             live.refuse("a 16-bit matrix that is read by something else than a product")
         if tensor.dim() < 2:
-            made = None
-            if live.current() is None:  # a graph draws its own
-                if self._vectors is None:
-                    self._vectors = self.of.all_vectors(self.sign)
-                made = self._vectors.pop(name, None)
+            if self._made is None and live.current() is None:  # a graph draws its own
+                self._ready |= (made_ready := self.of.vectors(self.sign))
+                self._made = {*made_ready}
+            made = self._ready.pop(id(tensor), None)
             return self.of.vector(tensor, key, self.sign) if made is None else made
         out = torch.empty_like(tensor, requires_grad=False)
         right, (left,) = self.of.factors(name, tensor, (self.sign,))

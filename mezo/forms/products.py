@@ -96,6 +96,11 @@ class Products(Reads):
             where,
         ), numbers
 
+    def __exit__(self, *raised):
+        for half in self.halves:
+            half.settle()
+        return super().__exit__(*raised)
+
     def forget(self) -> None:
         self._all = None
         for half in self.halves:
@@ -128,8 +133,6 @@ class Products(Reads):
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """Return x W' + b (transposed) or x W + b, with the perturbed W."""
-        if len(self.halves) == 1:
-            return self._multiply_alone(x, weight, bias, transposed)
         x, dtype = self._with_rows(x, x.dim()), computed_in(x)
         right, left, w = self._factors(weight, dtype)
         first, second = (right, left.mT) if transposed else (left, right.mT)
@@ -147,21 +150,6 @@ class Products(Reads):
             out = torch.baddbmm(biases.to(dtype), inner, second)
         out = out.reshape(rows, w.shape[1]).addmm_(flat, w)  # in place: logits are large
         return out.view(*x.shape[:-1], w.shape[1])
-
-    def _multiply_alone(self, x, weight, bias, transposed: bool) -> torch.Tensor:
-        """Return the same for one sign: on a CPU each operation that is saved is a microsecond."""
-        dtype = computed_in(x)
-        right, left, w = self._factors(weight, dtype)
-        left = left[0]
-        first, second, w = (right, left.t(), w.t()) if transposed else (left, right.t(), w)
-        flat = x.reshape(x.shape[:-1].numel(), len(w))
-        flat = flat if flat.dtype == dtype else flat.to(dtype)
-        inner = torch.mm(flat, first)  # to (.., rank)
-        if bias is None:
-            out = torch.mm(inner, second)
-        else:
-            out = torch.addmm(self.halves[0].perturbed(bias).to(dtype), inner, second)
-        return out.addmm_(flat, w).view(*x.shape[:-1], w.shape[1])
 
     def _lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
         self.embedding(weight, max_norm)

@@ -66,6 +66,8 @@ class Watched(torch.nn.Parameter):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         reads = Reads.innermost()
+        if reads is not None and (made := reads.at_once(function, args, kwargs)) is not None:
+            return made
         with Reads.unseen():
             if reads is None:  # another thread, or a copy that was made in a pass
                 return function(*args, **kwargs or {})
@@ -100,9 +102,9 @@ class Reads(TorchFunctionMode):
         vars(self._entered).setdefault("modes", []).append(self)
         if self.placed is not None or self.bundles is None or not self.bundles.watched:
             return super().__enter__()
-        self._watched = []
-        for _, x, _ in self.rows.values():
-            self.watch(x)
+        self._watched = [(x, type(x)) for _, x, _ in self.rows.values() if type(x) in _WATCHED]
+        for x, kind in self._watched:
+            x.__class__ = _WATCHED[kind]
         return self
 
     def watch(self, x: torch.Tensor) -> None:
@@ -180,6 +182,10 @@ class Reads(TorchFunctionMode):
             return args[0]  # the parameter itself: `module.to()` assigns it where it was
         self._refuse(function, name, self.rows.get(id(args[0])) if args else None, kwargs)
         return self.call(function, args, kwargs)
+
+    def at_once(self, function, args: tuple, kwargs: dict | None) -> torch.Tensor | None:
+        """Return the result of a function that needs none of `handle`'s looks; None: it does."""
+        return None
 
     def call(self, function, args: tuple, kwargs: dict):
         """Call the function with theta + eps z in place of theta, and return its result."""

@@ -120,6 +120,13 @@ class Moved(Reads):
     def forget(self) -> None:
         self._ready.clear()
 
+    def settle(self) -> None:
+        """After a pass of `Products`: note what it has read of that which was made ready."""
+
+    def taken(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """Return `perturbed(x)` where it was made ready or is x, and None otherwise."""
+        return self._ready.pop(id(x), None) if id(x) in self.rows else x
+
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
         tensors = [tensor for _, tensor, _ in self.rows.values()]
         if self.placed is not None:

@@ -10,6 +10,7 @@ from noise_checks import plain
 
 from mezo import MeZO, noise
 from mezo.forms.low_rank import LowRank
+from mezo.forms.one_sign import OneSign
 from mezo.noise import Move
 
 MOVES = [Move(2, 0, 1.0, 1e-2)]
@@ -157,3 +158,53 @@ def test_low_rank_drawn_together_has_the_bits_of_one_tensor_after_another(option
     (losses, found), (expected_losses, expected) = runs
     assert losses == expected_losses
     assert all(map(torch.equal, found, expected))
+
+
+class Norms(torch.nn.Module):
+    """Linear layers with a frozen bias or none, a norm, and a parameter as a layer's input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(5, 7), torch.nn.Linear(7, 6, bias=False)
+        self.norm, self.prompt = torch.nn.LayerNorm(7), torch.nn.Parameter(torch.randn(1, 4, 6))
+        self.last, self.unread = torch.nn.Linear(6, 3), torch.nn.Parameter(torch.ones(3))
+        self.last.bias.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.second(self.norm(torch.tanh(self.first(x))))
+        return (self.last(h).mean() + self.last(self.prompt).sum()).square()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_layers_that_take_what_was_made_ready_have_the_losses_of_all_others(
+    dtype, autocast, monkeypatch
+):
+    """A pass at one sign makes products of small parts at once: the numbers are the same, what was
+    not read is not said to have been, and other steps, signs and sums are not mixed up."""
+    runs = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(OneSign, "at_once", lambda *_: None)
+            monkeypatch.setattr(LowRank, "_together", lambda self: None)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model, x = Norms().to(dtype), torch.randn(4, 2, 5).to(dtype)
+        how = {"seed": 1, "eps": 1e-1, "lr": 1e-2, "interval": 2, "perturbation": "low_rank"}
+        optimizer, losses = MeZO(model.named_parameters(), **how), []
+
+        def closure(model=model, x=x):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, autocast):
+                return model(x)
+
+        for _ in range(5):
+            with torch.no_grad():
+                direction = optimizer.direction(0)
+                for sign in (-1, +1, 0, -1):
+                    with direction.at(sign):
+                        losses.append(float(closure()))
+                assert direction.read == {row.name for row in direction.rows} - {"unread"}
+            losses.append(optimizer.step(closure))
+        runs.append(losses)
+    assert runs[0] == runs[1]
+    assert len({*runs[0]}) > 10

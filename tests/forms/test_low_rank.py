@@ -321,7 +321,7 @@ def test_an_interrupt_while_matrices_are_written_comes_when_they_are(dtype, monk
 
 def test_an_interrupt_within_a_step_leaves_what_the_log_says(tmp_path, monkeypatch):
     """Ctrl-C after any draw, that of an interval's end too: the run goes on, and replays."""
-    names = ("apply_", "apply_all_", "moved_all")
+    names = ("apply_", "apply_all_")
     originals = {name: getattr(noise, name) for name in names}
     launches = fails_at = 0
     while fails_at <= launches:  # first without a signal, to count them
