@@ -37,7 +37,7 @@ from mezo.runs.result import environment
 SHAPES = {"tiny": (64, 2, 2), **OPT}  # hidden size, layers, heads
 EPS, LR = 1e-3, 1e-6
 GRAPHED = ("forwards", "scratch", "low rank, one pass", "full rank")  # also measured as graphs
-WARM = 4  # turns that do not count: graphs are captured in the third call of their kind
+WARM = {"cuda": 4, "cpu": 2}  # turns that do not count: the third call of a kind captures its graph
 
 
 def build(shape: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> OPTForCausalLM:
@@ -142,13 +142,13 @@ def measure(
         calls = {name: call for name, call in calls.items() if name in ("forwards", *only)}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        for turn in range(repeats + WARM):
+        for turn in range(repeats + (warm := WARM.get(device, 4))):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
                 if device == "cuda":
                     torch.cuda.synchronize()
-                if turn >= WARM:  # the first ones compile, capture and take the memory
+                if turn >= warm:  # the first ones compile, capture and take the memory
                     seconds[name].append(time.perf_counter() - began)
     plain = seconds["forwards"]
     rows = {

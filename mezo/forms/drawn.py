@@ -97,8 +97,8 @@ class Drawn:
         if pairs:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         self._look(step)
-        for cast, left in self._casts:
-            cast.copy_(left)
+        if self._casts:
+            torch._foreach_copy_(*map(list, zip(*self._casts, strict=True)))
         return self._products
 
     def _look(self, step: int) -> None:
@@ -161,7 +161,7 @@ def _joined(like: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torc
         kinds.setdefault((x.dtype, x.device), []).append(x)
     memory, views = [], {}
     for (dtype, device), of in kinds.items():
-        line = 64 // dtype.itemsize  # where torch would let a tensor begin
+        line = (64 if device.type == "cpu" else 512) // dtype.itemsize  # as torch aligns tensors
         sizes = [-(-x.numel() // line) * line for x in of]
         memory.append(torch.zeros(sum(sizes), dtype=dtype, device=device))
         for x, part in zip(of, memory[-1].split(sizes), strict=True):
