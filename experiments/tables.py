@@ -156,6 +156,25 @@ def _best(folder: Path) -> str:
     return f"[{spread(values)}](../{chosen[0][1].relative_to(RESULTS.parents[1])})"
 
 
+def newcomer() -> None:
+    """The run without a rate, and the tuned one: the rate that the dev examples choose, by seed."""
+    cells = json.loads((RESULTS / "newcomer.json").read_text())["cells"]
+    print("| | zero-shot | default rate | tuned rate | difference |\n|---|---|---|---|---|")
+    for run in dict.fromkeys(key.partition(" rate=")[0] for key in cells):
+        own = {key.partition(" rate=")[2]: c for key, c in cells.items() if key.startswith(run)}
+        default = own.pop("default")
+        best = max(own.values(), key=lambda cell: cell["dev"], default=None)
+        if best is None:
+            continue
+        zero, ours, tuned = (
+            100 * result["accuracy"]
+            for result in (default["zero_shot"], default["test"], best["test"])
+        )
+        rates = [f"{cell['learning_rate']:.2g}" for cell in (default, best)]
+        shown = [f"{zero:.1f}", f"{ours:.1f} ({rates[0]})", f"{tuned:.1f} ({rates[1]})"]
+        print(f"| {run} | {' | '.join(shown)} | {ours - tuned:+.1f} |")
+
+
 def volunteers() -> dict[str, dict[str, Any]]:
     """By setting, over its seeds; without runs that diverged, whose number is `lost`."""
     cells = json.loads((RESULTS / "volunteers.json").read_text())["cells"]
@@ -244,5 +263,7 @@ if __name__ == "__main__":
     classification()
     print()
     language_model()
+    print()
+    newcomer()
     print()
     late_and_lying()

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from mezo import noise, trajectory
+from mezo.errors import InputError
 from mezo.memory.measured import PeakOfStretches, give_back
 from mezo.models import adapters
 from mezo.models import loading as models
@@ -108,6 +109,11 @@ def _train(plan: Plan, trainer: Any) -> dict[str, Any]:
     trainer.add_callback(memory := _Memory())
     output = trainer.train(resume_from_checkpoint=plan.checkpoint)
     trainer.remove_callback(memory)
+    if trainer.state.global_step == 0:
+        raise InputError(
+            "no step was made: there are fewer training examples than a batch has "
+            "(dataloader_drop_last), or num_train_epochs is 0"
+        )
     memory.peak.end()
     return {
         "steps": trainer.state.global_step,

@@ -122,7 +122,8 @@ def _check(model_args: ModelArguments, args: Any) -> None:
     if isinstance(args, TrainArguments):
         methods.check(args, model_args)
     methods.check_adapter(model_args)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in (*sizes, "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():

@@ -135,7 +135,12 @@ class Task:
         if len(self.labels) == 1 or len(set(self.labels)) < len(self.labels):
             raise InputError(f"task {self.name} needs two or more distinct labels: {self.labels}")
         for kind in ("candidates", "verbalizers", "descriptions"):
-            number = len(getattr(self, kind))
+            given = getattr(self, kind)
+            number = len(given)
+            if len(set(given)) < number:
+                raise InputError(
+                    f"task {self.name} has two equal {kind}, which no score tells apart: {given}"
+                )
             if number not in (0, len(self.labels)):
                 raise InputError(
                     f"task {self.name} has {number} {kind} for {len(self.labels)} labels "

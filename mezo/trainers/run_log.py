@@ -53,6 +53,11 @@ class RunLog(TrainerCallback):
             self._digested = step
             digest(optimizer, self._writer)
 
+    def allow_writes(self) -> None:
+        """What was loaded into the model, after its last step, is no change that spoils the log."""
+        if self._writer is not None:
+            self._writer.allow_writes()
+
     def close(self) -> None:
         self._begun = False
         if self._writer is not None:

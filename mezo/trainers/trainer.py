@@ -175,6 +175,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
     def _load_best_model(self):
         self._note_weights()  # also, what is summed up would be added to what is loaded
         super()._load_best_model()
+        self._run_log.allow_writes()
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Create MeZO with the Trainer's groups; z does not depend on the weight-decay grouping."""

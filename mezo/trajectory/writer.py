@@ -150,6 +150,10 @@ class Writer:
                 *(self.path, odd, when),
             )
 
+    def allow_writes(self) -> None:
+        """Take the weights as they are: what was written to them so far is not told."""
+        self._others.note()
+
     def _check_model(self) -> None:
         """Warn, once, if the model has another parameter where the optimizer trains one."""
         if self._model is None or not self.optimizer.weights.here:

@@ -87,6 +87,19 @@ def test_an_interrupted_lora_run_goes_on_to_the_same_weights(place, tmp_path, mo
     assert same_weights(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"per_device_train_batch_size": 99, "dataloader_drop_last": True}, "no step was made"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+    ],
+)
+def test_a_run_that_cannot_make_a_step_is_refused(options, told, place, tmp_path):
+    """It saved the untrained model as the result, or ended in a ZeroDivisionError."""
+    with pytest.raises(InputError, match=told):
+        trained(place, tmp_path, **options)
+
+
 def test_trainable_moves_what_matches_and_nothing_else(place, tmp_path):
     result = trained(place, tmp_path / "a", {"trainable": r"\.bias$"})
     names = moved(place, tmp_path / "a")

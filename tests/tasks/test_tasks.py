@@ -184,6 +184,8 @@ def test_a_task_that_does_not_fit_together_is_refused():
         custom_task("{text}", [" a"])
     with pytest.raises(InputError, match="needs candidates"):
         custom_task("{text}", [])
+    with pytest.raises(InputError, match="two equal candidates, which no score tells apart"):
+        custom_task("{text}", [" a", " a"])
     with pytest.raises(InputError, match="names no column"):
         custom_task("It was", [" a", " b"])
     with pytest.raises(InputError, match=r"'\{text': expected '\}'"):
