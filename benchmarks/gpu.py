@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import noise as noise_benchmark
-from benchmarks import step
+from benchmarks import step, together
 from mezo import MeZO, noise, trajectory
 from mezo.runs.result import environment
 
@@ -324,6 +324,16 @@ def engine(plan: Plan) -> dict:
     return found
 
 
+def shared(plan: Plan) -> dict:
+    """Losses that share a forward pass: directions of low rank, and both signs of LoRA."""
+    dtype, sizes = getattr(torch, plan.dtype), [(*size, 4) for size in plan.small_sizes]
+    found = together.run(plan.small, sizes, plan.repeats, plan.device, dtype)
+    for kind, rows in found.items():
+        for row in rows:
+            plan.say(f"{plan.small} {kind}: {row}")
+    return found
+
+
 SECTIONS: dict[str, Callable[[Plan], object]] = {
     "replay": replay,
     "noise": kernels,
@@ -334,6 +344,7 @@ SECTIONS: dict[str, Callable[[Plan], object]] = {
     "profile_small": lambda plan: profile(plan, plan.small, plan.small_sizes[0]),
     "floors_small": lambda plan: floors(plan, plan.small, plan.small_sizes),
     "floors_large": lambda plan: floors(plan, plan.large, plan.large_sizes),
+    "together": shared,
     "memory_small": lambda plan: memory(plan, plan.small, plan.small_sizes[-1]),
     "memory_large": lambda plan: memory(plan, plan.large, plan.large_sizes[0]),
     "offload": offload,

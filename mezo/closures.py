@@ -6,10 +6,10 @@ optimizer.step(Paired(alone, halves))                         # low rank: one pa
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from mezo.errors import InputError
 from mezo.interrupts import released
 
 Closure = Callable[[], float | torch.Tensor]  # the loss of one forward pass
-Both = Callable[[int], AbstractContextManager[None]]  # LowRank.both, FullRank.both
+# Takes the number of a batch's rows: `LowRank.both`, `FullRank.both`, or `one_pass.Copies`.
+Both = Callable[[int], AbstractContextManager[None]]
+_ROWS = 2**10  # rows of products (tokens) up to which several directions share a pass
+_FEW = 2**8  # the same for both signs of an adapter, on a CPU
 
 
 @dataclass(frozen=True)
@@ -49,24 +52,79 @@ class Paired:
         optimizer.step(Paired(lambda: per_example(model, batch).mean(), halves))
 
     `both` is `LowRank.both` or `FullRank.both`. Where the model cannot be stacked, the closure is
-    `alone`. A run's first step calls each of them some times more, to compare. `full_rank` says
-    whether directions of full rank (scratch) take one pass, too; by default they do on a GPU.
+    `alone`. A run's first step calls each of them some times more, to compare.
+
+    With num_samples n, one pass can take several directions. `halves` is then asked for the losses
+    of `copies(both)` copies of the batch, one for each sign of each direction, in this order:
+
+        def halves(both):
+            with both(batch_size=16):
+                losses = per_example(model, repeated(batch, copies(both)))
+            return [part.mean() for part in losses.split(16)]
+
+        optimizer.step(Paired(alone, halves, directions=4))
+
+    Args:
+        alone: Returns the loss.
+        halves: Returns the losses of the copies from one forward pass.
+        full_rank: Whether directions of full rank take one pass, too. By default those of
+            perturbation "scratch" do on a GPU; True asks for it anywhere and in place, too.
+        directions: How many directions `halves` takes in one pass at most. Each takes the memory of
+            two copies of the batch's activations. `Stacking.of` says what pays.
     """
 
     alone: Callable[[], float | torch.Tensor]
-    halves: Callable[[Both], tuple[float | torch.Tensor, float | torch.Tensor]]
+    halves: Callable[[Both], Sequence[float | torch.Tensor]]
     full_rank: bool | None = None
+    directions: int = 1
 
     def __call__(self) -> float | torch.Tensor:
         return self.alone()
 
 
 def double(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch and its copy behind it: every tensor twice along its first dimension."""
+    """Return the batch and its copy behind it: every tensor twice along its first dimension."""
+    return repeated(batch, 2)
+
+
+def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return copies of the batch one behind the other, along each tensor's first dimension."""
     return {
-        key: torch.cat([x, x]) if isinstance(x, torch.Tensor) and x.dim() else x
+        key: torch.cat([x] * times) if isinstance(x, torch.Tensor) and x.dim() else x
         for key, x in batch.items()
     }
+
+
+def copies(both: Both) -> int:
+    """Return how many copies of the batch a pass in the context of `both` takes; mostly 2."""
+    return getattr(both, "copies", 2)
+
+
+class Stacking(NamedTuple):
+    """What of a step should share a pass: the arguments of `Paired` that a batch's size decides."""
+
+    full_rank: bool | None = None
+    directions: int = 1
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, tokens: int) -> "Stacking":
+        """Return what pays for a batch of so many tokens, which are rows of a model's products.
+
+        A few rows leave a processor waiting for the weights, so that more of them cost little. With
+        thousands of rows, nothing is saved. Both signs of peft's adapters share a pass on a GPU,
+        and on a CPU if the rows are few: their matrices are small, and the frozen ones are read
+        once.
+        """
+        directions = max(1, _ROWS // (2 * max(1, tokens)))
+        if getattr(model, "peft_config", None) is None:
+            return cls(None, directions)
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        return cls(True if on_gpu or 2 * tokens <= _FEW else None, directions)
+
+    def and_of(self, other: "Stacking") -> "Stacking":
+        """Return what pays for either of two batches of a step."""
+        both = True if self.full_rank and other.full_rank else None
+        return Stacking(both, min(self.directions, other.directions))
 
 
 class Loss:
@@ -97,6 +155,7 @@ class Loss:
         if around is not None:
             self.closure, self.paired = around(self.closure), None
         self.home: float | None = None  # L(theta), once it is known
+        self.known: dict[int, tuple[float, float]] = {}  # by probe: losses of both sides
         self.draws = Draws() if common else None
 
     def __call__(self) -> float:
@@ -113,12 +172,20 @@ class Loss:
         with self.draws.repeated() if self.draws else nullcontext(), released():
             return self.closure()
 
-    def halves(self, both: Both) -> tuple[float, float]:
-        """The losses of both sides from one forward pass, of a Paired closure."""
+    def halves(self, both: Both) -> list[tuple[float, float]]:
+        """Return the losses of both sides of each direction in a pass, of a Paired closure.
+
+        Raises InputError if there are more or fewer than two for each direction.
+        """
         assert self.paired is not None
         with self.draws.repeated() if self.draws else nullcontext(), released():
-            plus, minus = self.paired.halves(both)
-            return number(plus), number(minus)
+            losses = [number(loss) for loss in self.paired.halves(both)]
+        if len(losses) != copies(both):
+            raise InputError(
+                f"the closure's halves returned {len(losses)} losses for {copies(both)} copies of "
+                "the batch: return one for each"
+            )
+        return list(zip(losses[::2], losses[1::2], strict=True))
 
 
 class Draws:

@@ -23,13 +23,13 @@ from mezo.estimators import ONE_WAY, Estimate, Estimator
 from mezo.forms.direction import Direction
 from mezo.forms.low_rank import LowRank
 from mezo.forms.rounding import ROUNDINGS
-from mezo.forms.stacked import FullRank
+from mezo.forms.stacked import FullRank, OnePass
 from mezo.forms.updates import Update
 from mezo.interrupts import held
 from mezo.optimizer import ZerothOrderOptimizer
 
 
-class InPlace(Direction):
+class InPlace(OnePass):
     """Theta walks to theta + eps z, to theta - eps z, and home with the update: three roundings."""
 
     legs: ClassVar = {2: (1, -2, 1), 1: (1, -1)}  # there, across, and home, by sides looked at

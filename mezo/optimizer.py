@@ -7,7 +7,7 @@ many as distributed.join finds), and `weights` knows where tensors lie (here, sh
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from types import MappingProxyType
@@ -47,7 +47,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         observers: Functions that are given every step's Record, also of refused steps.
         guards: Functions that are called before a step; an error in them changes nothing.
         directions: The directions of the step that is being made, by probe.
-        together: The probes that share the next closure; offload makes one pass for them.
+        together: The probes that share the next closure; one pass may serve them all.
         memory: What the run remembers from step to step.
     """
 
@@ -117,7 +117,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.observers: list[Callable[[Record], None]] = []
         self.guards: list[Callable[[], None]] = []
         self.directions: dict[int, Direction] = {}
-        self.together: Iterable[int] = ()
+        self.together: Sequence[int] = ()
         self.memory, self.watch, self._thread = Memory(), Watch(), threading.Lock()
         self.processes: Any = OneProcess()
         self.weights: Any = Weights()
@@ -236,7 +236,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if probe not in self.directions:
             here = self.weights.here
             made = self.plan.new(probe) if here else self.weights.direction(self, probe)
-            made.bundles = self.plan.bundles if here else None
+            if here:
+                made.bundles, made.together = self.plan.bundles, self.together
             self.directions[probe] = made
         watch, step = self.watch, self.param_groups[0]["step"]
         if (watch.looks or step == watch.again) and closure is not None:  # before anything moves

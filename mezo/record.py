@@ -29,6 +29,7 @@ class Memory:
     number: int = 0  # number of steps applied since the run began
     written: int | None = None  # the step before which low-rank updates were last written early
     paired: bool | None = None  # whether one forward pass gives both losses; None: not tried yet
+    stacked: bool | None = None  # whether one forward pass gives those of several directions
     before: list[float] = field(default_factory=list)  # the last step's losses, for one_point
     history: tuple[float, ...] = ()  # |projected_grad| as measured, for clip_quantile
     second_moment: tuple[float, float] = (0.0, 0.0)  # scalar_adam's mean square and its weight

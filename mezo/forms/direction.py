@@ -61,6 +61,7 @@ class Direction:
     moves_weights: ClassVar[bool] = False  # whether theta itself moves; a replay repeats its walks
     apply_all_: Any = None  # makes the moves instead of noise.apply_all_, where theta is elsewhere
     bundles: Any = None  # bundles.Bundles, where every tensor stays in place during a pass
+    together: Sequence[int] = ()  # probes of the directions that are measured with one closure
     factored: ClassVar[bool] = False  # whether a matrix's updates are accumulated in a factor
 
     def __init__(
@@ -101,11 +102,17 @@ class Direction:
 
     def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
         """Return loss_plus and loss_minus: `closure` at theta + eps z and at theta - eps z."""
+        if getattr(closure, "paired", None) and (pair := self.in_one_pass(closure)) is not None:
+            return pair
         with self.at(+1):
             loss_plus = float(closure())
         with self.at(-1):
             loss_minus = float(closure())
         return loss_plus, loss_minus
+
+    def in_one_pass(self, closure: Any) -> tuple[float, float] | None:
+        """Return both losses of a `Paired` closure from one forward pass; None if it takes two."""
+        return None
 
     def loss_at_home(self, closure: Loss) -> float:
         """Return L(theta), which is measured once for all directions of a batch."""

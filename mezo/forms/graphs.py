@@ -34,7 +34,7 @@ from mezo.noise import live
 
 Function = Callable[[Any], Any]
 _NEAR = 5e-2  # of the norm: a replay and a plain run may take other kernels, in 16 bits
-_PLAIN: live.Numbers = {"step": -1, "probe": -1, "first": -1}  # where no noise is drawn
+_PLAIN = live.numbers_of(-1, [-1], -1)  # where no noise is drawn
 
 
 class Backend(Protocol):

@@ -14,13 +14,14 @@ LOZO (Chen et al., 2024, arXiv:2410.07698) keeps V for some steps; EGGROLL (arXi
 the factors in the forward pass. An update uses the V with which its losses were measured.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from mezo import noise
+from mezo.closures import Loss
 from mezo.forms.drawn import Drawn, Product
 from mezo.forms.factors import (
     key_of,
@@ -59,24 +60,28 @@ class LowRank(Scratch):
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
         """Return a context for `sign`; with 0, products still include the accumulated updates."""
-        with eager(), OneSign(self, [_Half(self, sign)], [sign], 0):
+        with eager(), OneSign([self], [_Half(self, sign)], [sign], 0):
             yield
 
     @contextmanager
-    def both(self, batch_size: int) -> Iterator[None]:
+    def both(self, batch_size: int, others: Sequence[Self] = ()) -> Iterator[None]:
         """Return a context in which rows of the first half see theta + eps z, others theta - eps z.
 
-        The forward pass takes 2 batch_size rows. Raises Unpaired if a parameter is read and a row
-        cannot be assigned to a half.
+        The forward pass takes 2 batch_size rows, and as many more for each of `others`, which are
+        directions of the same step. Raises Unpaired if a parameter is read and a row cannot be
+        assigned to a half.
         """
-        signs = (+1, -1)
-        with eager(), Products(self, [_Half(self, s) for s in signs], signs, 2 * batch_size):
+        directions, signs = (self, *others), (+1, -1)
+        groups = [_Half(one, sign) for one in directions for sign in signs]
+        with eager(), Products(directions, groups, signs, len(groups) * batch_size):
             yield
 
-    def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
-        """Return loss_plus and loss_minus, from one forward pass if the closure allows it."""
-        pair = together(closure, self)
-        return super().losses(closure) if pair is None else pair
+    def most(self) -> int:
+        """Return how many directions a pass may take: each has small factors of its own."""
+        return noise.MAX_PROBE
+
+    def in_one_pass(self, closure: Loss) -> tuple[float, float] | None:
+        return together(closure, self)
 
     def with_eps(self, times: float) -> "LowRank":
         """Return the same direction with `times` the eps, whose factors are its own."""
@@ -156,9 +161,7 @@ class _Half(Moved):
         self.read.update([self.rows[i][0] for i in (self._made or set()) - self._ready.keys()])
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        if key is None:  # computed from parameters that are already perturbed
-            return tensor
-        if tensor.dim() > 2 or (tensor.dim() < 2 and tensor.dtype in HALF):
+        if key is None or tensor.dim() > 2 or (tensor.dim() < 2 and tensor.dtype in HALF):
             return super().moved(name, tensor, key)
         self.read.add(name)
         if tensor.dtype in HALF:
@@ -178,6 +181,6 @@ class _Half(Moved):
         return out
 
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
-        if tensor.dim() != 2:
+        if key is None or tensor.dim() != 2:
             return super().slice(name, tensor, key, index)
         return self.moved(name, tensor, key)[index]

@@ -11,7 +11,7 @@ from mezo.noise import live
 
 
 class OneSign(Products):
-    """`Products` with one half. Linear layers take what was made ready for all of them at once."""
+    """`Products` with one group. Linear layers take what was made ready for all of them at once."""
 
     _ready: dict[int, Product] | None = None  # by the matrix's id, once one is read
 
@@ -26,7 +26,7 @@ class OneSign(Products):
         if function is F.linear and len(args) == 3 and not kwargs:
             return self._linear(*args)
         if function is F.layer_norm and kwargs and len(args) == 2:
-            weight, bias = (self.halves[0].taken(kwargs[name]) for name in ("weight", "bias"))
+            weight, bias = (self.groups[0].taken(kwargs[name]) for name in ("weight", "bias"))
             if weight is not None and bias is not None and type(args[0]) is torch.Tensor:
                 return F.layer_norm(*args, weight=weight, bias=bias, eps=kwargs["eps"])
         return None
@@ -41,7 +41,7 @@ class OneSign(Products):
         name, device, (n, m), right, left, w = made
         if x.dtype != w.dtype or torch.is_autocast_enabled(device):
             return None
-        if bias is not None and (bias := self.halves[0].taken(bias)) is None:
+        if bias is not None and (bias := self.groups[0].taken(bias)) is None:
             return None
         self.read.add(name)
         self.perturbed.dtypes.add(x.dtype)
@@ -63,5 +63,5 @@ class OneSign(Products):
         if bias is None:
             out = torch.mm(inner, second)
         else:
-            out = torch.addmm(self.halves[0].perturbed(bias).to(dtype), inner, second)
+            out = torch.addmm(self.groups[0].perturbed(bias).to(dtype), inner, second)
         return out.addmm_(flat, w).view(*x.shape[:-1], w.shape[1])

@@ -9,7 +9,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -47,6 +47,13 @@ class Scratch(Direction):
         }
         self.read: set[str] = set()  # names of the parameters read so far
         self.placed: Placed | None = None
+
+    def beside(self, probe: int) -> Self:
+        """Return another direction of the same step."""
+        how = {"sides": self.sides, "memory": self.memory, "states": self.states}
+        made = type(self)(self.parts, self.settings, probe, **how)
+        made.bundles, made.placed = self.bundles, self.placed
+        return made
 
     @contextmanager
     def at(self, sign: int) -> Iterator[None]:
@@ -138,8 +145,7 @@ class Moved(Reads):
             return None
         what = tuple((move.scale, move.coefficient, move.rounding) for move in self.moves)
         where = tuple([x.data_ptr() for x in tensors]), tuple(self.scales.items())
-        numbers = {"step": step, "probe": probe, "first": step}
-        return ("scratch", what, self.distribution, *where), numbers
+        return ("scratch", what, self.distribution, *where), live.numbers_of(step, [probe], step)
 
     def call(self, function, args: tuple, kwargs: dict):
         if function is LOOKUP:
@@ -173,13 +179,18 @@ class Moved(Reads):
         return found
 
     def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        """Return theta + eps z, in a tensor of its own."""
+        """Return theta + eps z, in a tensor of its own.
+
+        Without a key it was computed from parameters that are already perturbed.
+        """
+        if key is None:
+            return tensor
         if self.bundles is not None and live.current() is None:  # a graph has a launch for each
             if (out := self._ready.pop(id(tensor), None)) is not None:
                 return out
-            if (rows := self.bundles.of.get(name)) is not None and key is not None:
+            if (rows := self.bundles.of.get(name)) is not None:
                 return self._bundled(rows, name, tensor)
-            if not self.bundles.learned and key is not None:
+            if not self.bundles.learned:
                 self.order.setdefault(name, Row(name, tensor, key))
         out, before = torch.empty_like(tensor, requires_grad=False), tensor.detach()
         which = {"source": before}
@@ -200,6 +211,8 @@ class Moved(Reads):
     def slice(self, name: str, tensor: torch.Tensor, key, index: int) -> torch.Tensor:
         """Return tensor[index], perturbed: one expert's weights out of all experts'."""
         before = tensor.detach()[index]
+        if key is None:
+            return before
         out = before.clone()
         self._shift(out, name, tensor, key, before, offset=index % len(tensor) * out.numel())
         return out
@@ -207,7 +220,7 @@ class Moved(Reads):
     def lookup(self, input, weight, padding_idx=None, max_norm=None, *args, **kwargs):
         """Perturb only the looked-up rows of an embedding, unless they outnumber its own rows."""
         name, tensor, key = self.embedding(weight, max_norm)
-        if input.numel() > len(tensor) or is_sharded(tensor):
+        if key is None or input.numel() > len(tensor) or is_sharded(tensor):
             return LOOKUP(input, self.perturbed(weight), padding_idx, None, *args, **kwargs)
         out = LOOKUP(input, tensor.detach(), padding_idx, None, *args, **kwargs)
         flat = out.view(-1, out.shape[-1])

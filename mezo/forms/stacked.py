@@ -5,26 +5,56 @@ its size, one batched product takes both, and the buffer is free again. A step t
 for the pass and for the update, instead of three times, and launches half the kernels. Rounded
 weights have the bits of `Scratch`; the losses differ from those of two passes in the order in which
 the products are summed.
+
+Several directions of a step share a pass where the trained matrices are small, as an adapter's are:
+what is frozen is then read once for all of them.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 
 from mezo import noise
 from mezo.closures import Loss
+from mezo.forms.direction import Direction
 from mezo.forms.one_pass import together
 from mezo.forms.products import Products, computed_in
 from mezo.forms.reads import LOOKUP, eager
 from mezo.forms.scratch import Moved, Scratch
 from mezo.layers import PLAIN
-from mezo.noise.live import Numbers
+from mezo.noise.live import Numbers, numbers_of
 from mezo.noise.sharded import is_sharded
 
+_BUFFER = 2**22  # elements of all perturbed copies of a matrix, if it has more than two
 
-class FullRank(Scratch):
+
+class OnePass(Direction):
+    """A direction of full rank that has both losses from one pass, if the closure asks for it."""
+
+    def in_one_pass(self, closure: Loss) -> tuple[float, float] | None:
+        if (aside := self.aside(closure)) is None:
+            return None
+        began, pair = self.memory.paired, together(closure, aside)
+        if pair is not None and not began:
+            logging.getLogger("mezo").info("full rank: both losses come from one forward pass")
+        return pair
+
+    def aside(self, closure: Loss) -> "FullRank | None":
+        """Return what makes theta + eps z aside, where one pass pays; None if it does not."""
+        asked = closure.paired is not None and closure.paired.full_rank
+        is_home = len(self.ahead) in (0, len(self.walk))
+        if not (asked and is_home and self.apply_all_ is None):  # and it is here
+            return None
+        how = {"sides": self.sides, "memory": self.memory, "states": self.states}
+        made = FullRank(self.parts, self.settings, self.probe, **how)
+        made.bundles, made.together = self.bundles, self.together
+        return made
+
+
+class FullRank(OnePass, Scratch):
     """`Scratch` that has both losses from one pass, where a closure is `Paired` and it pays.
 
     It pays on a GPU, where two small passes wait for their launches. A closure with
@@ -36,31 +66,28 @@ class FullRank(Scratch):
         self.dtypes: set[torch.dtype] = set()  # dtypes in which products were computed
 
     @contextmanager
-    def both(self, batch_size: int) -> Iterator[None]:
+    def both(self, batch_size: int, others: Sequence[Self] = ()) -> Iterator[None]:
         """Return a context in which rows of the first half see theta + eps z, others theta - eps z.
 
-        The forward pass takes 2 batch_size rows. Raises Unpaired if a parameter is read and a row
-        cannot be assigned to a half.
+        The forward pass takes 2 batch_size rows, and as many more for each of `others`, which are
+        directions of the same step. Raises Unpaired if a parameter is read and a row cannot be
+        assigned to a half.
         """
-        halves = [Side(self, self.moves(sign)) for sign in (+1, -1)]
-        with eager(), Stacked(self, halves, (+1, -1), 2 * batch_size):
+        directions, signs = (self, *others), (+1, -1)
+        groups = [Moved(one, one.moves(sign)) for one in directions for sign in signs]
+        with eager(), Stacked(directions, groups, signs, len(groups) * batch_size):
             yield
 
-    def losses(self, closure: Callable[[], float]) -> tuple[float, float]:
-        """Return loss_plus and loss_minus, from one forward pass if the closure allows it."""
-        if not self._pays(closure):
-            return super().losses(closure)
-        began = self.memory.paired
-        pair = together(closure, self)
-        if self.memory.paired and not began:
-            logging.getLogger("mezo").info("full rank: both losses come from one forward pass")
-        return super().losses(closure) if pair is None else pair
+    def most(self) -> int:
+        """Return how many directions a pass may take: the buffers of one matrix stay small."""
+        largest = max(tensor.numel() for _, tensor, _ in self.rows)
+        return max(1, _BUFFER // (2 * largest))
 
-    def _pays(self, closure: Callable[[], float]) -> bool:
-        if not isinstance(closure, Loss) or closure.paired is None or self.placed is not None:
-            return False
-        asked = closure.paired.full_rank
-        return self.rows[0].tensor.device.type == "cuda" if asked is None else asked
+    def aside(self, closure: Loss) -> "FullRank | None":
+        asked = closure.paired and closure.paired.full_rank
+        if asked is None:
+            asked = self.rows[0].tensor.device.type == "cuda"
+        return self if asked and self.placed is None else None
 
     def with_eps(self, times: float) -> "FullRank":
         """Return the same direction with `times` the eps."""
@@ -68,31 +95,25 @@ class FullRank(Scratch):
         return FullRank(self.parts, settings, self.probe, sides=self.sides, states=self.states)
 
 
-class Side(Moved):
-    """One sign, for functions that are not products."""
-
-    def moved(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        if key is None:  # computed from parameters that are already perturbed
-            return tensor
-        return super().moved(name, tensor, key)
-
-
 class Stacked(Products):
-    """A mode in which products take both perturbed matrices at once; halves do everything else."""
+    """A mode in which products take all perturbed matrices at once; groups do everything else."""
 
     perturbed: FullRank  # type: ignore[assignment]
-    halves: list[Side]  # type: ignore[assignment]
+    groups: list[Moved]  # type: ignore[assignment]
+    takes_derived = True
 
     def sequence(self, device: torch.device) -> tuple[Hashable, Numbers] | None:
-        found = [half.sequence(device) for half in self.halves]
+        found = [group.sequence(device) for group in self.groups]
         if None in found:
             return None
-        (plus, numbers), (minus, _) = found  # type: ignore[misc]
-        return ("stacked", self.batch, plus, minus), numbers
+        keys = [key for key, _ in found]  # type: ignore[misc]
+        probes = [one.probe for one in self.directions]
+        step, beyond = self.perturbed.step, tuple([probe - probes[0] for probe in probes])
+        return ("stacked", self.batch, beyond, *keys), numbers_of(step, probes, step)
 
     def forget(self) -> None:
-        for half in self.halves:
-            half.forget()
+        for group in self.groups:
+            group.forget()
 
     def _multiply(self, x, weight, bias, transposed: bool) -> torch.Tensor:
         """Return x W' + b (transposed) or x W + b; each half of the rows has its own W and b."""
@@ -102,25 +123,26 @@ class Stacked(Products):
         dtype = computed_in(x)
         self.perturbed.dtypes.add(dtype)
         w = (both.mT if transposed else both).to(dtype)
-        flat = x.reshape(2, -1, w.shape[1]).to(dtype)
+        flat = x.reshape(len(self.groups), -1, w.shape[1]).to(dtype)
         if bias is None:
             out = torch.bmm(flat, w)
         else:
-            b = torch.stack([half.perturbed(bias) for half in self.halves])[:, None].to(dtype)
-            out = torch.baddbmm(b, flat, w)
+            b = torch.stack([group.perturbed(bias) for group in self.groups])
+            out = torch.baddbmm(b[:, None].to(dtype), flat, w)
         return out.view(*x.shape[:-1], w.shape[2])
 
     def _both(self, name: str, tensor: torch.Tensor, key) -> torch.Tensor:
-        """Return theta + eps z and theta - eps z, as one tensor of twice theta's size."""
+        """Return theta + eps z and theta - eps z of each direction, (groups, *theta.shape)."""
         if key is None:  # computed from parameters that are already perturbed
-            return torch.stack([half.rows[id(tensor)][1] for half in self.halves])
+            return torch.stack([group.rows[id(tensor)][1] for group in self.groups])
         self.read.add(name)
-        plus, minus = self.halves
-        out = tensor.new_empty((2, *tensor.shape), requires_grad=False)
         if self.perturbed.scales.get(name, PLAIN).threshold is not None:
-            return torch.stack([half.moved(name, tensor, key) for half in self.halves])
+            return torch.stack([group.moved(name, tensor, key) for group in self.groups])
+        out = tensor.new_empty((len(self.groups), *tensor.shape), requires_grad=False)
         how = {"distribution": self.perturbed.distribution, "source": tensor.detach()}
-        noise.apply_both_(out, key, plus.table(name), minus.table(name), **how)
+        for i in range(0, len(out), 2):
+            plus, minus = (group.table(name) for group in self.groups[i : i + 2])
+            noise.apply_both_(out[i : i + 2], key, plus, minus, **how)
         return out
 
     def _is_matrix(self, x, weight, bias, transposed: bool) -> bool:
@@ -131,7 +153,7 @@ class Stacked(Products):
         self.embedding(weight, max_norm)
         ids = self._with_rows(input, input.dim() + 1)
         found = [
-            half.call(LOOKUP, (part, weight, padding_idx, None, *args), kwargs)
-            for half, part in zip(self.halves, ids.chunk(2), strict=True)
+            group.call(LOOKUP, (part, weight, padding_idx, None, *args), kwargs)
+            for group, part in zip(self.groups, ids.chunk(len(self.groups)), strict=True)
         ]
         return torch.cat(found)

@@ -6,7 +6,7 @@ has been rewritten. `Tables` remembers every table that a sequence was captured 
 writes another step's numbers into all of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-Numbers = Mapping[str, int]  # "step", "probe", and "first", the step that began the interval
+# "step"; "probe", the first of the directions of a pass, and "span", to the last one and beyond it;
+# "first", the step that began the interval.
+Numbers = Mapping[str, int]
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -32,7 +34,7 @@ class Tables:
     def __init__(self, numbers: Numbers):
         self.numbers = dict(numbers)
         self.capturing = False
-        self._kept: dict[bytes, tuple[np.ndarray, list[str], np.ndarray]] = {}
+        self._kept: dict[bytes, tuple[np.ndarray, list[str], np.ndarray, np.ndarray]] = {}
         self._uploaded: list[tuple[np.ndarray, Encode, torch.Tensor]] = []
 
     def live(self, moves: np.ndarray) -> np.ndarray:
@@ -42,11 +44,12 @@ class Tables:
             known, steps = {self.numbers[n]: n for n in ("first", "step")}, moves["step"].tolist()
             if unknown := set(steps) - set(known):
                 raise Unrecordable(f"a kernel draws z of steps {sorted(unknown)}")
-            now = moves["probe"] == self.numbers["probe"]
+            beyond = moves["probe"].astype(np.int64) - self.numbers["probe"]
+            now = (beyond >= 0) & (beyond < self.numbers.get("span", 1))
             if not (now | (moves["probe"] == 0)).all():
                 raise Unrecordable("a kernel draws z of another direction")
             array = moves.copy()
-            self._kept[content] = array, [known[step] for step in steps], now
+            self._kept[content] = array, [known[step] for step in steps], now, beyond[now]
         return self._kept[content][0]
 
     def on_device(self, moves: np.ndarray, encode: Encode, device: torch.device) -> torch.Tensor:
@@ -70,11 +73,16 @@ class Tables:
 
     def set_(self, numbers: Numbers) -> None:
         """Write the numbers of another step into every table."""
-        for array, names, now in self._kept.values():
+        for array, names, now, beyond in self._kept.values():
             array["step"] = [numbers[name] for name in names]
-            array["probe"][now] = numbers["probe"]
+            array["probe"][now] = numbers["probe"] + beyond
         for array, encode, tensor in self._uploaded:
             tensor.copy_(torch.from_numpy(encode(array)))
+
+
+def numbers_of(step: int, probes: Sequence[int], first: int) -> Numbers:
+    """Return the numbers of a step whose pass draws directions of these probes."""
+    return {"step": step, "probe": probes[0], "span": probes[-1] - probes[0] + 1, "first": first}
 
 
 _CURRENT: ContextVar[Tables | None] = ContextVar("tables", default=None)

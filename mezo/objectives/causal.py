@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from mezo.closures import Both, double
+from mezo.closures import Both, copies, repeated
 from mezo.errors import InputError
 from mezo.models.modes import Batch, evaluating, to_device, unwrap
 from mezo.objectives.form import Feature, Form
-from mezo.objectives.packing import IGNORED, apart, double_rows, pack, packed_inputs, reach, spread
+from mezo.objectives.packing import IGNORED, apart, pack, packed_inputs, reach, repeat_rows, spread
 from mezo.objectives.tokens import Tokens, tokenize
 from mezo.tasks.task import Example, fields_of, fill
 
@@ -159,13 +159,14 @@ class Causal(Form):
 
     def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
         batch = self._layout(model, batch)
+        times = copies(both)
         with both(len(batch["input_ids"])):
-            doubled = self._double(batch)
-            halves = self._means(self._log_probs(model, doubled), doubled["targets"]).chunk(2)
+            whole = self._repeated(batch, times)
+            parts = self._means(self._log_probs(model, whole), whole["targets"]).chunk(times)
         if self.neutral is None:
-            return halves
+            return parts
         neutral = self.neutral.pair_scores(model, _neutral(batch), both)
-        return [_less(one, other) for one, other in zip(halves, neutral, strict=True)]
+        return [_less(one, other) for one, other in zip(parts, neutral, strict=True)]
 
     def _means(self, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the means (B, K) of (B, K, L), and -inf where an example has fewer candidates."""
@@ -180,19 +181,17 @@ class Causal(Form):
         right = self._right(batch)
         return _mean_loss(self._log_probs(model, right), right["targets"])
 
-    def pair_loss(
-        self, model: torch.nn.Module, batch: Batch, both: Both
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair_loss(self, model: torch.nn.Module, batch: Batch, both: Both) -> list[torch.Tensor]:
         if self.objective == "candidates":
             return super().pair_loss(model, batch, both)
-        right = self._right(batch)
+        right, times = self._right(batch), copies(both)
         with both(len(right["input_ids"])):
-            plus, minus = self._log_probs(model, self._double(right)).chunk(2)
-        return _mean_loss(plus, right["targets"]), _mean_loss(minus, right["targets"])
+            parts = self._log_probs(model, self._repeated(right, times)).chunk(times)
+        return [_mean_loss(part, right["targets"]) for part in parts]
 
-    def _double(self, batch: Batch) -> Batch:
+    def _repeated(self, batch: Batch, times: int) -> Batch:
         batch = {key: value for key, value in batch.items() if not key.startswith(NEUTRAL)}
-        return double_rows(double(batch), batch)
+        return repeat_rows(repeated(batch, times), batch, times)
 
     def _layout(self, model: torch.nn.Module, batch: Batch) -> Batch:
         """Return plain rows instead of packed ones if peft has put a prompt in front meanwhile."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from mezo.closures import Both, double
+from mezo.closures import Both, copies, repeated
 from mezo.errors import InputError
 from mezo.models.modes import Batch, evaluating, to_device
 from mezo.objectives.form import Feature, Form
@@ -82,9 +82,10 @@ class Encoder(Form):
         return self._compare(embed(model, batch), len(batch["labels"]))
 
     def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+        times = copies(both)
         with both(len(batch["input_ids"])):
-            embeddings = embed(model, double(batch))
-        return [self._compare(half, len(batch["labels"])) for half in embeddings.chunk(2)]
+            parts = embed(model, repeated(batch, times)).chunk(times)
+        return [self._compare(part, len(batch["labels"])) for part in parts]
 
     def _compare(self, embeddings: torch.Tensor, texts: int) -> torch.Tensor:
         anchors = embeddings[texts:] if self.anchors is None else self.anchors

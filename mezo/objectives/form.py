@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from mezo.closures import Both, Paired, double
+from mezo.closures import Both, Paired, Stacking, copies, repeated
 from mezo.errors import InputError
 from mezo.models.modes import Batch, evaluating, to_device
 from mezo.objectives.packing import padded
@@ -69,24 +69,27 @@ class Form(ABC):
     def closure(self, model: torch.nn.Module, batch: Batch) -> Paired:
         """Return the loss as a closure for `MeZO.step`; low rank has both losses from
         one forward pass."""
-        return Paired(partial(self.loss, model, batch), partial(self.pair_loss, model, batch))
+        alone, halves = partial(self.loss, model, batch), partial(self.pair_loss, model, batch)
+        return Paired(alone, halves, *self.stacking(model, batch))
 
-    def pair_loss(
-        self, model: torch.nn.Module, batch: Batch, both: Both
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the losses at theta + eps z and theta - eps z, as
+    def stacking(self, model: torch.nn.Module, batch: Batch) -> Stacking:
+        """Return what of a step should share a pass over copies of the batch."""
+        return Stacking.of(model, batch["input_ids"].numel())
+
+    def pair_loss(self, model: torch.nn.Module, batch: Batch, both: Both) -> list[torch.Tensor]:
+        """Return the losses at theta + eps z and theta - eps z, of each direction in the pass, as
         `closures.Paired.halves` does."""
-        plus, minus = self.pair_scores(model, batch, both)
-        offsets = 0.0 if self.offsets is None else self.offsets.to(plus.device)
-        labels = batch["labels"]
-        return F.cross_entropy(plus - offsets, labels), F.cross_entropy(minus - offsets, labels)
+        found = self.pair_scores(model, batch, both)
+        offsets = 0.0 if self.offsets is None else self.offsets.to(found[0].device)
+        return [F.cross_entropy(scores - offsets, batch["labels"]) for scores in found]
 
     def pair_scores(self, model: torch.nn.Module, batch: Batch, both: Both) -> Sequence:
+        times = copies(both)
         with both(len(batch["input_ids"])):
-            return self._scores(model, self._double(batch)).chunk(2)
+            return self._scores(model, self._repeated(batch, times)).chunk(times)
 
-    def _double(self, batch: Batch) -> Batch:
-        return double(batch)
+    def _repeated(self, batch: Batch, times: int) -> Batch:
+        return repeated(batch, times)
 
     def calibrate(self, model: torch.nn.Module, kind: str = "content_free") -> "Form":
         """Return this form with the scores of an empty example, as they are now, subtracted.

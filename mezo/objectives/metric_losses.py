@@ -86,6 +86,7 @@ def metric_closure(
     return Paired(
         partial(_alone, form, model, batch, objective),
         partial(_pair, form, model, batch, objective),
+        *form.stacking(model, batch),
     )
 
 
@@ -133,11 +134,8 @@ def _alone(form: Form, model: torch.nn.Module, batch: Batch, objective: Objectiv
 
 def _pair(
     form: Form, model: torch.nn.Module, batch: Batch, objective: Objective, both: Both
-) -> tuple[float, float]:
-    plus, minus = form.pair_scores(model, batch, both)
-    offsets = 0.0 if form.offsets is None else form.offsets.to(plus.device)
+) -> list[float]:
+    found = form.pair_scores(model, batch, both)
+    offsets = 0.0 if form.offsets is None else form.offsets.to(found[0].device)
     labels, right = batch["labels"], batch.get("right")
-    return (
-        metric_loss(plus - offsets, labels, objective, right),
-        metric_loss(minus - offsets, labels, objective, right),
-    )
+    return [metric_loss(scores - offsets, labels, objective, right) for scores in found]

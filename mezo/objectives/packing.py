@@ -158,10 +158,11 @@ def apart(batch: Batch, numbers: torch.Tensor | None = None) -> Batch:
     }
 
 
-def double_rows(doubled: Batch, batch: Batch) -> Batch:
-    """Number the rows of the copy in a batch that `closures.double` has doubled."""
-    copies = "rows" if "rows" in batch else "input_ids"
-    doubled["row"][len(batch["row"]) :] += len(batch[copies])
-    if "rows" in batch:
-        doubled["rows"][len(batch["rows"]) :, 0] += len(batch["input_ids"])
-    return doubled
+def repeat_rows(whole: Batch, batch: Batch, times: int) -> Batch:
+    """Number the rows of the copies in `whole`, which `closures.repeated` has made of a batch."""
+    examples, rows = len(batch["row"]), len(batch["rows" if "rows" in batch else "input_ids"])
+    for i in range(1, times):
+        whole["row"][i * examples : (i + 1) * examples] += i * rows
+        if "rows" in batch:
+            whole["rows"][i * rows : (i + 1) * rows, 0] += i * len(batch["input_ids"])
+    return whole

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mezo.closures import Loss
 from mezo.forms.direction import Direction
 from mezo.forms.low_rank import LowRank
 from mezo.forms.one_pass import together
@@ -90,7 +91,7 @@ class Interleaved(Direction):
 
     def _in_one(self, closure: Callable) -> LossPair | None:
         """Compute both losses in one forward pass, where low-rank directions allow it."""
-        if not isinstance(self.inner, LowRank):
+        if not (isinstance(self.inner, LowRank) and isinstance(closure, Loss)):
             return None
         with self.offload.reading():
             return together(closure, self.inner)

@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import functional as F
 from transformers import Trainer
 
+from mezo.closures import Stacking
 from mezo.objectives import Form, Generated
 from mezo.objectives.metric_losses import check_objective, metric_closure, text_loss
 from mezo.trainers.checkpoints import TiedWeights
@@ -59,6 +60,9 @@ class MeZOTaskTrainer(TaskMixin, MeZOMixin, Trainer):
         if self.objective is None:
             return self.form.pair_loss
         return None if isinstance(self.form, Generated) else self._pair_metric
+
+    def stacking(self, model, inputs) -> Stacking:
+        return self.form.stacking(model, inputs)
 
     def _pair_metric(self, model, inputs, both):
         assert self.objective is not None

@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import Trainer
 from transformers.utils import PushToHubMixin
 
 from mezo import layer_norms
-from mezo.closures import Both, Paired
+from mezo.closures import Both, Paired, Stacking, copies
 from mezo.compatibility import loss_is_scaled
 from mezo.distributed.sharding import reshard
 from mezo.estimators import merged
@@ -57,7 +57,7 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
 
     optimizer: Any  # MeZO; while training, in Accelerate's wrapper
     run_config: dict[str, Any] | None = None  # for the run log; None: the changed arguments
-    pair_loss: Any = None  # (model, inputs, both) -> a micro-batch's two losses: low_rank.Paired
+    pair_loss: Any = None  # (model, inputs, both) -> a micro-batch's losses: closures.Paired.halves
     ref_model: Any = None  # TRL's, beside the model
     _placement: placement.Placement
 
@@ -292,16 +292,22 @@ class MeZOMixin(checkpoints.TiedWeights, _Host):
         alone = partial(self._window_loss, model, window)
         if self.pair_loss is None:
             return alone
-        return Paired(alone, partial(self._window_pair, model, window))
+        each = [self.stacking(model, inputs) for inputs, *_ in window]
+        pair = partial(self._window_pair, model, window)
+        return Paired(alone, pair, *reduce(Stacking.and_of, each))
 
-    def _window_pair(self, model, window, both: Both) -> tuple[float, float]:
-        """Return both losses of an update, with each micro-batch and its copy in one pass."""
-        losses = [0.0, 0.0]
+    def stacking(self, model, inputs) -> Stacking:
+        """Return what `pair_loss` takes in one pass over copies of the inputs."""
+        return Stacking()
+
+    def _window_pair(self, model, window, both: Both) -> list[float]:
+        """Return the losses of an update, with each micro-batch and its copies in one pass."""
+        losses = [0.0] * copies(both)
         for inputs, _, divisor in window:
             with self.compute_loss_context_manager():
                 pair = self.pair_loss(model, self._prepare_inputs(inputs), both)
             losses = [loss + float(x) / divisor for loss, x in zip(losses, pair, strict=True)]
-        return losses[0], losses[1]
+        return losses
 
     def _window_loss(self, model, window) -> float:
         """Return the loss over this process's micro-batches of an update."""

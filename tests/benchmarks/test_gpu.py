@@ -8,7 +8,15 @@ import pytest
 
 from benchmarks import gpu, overhead
 
-QUICK = ["replay", "noise", "all_at_once", "floors_small", "profile_small", "memory_small"]
+QUICK = [
+    "replay",
+    "noise",
+    "all_at_once",
+    "floors_small",
+    "profile_small",
+    "memory_small",
+    "together",
+]
 
 
 def test_the_sections_run_and_the_json_is_written_after_each(tmp_path, monkeypatch, capsys):
@@ -26,6 +34,7 @@ def test_the_sections_run_and_the_json_is_written_after_each(tmp_path, monkeypat
     assert found["replay"] == {"gaussian": True, "rademacher": True, "gaussian16": True}
     assert found["floors_small"]["1x5"]["stacked"] > 0
     assert found["profile_small"]["scratch, gaussian16"]["kernels"]
+    assert [row["stacked"] for rows in found["together"].values() for row in rows] == [True, True]
     assert "no such device" in capsys.readouterr().out
 
 
