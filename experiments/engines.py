@@ -29,13 +29,14 @@ from safetensors.torch import load_file
 
 from benchmarks.engine import times
 from benchmarks.noise import device_name
-from experiments.rewards import form_reward
+from experiments.rewards import BIASES, form_reward
 from mezo import Generation, MeZOPolicyConfig, MeZOPolicyTrainer, noise, trajectory
 from mezo.engines import THETA, Change, Engine, Point, Run, TransformersEngine
 from mezo.engines.engine import Batch, token_batch
 from mezo.engines.vllm_engine import VLLMEngine, check_version
 from mezo.models import loading as models
 from mezo.models.arguments import ModelArguments
+from mezo.models.trainable import select
 from mezo.objectives.generation import tokens_of
 from mezo.rewards.objective import worded
 from mezo.runs.result import environment
@@ -92,14 +93,15 @@ class Show:
     generation: Generation
     eps: float
     lr: float
+    trainable: str = ""  # a pattern of names; "": every weight
     dev: int = 32
 
 
 LINE = Generation(16, temperature=0.7, stop=("\n",))
 SENTENCE = Generation(16, temperature=1.0, stop=(".",))
 SHOWS = {
-    "smollm2": Show(sums, in_json, LINE, eps=2e-3, lr=2e-3),
-    "causal-lm": Show(openings, form_reward, SENTENCE, eps=1e-2, lr=2e-2),
+    "smollm2": Show(sums, in_json, LINE, eps=1e-2, lr=3e-2, trainable="norm"),
+    "causal-lm": Show(openings, form_reward, SENTENCE, eps=3e-2, lr=2e-2, trainable=BIASES),
 }
 
 
@@ -211,11 +213,13 @@ def slow(engine: Any, batch: Batch) -> None:
 def train(args) -> dict[str, Any]:
     """Populations of num_samples directions, rewards scaled prompt by prompt as in GRPO.
 
-    Seeds that stand in the file with the same settings are kept.
+    Seeds that stand in the file with the same settings are kept, and a run that was cut goes on
+    from its last checkpoint.
     """
     found: dict[str, Any] = {"steps": args.steps, "num_samples": args.num_samples, "batch": BATCH}
     show = SHOWS[args.model]
     found |= {"lr": args.lr or show.lr, "eps": args.eps or show.eps, "seeds": {}}
+    found["trainable"] = trainable(args)
     for seed in args.seeds:
         began = time.perf_counter()
         found["seeds"][str(seed)] = run = one_run(args, seed)
@@ -225,6 +229,10 @@ def train(args) -> dict[str, Any]:
     return found
 
 
+def trainable(args) -> str:
+    return SHOWS[args.model].trainable if args.trainable is None else args.trainable
+
+
 def folder_of(args, seed: int) -> Path:
     return args.output_dir / f"{args.model}-{args.engine}-{seed}"
 
@@ -232,27 +240,34 @@ def folder_of(args, seed: int) -> Path:
 def one_run(args, seed: int) -> dict[str, Any]:
     show, folder = SHOWS[args.model], folder_of(args, seed)
     model, tokenizer = loaded(args)
-    rows = show.rows()
-    remote = args.engine == "vllm"
+    if pattern := trainable(args):
+        select(model, pattern)
+    rows, first = show.rows(), folder / "first.json"
+    remote, begun = args.engine == "vllm", first.exists()
     with vllm_of(args) if remote else nullcontext() as engine:
         data = (rows[show.dev :], rows[: show.dev], tokenizer)
         settings = config(args, seed, folder)
         trainer = MeZOPolicyTrainer(model, show.reward, settings, *data, engine=engine)
-        texts = [[c.text for c in trainer.sample(rows[:6], 0).completions]]
-        curve = [[0, trainer.evaluate()["eval_reward"]]]
-        trainer.train()
-        texts.append([c.text for c in trainer.sample(rows[:6], 0).completions])
+        if not begun:
+            told = [trainer.evaluate()["eval_reward"], sampled(trainer, rows)]
+            folder.mkdir(parents=True, exist_ok=True)
+            first.write_text(json.dumps(told))
+        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")) or None)
+        after = sampled(trainer, rows)
         trainer.save_model()
     logs = trainer.state.log_history
-    curve += [[log["step"], log["eval_reward"]] for log in logs if "eval_reward" in log]
+    reward, before = json.loads(first.read_text())
+    curve = [[log["step"], log["eval_reward"]] for log in logs if "eval_reward" in log]
+    curve = [[0, reward], *(point for point in curve if point[0] > 0)]
     training = [[log["step"], log["reward"]] for log in logs if "loss" in log]
-    shown = zip(rows[:6], *texts, strict=True)
+    shown = zip(rows[:6], before, after, strict=True)
     samples = [{"prompt": row["prompt"], "before": a, "after": b} for row, a, b in shown]
-    curve = [point for i, point in enumerate(curve) if i == 0 or point[0] > 0]
-    return {"before": curve[0][1], "after": curve[-1][1], "curve": curve} | {
-        "training": training,
-        "samples": samples,
-    }
+    told = {"before": reward, "after": curve[-1][1], "curve": curve, "training": training}
+    return told | {"samples": samples, "whole": not begun}
+
+
+def sampled(trainer: MeZOPolicyTrainer, rows: list[dict[str, Any]]) -> list[str]:
+    return [completion.text for completion in trainer.sample(rows[:6], 0).completions]
 
 
 def config(args, seed: int, folder: Path) -> MeZOPolicyConfig:
@@ -271,9 +286,10 @@ def config(args, seed: int, folder: Path) -> MeZOPolicyConfig:
         temperature=show.generation.temperature,
         stop=list(show.generation.stop),
         eval_strategy="steps",
-        eval_steps=max(1, args.steps // 5),
+        eval_steps=args.eval_steps,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=args.eval_steps,
+        save_total_limit=1,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
@@ -310,7 +326,8 @@ def plot(args) -> None:
     for axis, (model, engines) in zip(axes[0], runs.items(), strict=True):
         for engine, found in engines.items():
             for i, run in enumerate(found["seeds"].values()):
-                label = f"{engine}, {len(found['seeds'])} seeds" if i == 0 else None
+                count = len(found["seeds"])
+                label = f"{engine}, {count} seed{'s' * (count > 1)}" if i == 0 else None
                 axis.plot(*zip(*run["curve"], strict=True), color=colours[engine], label=label)
         axis.set_title(model, fontsize=10)
         axis.set_xlabel("step")
@@ -321,7 +338,7 @@ def plot(args) -> None:
     figure.savefig(ROOT / "docs" / "engines.png", dpi=110)
 
 
-SETTINGS = ("steps", "num_samples", "batch", "lr", "eps", "dtype")
+SETTINGS = ("steps", "num_samples", "batch", "lr", "eps", "trainable", "dtype")
 COMMANDS = {"measure": measure, "train": train, "replay": replay}
 
 
@@ -356,7 +373,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--eps", type=float, help="default: by model")
     parser.add_argument("--lr", type=float, help="default: by model")
+    parser.add_argument("--trainable", help="a pattern of names; default: by model")
     parser.add_argument("--num_samples", type=int, default=4)
+    parser.add_argument("--eval_steps", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output_dir", type=Path, default=Path("engines_output"))

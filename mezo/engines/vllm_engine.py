@@ -207,7 +207,7 @@ def _started(folder: str, options: dict[str, Any]) -> Any:
     if current_platform.is_cpu():
         from mezo.engines import vllm_plain
 
-        given |= {"quantization": vllm_plain.NAME, "enforce_eager": True}
+        given |= {"quantization": vllm_plain.NAME, "enforce_eager": not vllm_plain.compiles()}
         given["block_size"] = 32  # the least: what short prompts begin with is shared, too
     try:
         return LLM(folder, **(given | options))

@@ -4,6 +4,8 @@ It is a quantization config of vLLM, registered as vLLM's documentation says, th
 nothing. On a GPU vLLM keeps its matrices, and nothing of this is used.
 """
 
+import os
+from shutil import which
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
+from vllm.utils.torch_utils import direct_register_custom_op
 
 NAME = "mezo_plain"
 FEW = 32  # rows, as when a batch writes its next tokens
@@ -29,12 +32,30 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return found if bias is None else found.add_(bias)
 
 
+def _product_shape(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# One operator to torch.compile, which would otherwise keep the branch of the rows that it has seen.
+_LIBRARY = torch.library.Library("mezo", "FRAGMENT")
+direct_register_custom_op(
+    "plain_product", product, fake_impl=_product_shape, target_lib=_LIBRARY, dispatch_key="CPU"
+)
+
+
+def compiles() -> bool:
+    """Return whether torch.compile finds a C++ compiler, without which vLLM runs layer by layer."""
+    return which(os.environ.get("CXX", "g++")) is not None
+
+
 class PlainLinear(UnquantizedLinearMethod):
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         pass
 
     def apply(self, layer, x, bias=None):
-        return product(x, layer.weight, bias)
+        return torch.ops.mezo.plain_product(x, layer.weight, bias)
 
 
 class PlainEmbedding(UnquantizedEmbeddingMethod):
@@ -42,7 +63,7 @@ class PlainEmbedding(UnquantizedEmbeddingMethod):
         pass
 
     def apply(self, layer, x, bias=None):
-        return product(x, layer.weight, bias)
+        return torch.ops.mezo.plain_product(x, layer.weight, bias)
 
 
 @register_quantization_config(NAME)

@@ -244,7 +244,9 @@ def _hidden(runner: Any, rows: list[list[int]]) -> torch.Tensor:
     with set_forward_context(
         metadata, runner.vllm_config, num_tokens=len(tokens), slot_mapping=slots
     ):
-        return runner.model(input_ids=tokens, positions=positions)
+        # as vLLM calls it: what it has compiled takes these arguments
+        given = {"intermediate_tensors": None, "inputs_embeds": None}
+        return runner.model(input_ids=tokens, positions=positions, **given)
 
 
 def _common(runner: Any, block: int, lengths: list[int], positions: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ from vllm_models import SHAPE, saved
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
 SMALL = {"max_model_len": 128, "max_num_seqs": 16, "gpu_memory_utilization": 0.2}
-SMALL |= {"distributed_executor_backend": "uni"}
+SMALL |= {"distributed_executor_backend": "uni", "enforce_eager": True}
 VLLM = ["--engine", "vllm", "--engine_options", json.dumps(SMALL)]
 
 
