@@ -183,3 +183,13 @@ def test_text_that_is_not_utf_8_is_one_line(tmp_path):
     path.write_bytes(b'{"prompt": "a", "completion": "\xaf"}\n')
     with pytest.raises(InputError, match=r"pairs.jsonl is not UTF-8: .* 0xaf"):
         load_rows("sft", TextArguments(train_file=str(path)))
+
+
+@pytest.mark.parametrize("text", ["null\n", 'nullpr{"prompt": "a"}\n', "3\n", '{"prompt": \n'])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_rows_of_text_that_are_no_objects_end_in_a_line(text, suffix, tmp_path):
+    """Arrow ends the process with a segmentation fault where the first row is null."""
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"rows\.json"):
+        load_rows("sft", TextArguments(train_file=str(path)))

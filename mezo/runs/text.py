@@ -202,13 +202,9 @@ def _from_file(name: str | None) -> Dataset:
         rows = [{name: row[name] or None for name in row} for _, row in read(path, READERS)]
         with foreign(f"{path} cannot be read as {kind}"):
             return Dataset.from_list(rows)
-    if kind == "json":  # arrow takes any bytes for text
-        try:
-            with path.open(encoding="utf-8") as file:
-                for _ in file:
-                    pass
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path.name} is not UTF-8: {error}") from None
+    if kind == "json":  # arrow takes any bytes for text, and crashes on a first row of null
+        for _ in read(path, READERS):
+            pass
     with foreign(f"{path} cannot be read as {kind}"):
         try:
             return load_dataset(kind, data_files=str(path), split="train")

@@ -144,7 +144,7 @@ REFUSED = [
     ("sft", '{"a": 1}', [], "sft wants the columns messages, or prompt and completion, or text"),
     ("sft", '{"prompt": "x", "completion": null}', [], "row 1 has no completion"),
     ("sft", '{"messages": []}', [], "row 1 has no messages"),
-    ("sft", '{"prompt"', [], "own.jsonl cannot be read as json"),
+    ("sft", '{"prompt"', [], "own.jsonl row 1 is not JSON"),
     ("sft", "", [], "own.jsonl is empty"),
     ("dpo", '{"prompt": "x", "completion": "y"}', [], "dpo wants the columns chosen and rejected"),
     ("sft", '{"text": "x"}', ["--train_file=none.jsonl"], "file not found: none.jsonl"),
