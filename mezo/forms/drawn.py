@@ -98,7 +98,7 @@ class Drawn:
             torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         self._look(step)
         if self._casts:
-            torch._foreach_copy_(*map(list, zip(*self._casts, strict=True)))
+            torch._foreach_copy_([own for own, _ in self._casts], [left for _, left in self._casts])
         return self._products
 
     def _look(self, step: int) -> None:
