@@ -45,6 +45,8 @@ def check(args: "TrainArguments", model_args: ModelArguments) -> None:
         raise InputError(f"method {args.method} trains no adapter: leave out --use_peft")
     if args.objective is not None and args.method != "mezo":
         raise InputError(f"objective {args.objective} has no gradient, which {args.method} needs")
+    if args.label_smoothing_factor:
+        raise InputError("label_smoothing_factor has no effect on a task, whose loss is its own")
     if args.offload and args.method != "mezo":
         raise InputError(f"offload is for the method mezo, not for {args.method}")
     prompt = tuners.is_prompt(model_args)

@@ -126,6 +126,8 @@ def _check(model_args: ModelArguments, args: Any) -> None:
     for name in (*sizes, "gradient_accumulation_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.learning_rate == 0:
+        raise InputError("learning_rate must be positive, got 0: nothing would be learned")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise InputError(f"output_dir {args.output_dir}: File exists")
     if args.max_steps < 1 and args.max_steps != -1:  # the Trainer takes any of them for -1

@@ -25,6 +25,10 @@ def check(trainer: Trainer) -> None:
         "DataParallel": (args.n_gpu > 1, f"use torchrun --nproc_per_node={args.n_gpu}, or one GPU"),
         "optimizer_cls_and_kwargs": (trainer.optimizer_cls_and_kwargs, "the optimizer is MeZO"),
         "optimizers": (not isinstance(trainer.optimizer, mezo), "the optimizer must be a MeZO"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha is not None,
+            "its noise is added in train mode, and both passes run in eval mode",
+        ),
     }
     for option, (given, instead) in refused.items():
         if given:
@@ -38,6 +42,8 @@ def check(trainer: Trainer) -> None:
     option = checkpointing_option(type(args))
     if getattr(args, option):  # TRL's default
         logger.warning("%s has no effect: no activations are kept anyway", option)
+    if args.max_grad_norm != type(args).max_grad_norm:
+        logger.warning("max_grad_norm has no effect: there is no gradient; clip is MeZO's limit")
     if not isinstance(args, MeZOConfig) and args.learning_rate == type(args).learning_rate:
         message = "learning_rate %s is the default for Adam; MeZO wants 1e-6 for all weights"
         logger.warning(message, args.learning_rate)

@@ -166,6 +166,7 @@ def test_auto_find_batch_size_begins_again_with_whole_weights(tmp_path):
         ("args", "fsdp", "full_shard", "fsdp cannot be combined with MeZO"),
         ("args", "_n_gpu", 2, "use torchrun --nproc_per_node=2"),
         ("args", "parallelism_config", object(), "parallelism_config cannot be combined"),
+        ("args", "neftune_noise_alpha", 5.0, "its noise is added in train mode"),
         ("trainer", "is_fsdp_enabled", True, "fsdp cannot be combined with MeZO"),
         ("trainer", "is_deepspeed_enabled", True, "deepspeed cannot be combined with MeZO"),
         ("trainer", "optimizer_cls_and_kwargs", (torch.optim.SGD, {}), "the optimizer is MeZO"),
@@ -204,7 +205,9 @@ def test_settings_without_effect_are_named(tmp_path, caplog):
         "kind": TrainingArguments,
         checkpointing_option(TrainingArguments): True,
         "learning_rate": 5e-5,
+        "max_grad_norm": 0.5,
     }
     MeZOTrainer(llama(), settings(tmp_path, **options))
     assert "_checkpointing has no effect" in caplog.text
+    assert "max_grad_norm has no effect: there is no gradient" in caplog.text
     assert "learning_rate 5e-05 is the default for Adam" in caplog.text
