@@ -218,6 +218,7 @@ def tuned_lr(setting: Setting, name: str) -> float | None:
 
 
 def summary(setting: Setting) -> None:
+    """Write and print the rows of the cells that are here; other rows of the file are kept."""
     rows, out = {}, RESULTS / f"ablation-{setting.args.model}-{setting.args.task}.json"
     cells = [json.loads(p.read_text()) for p in sorted(setting.folder.glob("*.json"))]
     before = next(c["curve"][0] for c in cells if "curve" in c)
@@ -242,7 +243,8 @@ def summary(setting: Setting) -> None:
         test = "-" if row["loss"] is None else f"{row['loss']:.3f} ± {row['loss_std']:.3f}"
         accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_std']:.1f}"
         print(f"| {name} | {lr:.1e} | {test} | {accuracy} | {len(final)} |")
-    found = {"passes": setting.args.passes, "rows": rows, "before": before}
+    had = json.loads(out.read_text())["rows"] if out.exists() else {}
+    found = {"passes": setting.args.passes, "rows": had | rows, "before": before}
     out.write_text(json.dumps(found | {"environment": environment()}, indent=1))
 
 
