@@ -17,7 +17,7 @@ from mezo.memory import sizes
 
 STYLES = {  # method -> colour, marker, line
     "zero-shot": ("#666666", "o", ":"),
-    "calibrated": ("#666666", "s", ":"),
+    "calibrated": ("#AA4499", "s", ":"),
     "icl": ("#000000", "s", ":"),
     "lp": ("#56B4E9", "D", ":"),
     "ft": ("#D55E00", "^", "--"),
